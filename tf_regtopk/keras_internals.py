@@ -1,0 +1,24 @@
+"""The private parts of Keras and TensorFlow that this package relies on.
+
+Nothing public serves for these.  Each function has a test that fails when
+upstream changes what it relies on.
+"""
+
+import tensorflow as tf
+from tensorflow.python.ops import control_flow_util
+
+
+def take_aggregated_gradients(optimizer):
+    """Makes a Keras optimizer take gradients as already summed over replicas.
+
+    Keras 3.15 sums inside the optimizer, in `_all_reduce_sum_gradients`, after
+    clipping and just before the update, and has no switch for it.
+    """
+    optimizer._all_reduce_sum_gradients = list
+
+
+def in_xla_context():
+    """Whether the code being traced will be compiled by XLA as a whole."""
+    return control_flow_util.GraphOrParentsInXlaContext(
+        tf.compat.v1.get_default_graph()
+    )

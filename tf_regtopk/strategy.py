@@ -1,0 +1,104 @@
+"""A multi-worker strategy under which Keras 3 can train."""
+
+import tensorflow as tf
+
+# What the collective all-reduce takes.
+_REDUCIBLE = (
+    tf.bfloat16,
+    tf.float16,
+    tf.float32,
+    tf.float64,
+    tf.int32,
+    tf.int64,
+)
+
+
+class MultiWorkerMirroredStrategy(tf.distribute.MultiWorkerMirroredStrategy):
+    """`tf.distribute.MultiWorkerMirroredStrategy` that Keras 3 can train under.
+
+    Upstream, `fit()` and `evaluate()` stop with an error as soon as there are
+    two workers (keras#20585, tensorflow#72388). Keras calls
+    `strategy.reduce()` on a whole batch, which is a tuple, and with `axis=0`
+    on the scalar logs of a step; TensorFlow takes neither. Here `reduce()`
+    takes both, and everything else is inherited.
+
+    Args:
+        cluster_resolver: Optional
+            `tf.distribute.cluster_resolver.ClusterResolver`. Defaults to the
+            cluster that the environment variable `TF_CONFIG` describes.
+        communication_options: Optional
+            `tf.distribute.experimental.CommunicationOptions`. Give it a
+            `timeout_seconds`: a worker that stops taking part then ends the
+            others with an error, where they would wait for ever.
+
+    Example:
+
+    ```python
+    strategy = tf_regtopk.MultiWorkerMirroredStrategy()
+    with strategy.scope():
+        model = keras.Sequential([keras.layers.Dense(10)])
+        model.compile(
+            optimizer=tf_regtopk.SparsifiedOptimizer(keras.optimizers.SGD(0.1)),
+            loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            metrics=["accuracy"],
+        )
+    model.fit(train_dataset, validation_data=validation_dataset)
+    ```
+
+    Two limits remain. The first batch given to `fit()` or `evaluate()` has to
+    split evenly among the replicas, as it has to under
+    `tf.distribute.MirroredStrategy`. And a metric whose result is a vector
+    shows as the mean of its entries while an epoch runs; its value at the end
+    of the epoch is right.
+    """
+
+    def reduce(self, reduce_op, value, axis):
+        """Reduces `value` across replicas, as upstream does and beyond.
+
+        Args:
+            reduce_op: A `tf.distribute.ReduceOp`, or its name: `"SUM"` or
+                `"MEAN"`.
+            value: A per-replica value or a structure (tuple, dict, nested) of
+                them. In a structure, and for a dtype that collectives do not
+                take, a result keeps the dtype of its value. The `"MEAN"` of
+                strings is the value of the first local replica.
+            axis: The axis to reduce within each replica, or `None`. `0` is
+                the same as `None` for scalars.
+
+        Returns:
+            A tensor, or a structure like `value` of tensors.
+        """
+        if tf.nest.is_nested(value):
+            return tf.nest.map_structure(
+                lambda leaf: self._reduce_leaf(
+                    reduce_op, leaf, axis, keep_dtype=True
+                ),
+                value,
+            )
+        return self._reduce_leaf(reduce_op, value, axis)
+
+    def _reduce_leaf(self, reduce_op, value, axis, keep_dtype=False):
+        local = self.experimental_local_results(value)[0]
+        if not hasattr(local, "dtype"):
+            local = tf.convert_to_tensor(local)
+        dtype = tf.as_dtype(local.dtype)
+
+        if axis == 0 and local.shape.rank == 0:
+            axis = None
+        if dtype == tf.string and _is_mean(reduce_op):
+            # Keras only wants to know the shape and the dtype.
+            return local
+        if dtype.is_bool or (dtype.is_integer and dtype not in _REDUCIBLE):
+            wide = tf.int32 if dtype.size < 4 else tf.int64
+            value = self.run(
+                tf.function(lambda v: tf.cast(v, wide)), args=(value,)
+            )
+            keep_dtype = True
+        result = super().reduce(reduce_op, value, axis)
+        # The mean of integers is float64 upstream.
+        return tf.cast(result, dtype) if keep_dtype else result
+
+
+def _is_mean(reduce_op):
+    mean = tf.distribute.ReduceOp.MEAN
+    return reduce_op == mean or str(reduce_op).upper() == mean.value

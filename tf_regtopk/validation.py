@@ -1,0 +1,129 @@
+"""Checks of arguments, with errors that read as Keras's."""
+
+import math
+import numbers
+
+import keras
+import tensorflow as tf
+
+_SUPPORTED_STRATEGIES = (
+    tf.distribute.OneDeviceStrategy,
+    tf.distribute.MirroredStrategy,
+    tf.distribute.MultiWorkerMirroredStrategy,
+)
+
+
+def check_number(name, value, rule, is_valid):
+    """Raises unless `value` is a real number that obeys the rule.
+
+    Args:
+        name: Name of the argument.
+        value: What the user passed.
+        rule: The rule in words, to follow "must be".
+        is_valid: Function of a float, True where it obeys the rule.
+
+    Raises:
+        TypeError: If `value` is not a real number (a bool is not one).
+        ValueError: If it is NaN, infinite or breaks the rule.
+    """
+    message = f"`{name}` must be {rule}. Received: {name}={value!r}"
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(message)
+    if not math.isfinite(value) or not is_valid(value):
+        raise ValueError(message)
+
+
+def check_integer(name, value, minimum):
+    """Raises unless `value` is an integer of at least `minimum`."""
+    message = (
+        f"`{name}` must be an integer >= {minimum}. Received: {name}={value!r}"
+    )
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(message)
+    if value < minimum:
+        raise ValueError(message)
+
+
+def check_choice(name, value, choices):
+    """Raises unless `value` is one of the strings `choices`."""
+    if value not in choices:
+        expected = " or ".join(f'"{choice}"' for choice in choices)
+        raise ValueError(
+            f"`{name}` must be {expected}. Received: {name}={value!r}"
+        )
+
+
+def check_keras():
+    """Raises unless this is Keras 3 or newer on the TensorFlow backend."""
+    if int(keras.__version__.split(".")[0]) < 3:
+        raise ValueError(
+            "`keras` must be version 3 or newer. "
+            f"Received: keras.__version__={keras.__version__!r}"
+        )
+    if keras.backend.backend() != "tensorflow":
+        raise ValueError(
+            "The Keras backend must be TensorFlow (set "
+            'KERAS_BACKEND="tensorflow"). '
+            f"Received: keras.backend.backend()={keras.backend.backend()!r}"
+        )
+
+
+def check_strategy():
+    """Raises unless entries can be exchanged under the strategy in scope."""
+    strategy = tf.distribute.get_strategy()
+    if tf.distribute.has_strategy() and not isinstance(
+        strategy, _SUPPORTED_STRATEGIES
+    ):
+        expected = ", ".join(s.__name__ for s in _SUPPORTED_STRATEGIES)
+        raise ValueError(
+            f"The strategy in scope must be one of {expected}, or none. "
+            f"Received: {type(strategy).__name__}"
+        )
+
+
+def check_inner_optimizer(inner_optimizer, wrapper_class):
+    """Raises unless `inner_optimizer` is an optimizer that can be wrapped."""
+    received = f"Received: inner_optimizer={inner_optimizer!r}"
+    if not isinstance(inner_optimizer, keras.optimizers.Optimizer):
+        raise TypeError(
+            "`inner_optimizer` must be a `keras.optimizers.Optimizer`. "
+            + received
+        )
+    if isinstance(inner_optimizer, wrapper_class):
+        raise ValueError(
+            "`inner_optimizer` must not be a "
+            f"`{wrapper_class.__name__}` itself. {received}"
+        )
+    if isinstance(inner_optimizer, keras.optimizers.LossScaleOptimizer):
+        raise ValueError(
+            "`inner_optimizer` must not be a `LossScaleOptimizer`. Put that "
+            f"around the `{wrapper_class.__name__}` instead. {received}"
+        )
+
+
+def check_no_base_arguments(arguments):
+    """Raises if arguments that belong on the inner optimizer were given."""
+    for name, value in arguments.items():
+        raise ValueError(
+            f"`{name}` must be set on the `inner_optimizer`, not on the "
+            f"wrapper. Received: {name}={value!r}"
+        )
+
+
+def check_replica_context():
+    """Raises unless called where one replica's gradients are at hand."""
+    if tf.distribute.in_cross_replica_context():
+        raise ValueError(
+            "`apply` must be called in a replica context, that is inside "
+            "`strategy.run`. Received: a call in cross-replica context"
+        )
+
+
+def check_not_compiled_as_a_whole(is_compiled):
+    """Raises if XLA is to compile the whole step under a strategy."""
+    if is_compiled and tf.distribute.has_strategy():
+        raise ValueError(
+            "`jit_compile` must be False under a strategy: XLA compiles no "
+            "collectives. (The wrapper compiles its own part.) "
+            "Received: jit_compile=True"
+        )
