@@ -117,7 +117,7 @@ class SparsifiedOptimizer(keras.optimizers.Optimizer):
             var_list: List of the trainable variables.
         """
         # Lifted out of any graph and into the scope, so that the first call of
-        # `apply` may come from anywhere, from inside `strategy.run` too.
+        # `apply` may come from anywhere.
         with tf.init_scope(), self._strategy.scope():
             self.inner_optimizer.build(var_list)
             super().build(var_list)
@@ -174,7 +174,10 @@ class SparsifiedOptimizer(keras.optimizers.Optimizer):
         if trainable_variables is not None:
             variables = list(trainable_variables)
             if not self.built:
-                self.build(variables)
+                # All replicas meet here, and one of them builds for all.
+                tf.distribute.get_replica_context().merge_call(
+                    lambda strategy: self.build(variables)
+                )
         elif self.built:
             variables = self._trainable_variables
         else:

@@ -111,15 +111,15 @@ def _kth_largest(keys, group_of_word, ks):
     """
     num_groups = len(ks)
     key_bits = 8 * keys.dtype.size - 1
-    # Wide digits take fewer passes; many groups take narrow ones, because each
-    # has a histogram of its own.
-    digit_bits = 16 if num_groups == 1 else 8
+    # Wide digits take fewer passes; small and many groups take narrow ones,
+    # because each group has a histogram of its own.
+    narrow = num_groups > 1 or keys.shape.num_elements() < 1 << 16
+    digit_bits = 8 if narrow else 16
     num_digits = 1 << digit_bits
     group = group_of_word[:, tf.newaxis]
-    prefix = tf.zeros([num_groups], keys.dtype)
-    remaining = tf.constant(ks, tf.int32)
-    for shift in reversed(range(0, key_bits, digit_bits)):
-        rest = tf.bitwise.right_shift(keys, tf.constant(shift, keys.dtype))
+
+    def next_digit(shift, prefix, remaining):
+        rest = tf.bitwise.right_shift(keys, shift)
         digit = tf.cast(rest & (num_digits - 1), tf.int32)
         rest = tf.bitwise.right_shift(
             rest, tf.constant(digit_bits, keys.dtype)
@@ -135,9 +135,20 @@ def _kth_largest(keys, group_of_word, ks):
         reached = tf.cast(at_least >= remaining[:, tf.newaxis], tf.int32)
         digit = tf.reduce_sum(reached, axis=1) - 1
         above = tf.gather(at_least - histogram, digit, axis=1, batch_dims=1)
-        remaining -= above
         prefix = prefix * num_digits + tf.cast(digit, keys.dtype)
-    return prefix, remaining
+        return shift - digit_bits, prefix, remaining - above
+
+    top_shift = (key_bits - 1) // digit_bits * digit_bits
+    _, threshold, num_ties = tf.while_loop(
+        lambda shift, *_: shift >= 0,
+        next_digit,
+        (
+            tf.constant(top_shift, keys.dtype),
+            tf.zeros([num_groups], keys.dtype),
+            tf.constant(ks, tf.int32),
+        ),
+    )
+    return threshold, num_ties
 
 
 def _positions_of_bits(words, count):

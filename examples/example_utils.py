@@ -1,0 +1,147 @@
+"""What the examples share: simulated workers, recording and results."""
+
+import json
+import os
+
+from absl import flags
+import keras
+import matplotlib
+import numpy as np
+import tensorflow as tf
+import tf_regtopk
+import tqdm
+
+matplotlib.use("Agg")  # Writes files; needs no display.
+from matplotlib import pyplot as plt  # noqa: E402
+
+
+def simulated_workers(num_workers):
+    """A `MirroredStrategy` in which every replica plays one worker.
+
+    Uses GPUs where there are enough, else splits the CPU into logical devices.
+
+    Args:
+        num_workers: Number of replicas.
+
+    Returns:
+        A `tf.distribute.MirroredStrategy`.
+    """
+    # TensorFlow notes every gather at level INFO.
+    tf.get_logger().setLevel("WARNING")
+    if len(tf.config.list_physical_devices("GPU")) >= num_workers:
+        return tf.distribute.MirroredStrategy(
+            [f"GPU:{i}" for i in range(num_workers)]
+        )
+    # The background threads of tf.data's autotuning can starve when many
+    # replicas share few cores; this mode runs without them.  It has to be set
+    # before the first data set.
+    tf.data.experimental.enable_debug_mode()
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    if tf.config.get_logical_device_configuration(cpu) is None:
+        tf.config.set_logical_device_configuration(
+            cpu, [tf.config.LogicalDeviceConfiguration()] * num_workers
+        )
+    return tf.distribute.MirroredStrategy(
+        [f"CPU:{i}" for i in range(num_workers)],
+        cross_device_ops=tf.distribute.ReductionToOneDevice(),
+    )
+
+
+def full_batch_dataset(features, targets):
+    """Worker n's whole data as replica n's batch, in every step.
+
+    Args:
+        features: Array `[workers, points, dimension]`.
+        targets: Array `[workers, points, 1]`.
+
+    Returns:
+        An endless `tf.data.Dataset` of global batches, which the strategy
+        splits into equal consecutive parts, one a replica.
+    """
+    merged = [a.reshape([-1, a.shape[-1]]) for a in (features, targets)]
+    return tf.data.Dataset.from_tensors(tuple(merged)).repeat()
+
+
+def make_optimizer(method, inner_optimizer, density, mu, denominator):
+    """`inner_optimizer` as it is for "dense", else wrapped for the method."""
+    sparsifiers = {
+        "topk": tf_regtopk.TopK(density),
+        "regtopk": tf_regtopk.RegTopK(density, mu, denominator=denominator),
+        "randomk": tf_regtopk.RandomK(density),
+    }
+    if method == "dense":
+        return inner_optimizer
+    if method not in sparsifiers:
+        raise ValueError(
+            f"`methods` must be among dense, {', '.join(sparsifiers)}. "
+            f"Received: {method!r}"
+        )
+    return tf_regtopk.SparsifiedOptimizer(inner_optimizer, sparsifiers[method])
+
+
+class StepRecorder(keras.callbacks.Callback):
+    """Records a number after every step, and shows a progress bar.
+
+    Args:
+        measure: Function from the model's list of weights to a float.
+        title: What the progress bar says.
+    """
+
+    def __init__(self, measure, title):
+        super().__init__()
+        self._measure = measure
+        self._title = title
+        self.values = []
+
+    def on_train_begin(self, logs=None):
+        self._bar = tqdm.tqdm(total=self.params["steps"], desc=self._title)
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.values.append(float(self._measure(self.model.get_weights())))
+        self._bar.update()
+
+    def on_train_end(self, logs=None):
+        self._bar.close()
+
+
+def train_full_batch(model, features, targets, num_steps, measure, title):
+    """Fits a compiled model on every worker's whole data, step by step.
+
+    Returns:
+        Array `[num_steps]`: `measure` of the weights after each step.
+    """
+    recorder = StepRecorder(measure, title)
+    model.fit(
+        full_batch_dataset(features, targets),
+        steps_per_epoch=num_steps,
+        callbacks=[recorder],
+        shuffle=False,
+        verbose=0,
+    )
+    return np.array(recorder.values)
+
+
+def config_of(module_name):
+    """The flags that a module defines, as a dictionary of their values."""
+    module_flags = flags.FLAGS.get_key_flags_for_module(module_name)
+    return {flag.name: flag.value for flag in module_flags}
+
+
+def save_results(output_dir, summary, draw):
+    """Writes `summary.json` and the figure `curves.png`.
+
+    Args:
+        output_dir: Folder, made if it is missing.
+        summary: What goes into the JSON file.
+        draw: Function of a matplotlib `Axes` that draws the figure.
+    """
+    os.makedirs(output_dir, exist_ok=True)
+    summary_path = os.path.join(output_dir, "summary.json")
+    with open(summary_path, "w", encoding="utf-8") as f:
+        json.dump(summary, f, indent=2)
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    draw(axes)
+    figure_path = os.path.join(output_dir, "curves.png")
+    figure.savefig(figure_path, dpi=150)
+    plt.close(figure)
+    print(f"Wrote {summary_path} and {figure_path}")

@@ -1,0 +1,162 @@
+r"""Distributed linear regression: Top-k stalls, RegTop-k reaches the optimum.
+
+Every worker holds data of a linear model of its own; together they look for the
+weights that fit all data best.  Plain gradient descent, full batches, float64.
+
+    python examples/linear_regression.py
+    python examples/linear_regression.py --density=0.4 --methods=topk,regtopk
+
+Source: Bereyhi, Liang, Boudreau, Afana, "Regularized Top-k: A Bayesian
+Framework for Gradient Sparsification".
+"""
+
+from absl import app
+from absl import flags
+import example_utils
+import keras
+import numpy as np
+
+_NUM_WORKERS = flags.DEFINE_integer(
+    "num_workers", 20, "Number of workers.", lower_bound=1
+)
+_DIMENSION = flags.DEFINE_integer(
+    "dimension", 100, "Number of weights.", lower_bound=1
+)
+_POINTS_PER_WORKER = flags.DEFINE_integer(
+    "points_per_worker", 500, "Data points of each worker.", lower_bound=1
+)
+_ROUNDS = flags.DEFINE_integer(
+    "rounds", 2500, "Number of training steps.", lower_bound=1
+)
+_LEARNING_RATE = flags.DEFINE_float("learning_rate", 0.01, "Learning rate.")
+_DENSITY = flags.DEFINE_float("density", 0.6, "Share of entries sent.")
+_MU = flags.DEFINE_float("mu", 4.0, "RegTop-k's mu.")
+_DENOMINATOR = flags.DEFINE_enum(
+    "denominator", "previous", ["previous", "current"], "RegTop-k's form."
+)
+_METHODS = flags.DEFINE_list(
+    "methods",
+    ["dense", "topk", "regtopk"],
+    "Methods to compare: dense, topk, regtopk, randomk.",
+)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the data.", lower_bound=0)
+_OUTPUT_DIR = flags.DEFINE_string(
+    "output_dir", "results/linear_regression", "Where the results go."
+)
+
+
+def make_problem(num_workers, dimension, points_per_worker, seed):
+    """Random data of the paper's set-up.
+
+    Worker n has features X ~ N(0, 1) and targets X x_n + N(0, 0.5), where
+    x_n = m_n 1 + N(0, I) and m_n ~ N(0, 5); 0.5 and 5 are variances.
+
+    Returns:
+        `(features, targets, optimum)` of shapes `[workers, points, dimension]`,
+        `[workers, points, 1]` and `[dimension]`; the optimum is the
+        least-squares solution for the data of all workers together.
+    """
+    rng = np.random.default_rng(seed)
+    features = rng.standard_normal((num_workers, points_per_worker, dimension))
+    offset = np.sqrt(5.0) * rng.standard_normal((num_workers, 1))
+    weights = offset + rng.standard_normal((num_workers, dimension))
+    targets = np.einsum("nij,nj->ni", features, weights)
+    targets += np.sqrt(0.5) * rng.standard_normal(targets.shape)
+    optimum, *_ = np.linalg.lstsq(
+        features.reshape([-1, dimension]), targets.reshape([-1])
+    )
+    return features, targets[..., np.newaxis], optimum
+
+
+def train(optimizer_fn, strategy, problem, rounds, title):
+    """Trains from zero weights.
+
+    Args:
+        optimizer_fn: Function that makes the optimizer.
+        strategy: The strategy to train under, one replica a worker.
+        problem: What `make_problem` returned.
+        rounds: Number of steps.
+        title: What the progress bar says.
+
+    Returns:
+        Array `[rounds]`: ||w - w*||^2 after each step.
+    """
+    features, targets, optimum = problem
+    with strategy.scope():
+        model = keras.Sequential(
+            [
+                keras.Input([features.shape[-1]]),
+                keras.layers.Dense(
+                    1, use_bias=False, kernel_initializer="zeros"
+                ),
+            ]
+        )
+        model.compile(optimizer=optimizer_fn(), loss="mse")
+    return example_utils.train_full_batch(
+        model,
+        features,
+        targets,
+        rounds,
+        lambda weights: np.sum((weights[0][:, 0] - optimum) ** 2),
+        title,
+    )
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"Unknown arguments: {argv[1:]}")
+    keras.config.set_floatx("float64")
+    strategy = example_utils.simulated_workers(_NUM_WORKERS.value)
+    problem = make_problem(
+        _NUM_WORKERS.value,
+        _DIMENSION.value,
+        _POINTS_PER_WORKER.value,
+        _SEED.value,
+    )
+
+    log_distances = {}
+    for method in _METHODS.value:
+        distances = train(
+            lambda method=method: example_utils.make_optimizer(
+                method,
+                keras.optimizers.SGD(_LEARNING_RATE.value),
+                _DENSITY.value,
+                _MU.value,
+                _DENOMINATOR.value,
+            ),
+            strategy,
+            problem,
+            _ROUNDS.value,
+            method,
+        )
+        log_distances[method] = np.log10(distances)
+
+    print(f"\n{'method':10} final log10 ||w - w*||^2")
+    for method, curve in log_distances.items():
+        print(f"{method:10} {curve[-1]:8.2f}")
+
+    def draw(axes):
+        for method, curve in log_distances.items():
+            axes.plot(curve, label=method)
+        axes.set_xlabel("round")
+        axes.set_ylabel(r"$\log_{10} \|w - w^*\|^2$")
+        axes.set_title(
+            f"{_NUM_WORKERS.value} workers, density {_DENSITY.value:g}"
+        )
+        axes.legend()
+
+    example_utils.save_results(
+        _OUTPUT_DIR.value,
+        {
+            "config": example_utils.config_of(__name__),
+            "methods": {
+                method: {"final_log10_distance": float(curve[-1])}
+                for method, curve in log_distances.items()
+            },
+        },
+        draw,
+    )
+
+
+if __name__ == "__main__":
+    app.run(main)

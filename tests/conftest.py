@@ -1,0 +1,47 @@
+"""Set-up shared by all tests, before TensorFlow makes its devices."""
+
+import os
+
+# Quieter, and the same CPU kernels in every run.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
+import keras
+import pytest
+import tensorflow as tf
+
+NUM_DEVICES = 5
+
+# Logical devices are fixed once for the whole process; strategies take the
+# first few of them.
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0],
+    [tf.config.LogicalDeviceConfiguration()] * NUM_DEVICES,
+)
+# tf.data's background threads can starve beside many replicas on few cores.
+tf.data.experimental.enable_debug_mode()
+tf.get_logger().setLevel("WARNING")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_keras():
+    """Every test starts with Keras's defaults and forgets its models."""
+    keras.utils.set_random_seed(0)
+    yield
+    keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy("float32")
+    keras.utils.clear_session()
+
+
+@pytest.fixture
+def mirrored():
+    """Function from a number of replicas to a strategy (0: no strategy)."""
+
+    def make(num_replicas):
+        if num_replicas == 0:
+            return tf.distribute.get_strategy()
+        return tf.distribute.MirroredStrategy(
+            [f"CPU:{i}" for i in range(num_replicas)]
+        )
+
+    return make

@@ -1,0 +1,110 @@
+"""The algorithms in float64 NumPy, kept plainly in their papers' notation.
+
+Independent of the package: nothing is imported from it.
+"""
+
+import numpy as np
+
+
+def k_of(density, num_entries):
+    return max(1, round(density * num_entries))
+
+
+def largest(scores, k):
+    """Positions of the k largest scores, lower positions first in ties."""
+    return np.sort(np.argsort(-scores, kind="stable")[:k])
+
+
+class Workers:
+    """N workers with weights w_n = 1/N that sparsify their gradients.
+
+    The local gradients g_n are those of the workers' own losses; nothing is
+    divided by N before the aggregation, unlike in the package.
+
+    Args:
+        method: "topk", "regtopk" or "randomk".
+        num_workers: N.
+        sizes: Number of entries of each variable.
+        density: Share of entries sent.
+        scope: "global" or "per_variable".
+        mu, q, denominator: RegTop-k's.
+        seed: Random-k's.
+    """
+
+    def __init__(
+        self,
+        method,
+        num_workers,
+        sizes,
+        density,
+        scope="global",
+        mu=4.0,
+        q=1e8,
+        denominator="previous",
+        seed=0,
+    ):
+        self.method, self.num_workers = method, num_workers
+        self.groups = [sum(sizes)] if scope == "global" else list(sizes)
+        self.density, self.mu, self.q = density, mu, q
+        self.denominator, self.seed = denominator, seed
+        size = sum(sizes)
+        self.w = 1.0 / num_workers
+        self.t = 0
+        self.e = np.zeros((num_workers, size))
+        # a^{t-1}, s^{t-1} and the aggregate of the previous round.
+        self.a_prev = np.zeros((num_workers, size))
+        self.s_prev = np.zeros((num_workers, size), bool)
+        self.agg_prev = np.zeros(size)
+
+    def score(self, n, a):
+        if self.method == "topk":
+            return np.abs(a)
+        if self.method == "randomk":
+            return random_scores(len(a), self.seed, self.t)
+        delta = np.full(len(a), self.q)
+        for j in np.flatnonzero(self.s_prev[n]):
+            divisor = self.w * (
+                self.a_prev[n, j] if self.denominator == "previous" else a[j]
+            )
+            difference = self.agg_prev[j] - self.w * self.a_prev[n, j]
+            if divisor != 0:
+                delta[j] = difference / divisor
+        return np.abs(a) * np.tanh(np.abs(1 + delta) / self.mu)
+
+    def step(self, g):
+        """The aggregate `[J]` of the gradients g `[N, J]` of one round."""
+        a = self.e + g
+        s = np.zeros(a.shape, bool)
+        for n in range(self.num_workers):
+            scores = self.score(n, a[n])
+            start = 0
+            for size in self.groups:
+                part = scores[start : start + size]
+                chosen = largest(part, k_of(self.density, size))
+                s[n, start + chosen] = True
+                start += size
+        sent = np.where(s, a, 0.0)
+        agg = np.sum(self.w * sent, axis=0)
+        self.e = a - sent
+        self.a_prev, self.s_prev, self.agg_prev = a, s, agg
+        self.t += 1
+        return agg
+
+
+def random_scores(size, seed, step):
+    """Hash of seed, step and position, uniform in [0, 1)."""
+    mask = 2**32 - 1
+
+    def mix(x):
+        x ^= x >> 16
+        x = x * 0x85EBCA6B & mask
+        x ^= x >> 13
+        x = x * 0xC2B2AE35 & mask
+        return x ^ x >> 16
+
+    def score(j):
+        return (
+            mix((mix((j + mix(seed)) & mask) + mix(step)) & mask) >> 8
+        ) / 2**24
+
+    return np.array([score(j) for j in range(size)])

@@ -1,0 +1,157 @@
+"""The wrapper against the NumPy reference, on random gradient sequences."""
+
+import keras
+import numpy as np
+import pytest
+import reference
+import tensorflow as tf
+import tf_regtopk
+
+SHAPES = [(3, 5), (7,), (), (2, 3, 1)]
+SIZES = [int(np.prod(shape)) for shape in SHAPES]
+STEPS = 30
+LEARNING_RATE, MOMENTUM = 0.25, 0.5  # Exact in any float type.
+
+SPARSIFIERS = {
+    "topk": lambda density: tf_regtopk.TopK(density),
+    "regtopk": lambda density: tf_regtopk.RegTopK(density, mu=1.5),
+    "regtopk_current": lambda density: tf_regtopk.RegTopK(
+        density, mu=1.5, denominator="current"
+    ),
+    # With so small a Q even entries that were not sent are damped.
+    "regtopk_small_q": lambda density: tf_regtopk.RegTopK(
+        density, mu=2.0, q=0.5
+    ),
+    "regtopk_current_small_q": lambda density: tf_regtopk.RegTopK(
+        density, mu=2.0, q=0.5, denominator="current"
+    ),
+    "randomk": lambda density: tf_regtopk.RandomK(density, seed=3),
+}
+REFERENCES = {
+    "topk": dict(method="topk"),
+    "regtopk": dict(method="regtopk", mu=1.5),
+    "regtopk_current": dict(method="regtopk", mu=1.5, denominator="current"),
+    "regtopk_small_q": dict(method="regtopk", mu=2.0, q=0.5),
+    "regtopk_current_small_q": dict(
+        method="regtopk", mu=2.0, q=0.5, denominator="current"
+    ),
+    "randomk": dict(method="randomk", seed=3),
+}
+DENSITIES = [1e-9, 0.1, 0.37, 0.7, 1.0]
+
+
+def random_gradients(rng, num_replicas):
+    """`[steps, replicas, entries]`, with what makes replicas interact.
+
+    A part common to all replicas, a part that cancels in the sum, layers of
+    different scale, and a few exact zeros.
+    """
+    shape = (STEPS, num_replicas, sum(SIZES))
+    own = rng.standard_normal(shape)
+    common = 0.5 * rng.standard_normal((1, 1, shape[2]))
+    bias = 2.0 * rng.standard_normal((1, *shape[1:]))
+    bias -= bias.mean(axis=1, keepdims=True)
+    scale = np.repeat(2.0 ** np.arange(len(SIZES)), SIZES)
+    gradients = (own + common + bias) * scale
+    return np.where(rng.random(shape) < 0.02, 0.0, gradients)
+
+
+def run_wrapper(strategy, sparsifier, scope, gradients):
+    """Yields every replica's flat weights after each step."""
+    num_replicas = gradients.shape[1]
+    with strategy.scope():
+        variables = [
+            keras.Variable(np.ones(shape), dtype="float64") for shape in SHAPES
+        ]
+        optimizer = tf_regtopk.SparsifiedOptimizer(
+            keras.optimizers.SGD(LEARNING_RATE, momentum=MOMENTUM),
+            sparsifier,
+            scope=scope,
+        )
+
+    @tf.function
+    def step(flat):
+        def replica_step(flat):
+            parts = tf.split(flat, SIZES)
+            optimizer.apply(
+                [tf.reshape(p, s) for p, s in zip(parts, SHAPES)], variables
+            )
+
+        strategy.run(replica_step, args=(flat,))
+
+    for g in gradients:
+        # Keras divides the local losses by the number of replicas.
+        local = g / num_replicas
+        step(
+            strategy.experimental_distribute_values_from_function(
+                lambda ctx: tf.constant(
+                    local[ctx.replica_id_in_sync_group]  # noqa: B023
+                )
+            )
+        )
+        yield np.array(
+            [
+                np.concatenate(
+                    [
+                        strategy.experimental_local_results(v.value)[n]
+                        .numpy()
+                        .ravel()
+                        for v in variables
+                    ]
+                )
+                for n in range(num_replicas)
+            ]
+        )
+
+
+@pytest.mark.parametrize("num_replicas", [0, 1, 2, 3, 4, 5])
+@pytest.mark.parametrize("name", SPARSIFIERS)
+def test_weights_follow_the_reference(name, num_replicas, mirrored):
+    # Densities and scopes take turns, so that each meets each sparsifier.
+    case = list(SPARSIFIERS).index(name) + num_replicas
+    density = DENSITIES[case % len(DENSITIES)]
+    scope = ["global", "per_variable"][(case // 2) % 2]
+    rng = np.random.default_rng(case)
+    gradients = random_gradients(rng, max(num_replicas, 1))
+    workers = reference.Workers(
+        num_workers=max(num_replicas, 1),
+        sizes=SIZES,
+        density=density,
+        scope=scope,
+        **REFERENCES[name],
+    )
+    weights = np.ones(sum(SIZES))
+    velocity = np.zeros(sum(SIZES))
+
+    replica_weights = run_wrapper(
+        mirrored(num_replicas), SPARSIFIERS[name](density), scope, gradients
+    )
+    for t, actual in enumerate(replica_weights):
+        velocity = MOMENTUM * velocity - LEARNING_RATE * workers.step(
+            gradients[t]
+        )
+        weights = weights + velocity
+        for n, actual_n in enumerate(actual):
+            np.testing.assert_array_equal(actual_n, actual[0])
+            np.testing.assert_allclose(
+                actual_n,
+                weights,
+                rtol=1e-9,
+                atol=1e-9,
+                err_msg=f"step {t}, replica {n}",
+            )
+    assert t == STEPS - 1
+
+
+def test_the_methods_differ_on_these_gradients():
+    """The comparison above could tell one method from another."""
+    gradients = random_gradients(np.random.default_rng(1), 3)
+    totals = []
+    for arguments in REFERENCES.values():
+        workers = reference.Workers(
+            num_workers=3, sizes=SIZES, density=0.1, **arguments
+        )
+        totals.append(sum(workers.step(g) for g in gradients))
+    for i, total in enumerate(totals):
+        for other in totals[:i]:
+            assert not np.allclose(total, other)
