@@ -1,5 +1,6 @@
 """Set-up shared by all tests, before TensorFlow makes its devices."""
 
+import functools
 import os
 
 # Quieter, and the same CPU kernels in every run.
@@ -33,15 +34,21 @@ def _fresh_keras():
     keras.utils.clear_session()
 
 
+@functools.cache
+def _mirrored_strategy(num_replicas):
+    if num_replicas == 0:
+        return tf.distribute.get_strategy()
+    # TensorFlow's collectives allow one group of devices and one strategy on it
+    # in a process: pairs use them, other numbers reduce on one device.
+    return tf.distribute.MirroredStrategy(
+        [f"CPU:{i}" for i in range(num_replicas)],
+        cross_device_ops=None
+        if num_replicas == 2
+        else tf.distribute.ReductionToOneDevice(),
+    )
+
+
 @pytest.fixture
 def mirrored():
     """Function from a number of replicas to a strategy (0: no strategy)."""
-
-    def make(num_replicas):
-        if num_replicas == 0:
-            return tf.distribute.get_strategy()
-        return tf.distribute.MirroredStrategy(
-            [f"CPU:{i}" for i in range(num_replicas)]
-        )
-
-    return make
+    return _mirrored_strategy

@@ -17,6 +17,11 @@ def take_aggregated_gradients(optimizer):
     optimizer._all_reduce_sum_gradients = list
 
 
+def strategy_of(optimizer):
+    """The strategy in whose scope a Keras optimizer was created."""
+    return optimizer._distribution_strategy
+
+
 def in_xla_context():
     """Whether the code being traced will be compiled by XLA as a whole."""
     return control_flow_util.GraphOrParentsInXlaContext(

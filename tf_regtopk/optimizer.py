@@ -1,5 +1,6 @@
 """The optimizer wrapper: one training step, from gradients to the update."""
 
+import copy
 import math
 
 import keras
@@ -101,13 +102,15 @@ class SparsifiedOptimizer(keras.optimizers.Optimizer):
         validation.check_choice("scope", scope, ("global", "per_variable"))
         validation.check_integer("dense_below", dense_below, minimum=0)
         validation.check_strategy()
+        validation.check_same_strategy(
+            "inner_optimizer", keras_internals.strategy_of(inner_optimizer)
+        )
 
         super().__init__(learning_rate=0.0, name=name)
         self.inner_optimizer = inner_optimizer
         self.sparsifier = sparsifier
         self.scope = scope
         self.dense_below = dense_below
-        self._strategy = tf.distribute.get_strategy()
         keras_internals.take_aggregated_gradients(inner_optimizer)
 
     def build(self, var_list):
@@ -116,9 +119,12 @@ class SparsifiedOptimizer(keras.optimizers.Optimizer):
         Args:
             var_list: List of the trainable variables.
         """
+        strategy = keras_internals.strategy_of(self)
+        if tf.distribute.has_strategy():
+            validation.check_same_strategy("optimizer", strategy)
         # Lifted out of any graph and into the scope, so that the first call of
         # `apply` may come from anywhere.
-        with tf.init_scope(), self._strategy.scope():
+        with tf.init_scope(), strategy.scope():
             self.inner_optimizer.build(var_list)
             super().build(var_list)
             self._sparse_slots, self._dense_slots = self._partition(var_list)
@@ -316,7 +322,7 @@ class SparsifiedOptimizer(keras.optimizers.Optimizer):
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        config = dict(config)
+        config = copy.deepcopy(config)  # Keras writes into nested ones.
         for name in ("inner_optimizer", "sparsifier"):
             config[name] = keras.saving.deserialize_keras_object(
                 config[name], custom_objects=custom_objects

@@ -6,10 +6,24 @@ import numbers
 import keras
 import tensorflow as tf
 
-_SUPPORTED_STRATEGIES = (
-    tf.distribute.OneDeviceStrategy,
-    tf.distribute.MirroredStrategy,
-    tf.distribute.MultiWorkerMirroredStrategy,
+_SUPPORTED_STRATEGIES = {
+    "OneDeviceStrategy": tf.distribute.OneDeviceStrategy,
+    "MirroredStrategy": tf.distribute.MirroredStrategy,
+    "MultiWorkerMirroredStrategy": tf.distribute.MultiWorkerMirroredStrategy,
+}
+
+# What Keras's base class takes, and an inner optimizer may have been given.
+_BASE_ARGUMENTS = (
+    "learning_rate",
+    "weight_decay",
+    "clipnorm",
+    "clipvalue",
+    "global_clipnorm",
+    "use_ema",
+    "ema_momentum",
+    "ema_overwrite_frequency",
+    "loss_scale_factor",
+    "gradient_accumulation_steps",
 )
 
 
@@ -72,12 +86,22 @@ def check_strategy():
     """Raises unless entries can be exchanged under the strategy in scope."""
     strategy = tf.distribute.get_strategy()
     if tf.distribute.has_strategy() and not isinstance(
-        strategy, _SUPPORTED_STRATEGIES
+        strategy, tuple(_SUPPORTED_STRATEGIES.values())
     ):
-        expected = ", ".join(s.__name__ for s in _SUPPORTED_STRATEGIES)
         raise ValueError(
-            f"The strategy in scope must be one of {expected}, or none. "
+            "The strategy in scope must be one of "
+            f"{', '.join(_SUPPORTED_STRATEGIES)}, or none. "
             f"Received: {type(strategy).__name__}"
+        )
+
+
+def check_same_strategy(name, strategy):
+    """Raises unless `strategy`, of the object `name`, is that in scope."""
+    if strategy is not tf.distribute.get_strategy():
+        raise ValueError(
+            f"`{name}` must be created in the scope of the strategy that it "
+            f"trains under. Received: {name} of {type(strategy).__name__}, in "
+            f"the scope of {type(tf.distribute.get_strategy()).__name__}"
         )
 
 
@@ -104,6 +128,10 @@ def check_inner_optimizer(inner_optimizer, wrapper_class):
 def check_no_base_arguments(arguments):
     """Raises if arguments that belong on the inner optimizer were given."""
     for name, value in arguments.items():
+        if name not in _BASE_ARGUMENTS:
+            raise TypeError(
+                f"Unknown argument `{name}`. Received: {name}={value!r}"
+            )
         raise ValueError(
             f"`{name}` must be set on the `inner_optimizer`, not on the "
             f"wrapper. Received: {name}={value!r}"

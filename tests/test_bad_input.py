@@ -1,0 +1,207 @@
+"""Bad input gets a clear error before any training."""
+
+import math
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_regtopk
+
+
+def sgd():
+    return keras.optimizers.SGD(0.1)
+
+
+@pytest.mark.parametrize("inner", [None, "sgd", keras.optimizers.SGD, 0.1])
+def test_inner_optimizer_that_is_not_one(inner):
+    with pytest.raises(
+        TypeError,
+        match="`inner_optimizer` must be a `keras.optimizers.Optimizer`. "
+        "Received: inner_optimizer=",
+    ):
+        tf_regtopk.SparsifiedOptimizer(inner)
+
+
+def test_inner_optimizer_that_is_wrapped_already():
+    with pytest.raises(
+        ValueError,
+        match="`inner_optimizer` must not be a `SparsifiedOptimizer` itself. "
+        "Received: inner_optimizer=",
+    ):
+        tf_regtopk.SparsifiedOptimizer(tf_regtopk.SparsifiedOptimizer(sgd()))
+
+
+def test_loss_scale_optimizer_inside():
+    with pytest.raises(
+        ValueError,
+        match="`inner_optimizer` must not be a `LossScaleOptimizer`. Put that "
+        "around the `SparsifiedOptimizer` instead. Received: inner_optimizer=",
+    ):
+        tf_regtopk.SparsifiedOptimizer(
+            keras.optimizers.LossScaleOptimizer(sgd())
+        )
+
+
+@pytest.mark.parametrize("sparsifier", ["topk", 0.1, tf_regtopk.TopK])
+def test_bad_sparsifier(sparsifier):
+    with pytest.raises(TypeError, match="`sparsifier` must be a `Sparsifier`"):
+        tf_regtopk.SparsifiedOptimizer(sgd(), sparsifier)
+
+
+@pytest.mark.parametrize("scope", ["layer", None, 1])
+def test_bad_scope(scope):
+    with pytest.raises(
+        ValueError,
+        match='`scope` must be "global" or "per_variable". Received: scope=',
+    ):
+        tf_regtopk.SparsifiedOptimizer(sgd(), scope=scope)
+
+
+@pytest.mark.parametrize("dense_below", [-1, 0.5, True, None, math.nan])
+def test_bad_dense_below(dense_below):
+    with pytest.raises(
+        (ValueError, TypeError),
+        match="`dense_below` must be an integer >= 0. Received: dense_below=",
+    ):
+        tf_regtopk.SparsifiedOptimizer(sgd(), dense_below=dense_below)
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        {"clipnorm": 1.0},
+        {"clipvalue": 1.0},
+        {"global_clipnorm": 1.0},
+        {"weight_decay": 0.1},
+        {"use_ema": True},
+        {"ema_momentum": 0.9},
+        {"ema_overwrite_frequency": 10},
+        {"loss_scale_factor": 2.0},
+        {"gradient_accumulation_steps": 2},
+        {"learning_rate": 0.1},
+    ],
+)
+def test_arguments_of_the_base_class(argument):
+    ((name, value),) = argument.items()
+    with pytest.raises(
+        ValueError,
+        match=f"`{name}` must be set on the `inner_optimizer`, not on the "
+        f"wrapper. Received: {name}={value}",
+    ):
+        tf_regtopk.SparsifiedOptimizer(sgd(), **argument)
+
+
+def test_unknown_argument():
+    with pytest.raises(TypeError, match="densty"):
+        tf_regtopk.SparsifiedOptimizer(sgd(), densty=0.1)
+
+
+def test_positional_scope():
+    with pytest.raises(TypeError):
+        tf_regtopk.SparsifiedOptimizer(sgd(), tf_regtopk.TopK(), "global")
+
+
+def test_keras_2(monkeypatch):
+    monkeypatch.setattr(keras, "__version__", "2.15.0")
+    with pytest.raises(ValueError, match="`keras` must be version 3 or newer"):
+        tf_regtopk.SparsifiedOptimizer(sgd())
+
+
+def test_other_backend(monkeypatch):
+    monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
+    with pytest.raises(
+        ValueError,
+        match="The Keras backend must be TensorFlow .* "
+        r"Received: keras.backend.backend\(\)='jax'",
+    ):
+        tf_regtopk.SparsifiedOptimizer(sgd())
+
+
+def test_parameter_server_strategy():
+    """In a cluster of one worker and one server, all in one process."""
+    program = """
+import socket
+import keras
+import tensorflow as tf
+import tf_regtopk
+
+sockets = {job: socket.create_server(("localhost", 0)) for job in ("worker", "ps")}
+cluster = tf.train.ClusterSpec(
+    {job: [f"localhost:{s.getsockname()[1]}"] for job, s in sockets.items()}
+)
+for job, s in sockets.items():
+    s.close()
+servers = [tf.distribute.Server(cluster, job_name=job) for job in sockets]
+strategy = tf.distribute.ParameterServerStrategy(
+    tf.distribute.cluster_resolver.SimpleClusterResolver(
+        cluster, rpc_layer="grpc"
+    )
+)
+with strategy.scope():
+    tf_regtopk.SparsifiedOptimizer(keras.optimizers.SGD(0.1))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode != 0
+    assert (
+        "ValueError: The strategy in scope must be one of OneDeviceStrategy, "
+        "MirroredStrategy, MultiWorkerMirroredStrategy, or none. Received: "
+        "ParameterServerStrategy" in result.stderr
+    )
+
+
+def compile_and_fit(strategy, optimizer, **arguments):
+    with strategy.scope():
+        model = keras.Sequential([keras.layers.Dense(1)])
+        model.compile(optimizer=optimizer, loss="mse", **arguments)
+    model.fit(np.ones((4, 2), "f4"), np.ones((4, 1), "f4"), verbose=0)
+    return model
+
+
+def test_jit_compile_under_a_strategy(mirrored):
+    strategy = mirrored(2)
+    with strategy.scope():
+        optimizer = tf_regtopk.SparsifiedOptimizer(sgd())
+    with pytest.raises(
+        ValueError, match="`jit_compile` must be False under a strategy"
+    ):
+        compile_and_fit(strategy, optimizer, jit_compile=True)
+    assert optimizer.iterations.numpy() == 0
+
+
+def test_optimizer_made_outside_the_scope(mirrored):
+    optimizer = tf_regtopk.SparsifiedOptimizer(sgd())
+    with pytest.raises(ValueError, match="scope"):
+        compile_and_fit(mirrored(2), optimizer)
+
+
+def test_inner_optimizer_made_outside_the_scope(mirrored):
+    inner = sgd()
+    with mirrored(2).scope():
+        with pytest.raises(ValueError, match="scope"):
+            tf_regtopk.SparsifiedOptimizer(inner)
+
+
+def test_apply_in_cross_replica_context(mirrored):
+    with mirrored(2).scope():
+        variable = keras.Variable(1.0)
+        optimizer = tf_regtopk.SparsifiedOptimizer(sgd())
+        with pytest.raises(ValueError, match="in a replica context"):
+            optimizer.apply([tf.constant(1.0)], [variable])
+
+
+def test_gradients_that_do_not_match():
+    variables = [keras.Variable(1.0), keras.Variable(2.0)]
+    optimizer = tf_regtopk.SparsifiedOptimizer(sgd())
+    with pytest.raises(ValueError, match="`trainable_variables` must be given"):
+        optimizer.apply([tf.constant(1.0)])
+    with pytest.raises(ValueError, match="1 gradients for 2 variables"):
+        optimizer.apply([tf.constant(1.0)], variables)

@@ -1,0 +1,119 @@
+"""The pure parts: codec, sum, residual error and flat buffer."""
+
+from hypothesis import given
+from hypothesis import settings
+from hypothesis import strategies as st
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tf_regtopk import aggregation
+from tf_regtopk import codec
+from tf_regtopk import error_feedback
+from tf_regtopk import flat_buffer
+from tf_regtopk import selection
+
+
+@pytest.mark.parametrize("dtype", [tf.float32, tf.float64])
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(1, 4),
+    st.lists(
+        st.tuples(
+            st.integers(0, 2**31 - 1), st.floats(width=32, allow_nan=False)
+        ),
+        min_size=1,
+        max_size=9,
+    ),
+)
+def test_payload_round_trip(dtype, num_replicas, entries):
+    indices = np.array([index for index, _ in entries], np.int32)
+    values = np.array([value for _, value in entries], dtype.as_numpy_dtype)
+    payload = codec.encode(tf.constant(indices), tf.constant(values))
+    assert payload.dtype == tf.int32
+    assert payload.shape == [len(indices) * (1 + dtype.size // 4)]
+    payloads = tf.stack([payload] * num_replicas)
+    decoded_indices, decoded_values = codec.decode(
+        payloads, len(indices), dtype
+    )
+    for n in range(num_replicas):
+        np.testing.assert_array_equal(decoded_indices[n], indices)
+        assert decoded_values[n].numpy().tobytes() == values.tobytes()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_sum_is_that_of_the_replicas_in_order(compiled):
+    rng = np.random.default_rng(0)
+    size, k, num_replicas = 37, 11, 5
+    indices = np.stack(
+        [rng.permutation(size)[:k] for _ in range(num_replicas)]
+    ).astype(np.int32)
+    values = rng.standard_normal((num_replicas, k)).astype(np.float32)
+    expected = np.zeros(size, np.float32)
+    for n in range(num_replicas):
+        expected[indices[n]] += values[n]
+    actual = tf.function(aggregation.sum_entries, jit_compile=compiled)(
+        tf.constant(indices), tf.constant(values), size
+    )
+    np.testing.assert_array_equal(actual, expected)
+
+
+def test_nothing_is_lost():
+    """sent + residual error = accumulated, to the bit."""
+    rng = np.random.default_rng(0)
+    error, gradient = rng.standard_normal((2, 50)).astype(np.float32)
+    a = error_feedback.accumulate(tf.constant(error), tf.constant(gradient))
+    indices = tf.constant([3, 49, 0])
+    sent = tf.gather(a, indices)
+    residual = error_feedback.residual_error(a, indices, sent).numpy()
+    assert (residual[[3, 49, 0]] == 0).all()
+    residual[[3, 49, 0]] += sent.numpy()
+    np.testing.assert_array_equal(residual, error + gradient)
+
+
+def test_flat_buffer():
+    buffer = flat_buffer.FlatBuffer(
+        ((2, 2), (), (3,)), (tf.float32, tf.bfloat16, tf.float32)
+    )
+    assert buffer.sizes == (4, 1, 3)
+    assert buffer.size == 8
+    assert buffer.dtype == tf.float32
+    gradients = [
+        tf.constant([[1.0, 2.0], [3.0, 4.0]]),
+        tf.constant(5.0, tf.bfloat16),
+        tf.constant([6.0, 7.0, 8.0]),
+    ]
+    flat = buffer.flatten(gradients)
+    np.testing.assert_array_equal(flat, np.arange(1.0, 9.0))
+    for part, gradient in zip(buffer.split(flat), gradients, strict=True):
+        assert part.dtype == gradient.dtype
+        np.testing.assert_array_equal(part.numpy(), gradient.numpy())
+
+
+def test_flat_buffer_without_some_gradients():
+    buffer = flat_buffer.FlatBuffer(((2,), (1,), (2,)), (tf.float64,) * 3)
+    gradients = [None, tf.constant([1.0], tf.float64), None]
+    assert buffer.dtype == tf.float64
+    np.testing.assert_array_equal(buffer.flatten(gradients), [0, 0, 1, 0, 0])
+    flat = tf.constant([1.0, 2.0, 3.0, 4.0, 5.0], tf.float64)
+    np.testing.assert_array_equal(
+        buffer.clear_missing(flat, gradients), [0, 0, 3, 0, 0]
+    )
+
+
+def test_flat_buffer_densifies_slices():
+    buffer = flat_buffer.FlatBuffer(((4, 2),), (tf.float32,))
+    slices = tf.IndexedSlices(
+        tf.constant([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]),
+        tf.constant([3, 0, 3]),
+    )
+    (dense,) = buffer.densify([slices])
+    np.testing.assert_array_equal(dense, [[3, 4], [0, 0], [0, 0], [6, 8]])
+    assert buffer.densify([None]) == [None]
+
+
+def test_groups():
+    buffer = flat_buffer.FlatBuffer(((2, 5), (), (3,)), (tf.float32,) * 3)
+    half = lambda n: max(1, n // 2)  # noqa: E731
+    assert buffer.groups("global", half) == (selection.Group(14, 7),)
+    assert buffer.groups("per_variable", half) == ((10, 5), (1, 1), (3, 1))
