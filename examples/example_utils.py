@@ -2,17 +2,19 @@
 
 import json
 import os
+import sys
 
 from absl import flags
 import keras
 import matplotlib
 import numpy as np
 import tensorflow as tf
-import tf_regtopk
 import tqdm
 
+import tf_regtopk
+
 matplotlib.use("Agg")  # Writes files; needs no display.
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 
 def simulated_workers(num_workers):
@@ -62,21 +64,40 @@ def full_batch_dataset(features, targets):
     return tf.data.Dataset.from_tensors(tuple(merged)).repeat()
 
 
-def make_optimizer(method, inner_optimizer, density, mu, denominator):
-    """`inner_optimizer` as it is for "dense", else wrapped for the method."""
-    sparsifiers = {
-        "topk": tf_regtopk.TopK(density),
-        "regtopk": tf_regtopk.RegTopK(density, mu, denominator=denominator),
-        "randomk": tf_regtopk.RandomK(density),
-    }
+METHODS = ("dense", "topk", "regtopk", "randomk")
+
+
+def define_method_flags(mu):
+    """Defines the flags for the methods to compare; `mu` is a default."""
+    flags.DEFINE_list(
+        "methods",
+        ["dense", "topk", "regtopk"],
+        f"Methods to compare, of {', '.join(METHODS)}.",
+    )
+    flags.register_validator(
+        "methods",
+        lambda methods: methods and set(methods) <= set(METHODS),
+        f"must be among {', '.join(METHODS)}",
+    )
+    flags.DEFINE_float("mu", mu, "RegTop-k's mu.")
+    flags.DEFINE_enum(
+        "denominator", "previous", ["previous", "current"], "RegTop-k's form."
+    )
+
+
+def make_optimizer(method, learning_rate, density, mu, denominator):
+    """Gradient descent as it is for "dense", else wrapped for the method."""
+    optimizer = keras.optimizers.SGD(learning_rate)
     if method == "dense":
-        return inner_optimizer
-    if method not in sparsifiers:
-        raise ValueError(
-            f"`methods` must be among dense, {', '.join(sparsifiers)}. "
-            f"Received: {method!r}"
-        )
-    return tf_regtopk.SparsifiedOptimizer(inner_optimizer, sparsifiers[method])
+        return optimizer
+    sparsifier = {
+        "topk": lambda: tf_regtopk.TopK(density),
+        "regtopk": lambda: tf_regtopk.RegTopK(
+            density, mu, denominator=denominator
+        ),
+        "randomk": lambda: tf_regtopk.RandomK(density),
+    }[method]()
+    return tf_regtopk.SparsifiedOptimizer(optimizer, sparsifier)
 
 
 class StepRecorder(keras.callbacks.Callback):
@@ -121,10 +142,14 @@ def train_full_batch(model, features, targets, num_steps, measure, title):
     return np.array(recorder.values)
 
 
-def config_of(module_name):
-    """The flags that a module defines, as a dictionary of their values."""
-    module_flags = flags.FLAGS.get_key_flags_for_module(module_name)
-    return {flag.name: flag.value for flag in module_flags}
+def config():
+    """The flags of the script that runs, as a dictionary of their values."""
+    own_modules = [sys.argv[0], __name__]
+    return {
+        flag.name: flag.value
+        for module in own_modules
+        for flag in flags.FLAGS.flags_by_module_dict().get(module, [])
+    }
 
 
 def save_results(output_dir, summary, draw):

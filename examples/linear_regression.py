@@ -16,33 +16,23 @@ import example_utils
 import keras
 import numpy as np
 
-_NUM_WORKERS = flags.DEFINE_integer(
-    "num_workers", 20, "Number of workers.", lower_bound=1
-)
-_DIMENSION = flags.DEFINE_integer(
-    "dimension", 100, "Number of weights.", lower_bound=1
-)
-_POINTS_PER_WORKER = flags.DEFINE_integer(
-    "points_per_worker", 500, "Data points of each worker.", lower_bound=1
-)
-_ROUNDS = flags.DEFINE_integer(
-    "rounds", 2500, "Number of training steps.", lower_bound=1
-)
-_LEARNING_RATE = flags.DEFINE_float("learning_rate", 0.01, "Learning rate.")
-_DENSITY = flags.DEFINE_float("density", 0.6, "Share of entries sent.")
-_MU = flags.DEFINE_float("mu", 4.0, "RegTop-k's mu.")
-_DENOMINATOR = flags.DEFINE_enum(
-    "denominator", "previous", ["previous", "current"], "RegTop-k's form."
-)
-_METHODS = flags.DEFINE_list(
-    "methods",
-    ["dense", "topk", "regtopk"],
-    "Methods to compare: dense, topk, regtopk, randomk.",
-)
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the data.", lower_bound=0)
-_OUTPUT_DIR = flags.DEFINE_string(
-    "output_dir", "results/linear_regression", "Where the results go."
-)
+
+def define_flags():
+    flags.DEFINE_integer("num_workers", 20, "Number of workers.", lower_bound=1)
+    flags.DEFINE_integer("dimension", 100, "Number of weights.", lower_bound=1)
+    flags.DEFINE_integer(
+        "points_per_worker", 500, "Data points of each worker.", lower_bound=1
+    )
+    flags.DEFINE_integer(
+        "rounds", 2500, "Number of training steps.", lower_bound=1
+    )
+    flags.DEFINE_float("learning_rate", 0.01, "Learning rate.")
+    flags.DEFINE_float("density", 0.6, "Share of entries sent.")
+    example_utils.define_method_flags(mu=4.0)
+    flags.DEFINE_integer("seed", 0, "Seed of the data.", lower_bound=0)
+    flags.DEFINE_string(
+        "output_dir", "results/linear_regression", "Where the results go."
+    )
 
 
 def make_problem(num_workers, dimension, points_per_worker, seed):
@@ -105,28 +95,29 @@ def train(optimizer_fn, strategy, problem, rounds, title):
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments: {argv[1:]}")
+    args = flags.FLAGS
     keras.config.set_floatx("float64")
-    strategy = example_utils.simulated_workers(_NUM_WORKERS.value)
+    strategy = example_utils.simulated_workers(args.num_workers)
     problem = make_problem(
-        _NUM_WORKERS.value,
-        _DIMENSION.value,
-        _POINTS_PER_WORKER.value,
-        _SEED.value,
+        args.num_workers,
+        args.dimension,
+        args.points_per_worker,
+        args.seed,
     )
 
     log_distances = {}
-    for method in _METHODS.value:
+    for method in args.methods:
         distances = train(
             lambda method=method: example_utils.make_optimizer(
                 method,
-                keras.optimizers.SGD(_LEARNING_RATE.value),
-                _DENSITY.value,
-                _MU.value,
-                _DENOMINATOR.value,
+                args.learning_rate,
+                args.density,
+                args.mu,
+                args.denominator,
             ),
             strategy,
             problem,
-            _ROUNDS.value,
+            args.rounds,
             method,
         )
         log_distances[method] = np.log10(distances)
@@ -140,15 +131,13 @@ def main(argv):
             axes.plot(curve, label=method)
         axes.set_xlabel("round")
         axes.set_ylabel(r"$\log_{10} \|w - w^*\|^2$")
-        axes.set_title(
-            f"{_NUM_WORKERS.value} workers, density {_DENSITY.value:g}"
-        )
+        axes.set_title(f"{args.num_workers} workers, density {args.density:g}")
         axes.legend()
 
     example_utils.save_results(
-        _OUTPUT_DIR.value,
+        args.output_dir,
         {
-            "config": example_utils.config_of(__name__),
+            "config": example_utils.config(),
             "methods": {
                 method: {"final_log10_distance": float(curve[-1])}
                 for method, curve in log_distances.items()
@@ -159,4 +148,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    define_flags()
     app.run(main)

@@ -19,22 +19,17 @@ import example_utils
 import keras
 import numpy as np
 
-_ROUNDS = flags.DEFINE_integer(
-    "rounds", 150, "Number of training steps.", lower_bound=1
-)
-_LEARNING_RATE = flags.DEFINE_float("learning_rate", 0.9, "Learning rate.")
-_MU = flags.DEFINE_float("mu", 1.0, "RegTop-k's mu.")
-_DENOMINATOR = flags.DEFINE_enum(
-    "denominator", "previous", ["previous", "current"], "RegTop-k's form."
-)
-_METHODS = flags.DEFINE_list(
-    "methods",
-    ["dense", "topk", "regtopk"],
-    "Methods to compare: dense, topk, regtopk, randomk.",
-)
-_OUTPUT_DIR = flags.DEFINE_string(
-    "output_dir", "results/toy_logistic", "Where the results go."
-)
+
+def define_flags():
+    flags.DEFINE_integer(
+        "rounds", 150, "Number of training steps.", lower_bound=1
+    )
+    flags.DEFINE_float("learning_rate", 0.9, "Learning rate.")
+    example_utils.define_method_flags(mu=1.0)
+    flags.DEFINE_string(
+        "output_dir", "results/toy_logistic", "Where the results go."
+    )
+
 
 # One data point a worker, both of class 1.
 _FEATURES = np.array([[[100.0, 1.0]], [[-100.0, 1.0]]])
@@ -79,20 +74,21 @@ def train(optimizer_fn, strategy, rounds, title):
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments: {argv[1:]}")
+    args = flags.FLAGS
     keras.config.set_floatx("float64")
     strategy = example_utils.simulated_workers(len(_FEATURES))
     losses = {}
-    for method in _METHODS.value:
+    for method in args.methods:
         losses[method] = train(
             lambda method=method: example_utils.make_optimizer(
                 method,
-                keras.optimizers.SGD(_LEARNING_RATE.value),
+                args.learning_rate,
                 0.5,  # One of two entries.
-                _MU.value,
-                _DENOMINATOR.value,
+                args.mu,
+                args.denominator,
             ),
             strategy,
-            _ROUNDS.value,
+            args.rounds,
             method,
         )
 
@@ -118,9 +114,9 @@ def main(argv):
         axes.legend()
 
     example_utils.save_results(
-        _OUTPUT_DIR.value,
+        args.output_dir,
         {
-            "config": example_utils.config_of(__name__),
+            "config": example_utils.config(),
             "methods": results,
         },
         draw,
@@ -128,4 +124,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    define_flags()
     app.run(main)

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+
 import tf_regtopk
 
 
@@ -128,7 +129,9 @@ import keras
 import tensorflow as tf
 import tf_regtopk
 
-sockets = {job: socket.create_server(("localhost", 0)) for job in ("worker", "ps")}
+sockets = {
+    job: socket.create_server(("localhost", 0)) for job in ("worker", "ps")
+}
 cluster = tf.train.ClusterSpec(
     {job: [f"localhost:{s.getsockname()[1]}"] for job, s in sockets.items()}
 )
@@ -185,9 +188,8 @@ def test_optimizer_made_outside_the_scope(mirrored):
 
 def test_inner_optimizer_made_outside_the_scope(mirrored):
     inner = sgd()
-    with mirrored(2).scope():
-        with pytest.raises(ValueError, match="scope"):
-            tf_regtopk.SparsifiedOptimizer(inner)
+    with mirrored(2).scope(), pytest.raises(ValueError, match="scope"):
+        tf_regtopk.SparsifiedOptimizer(inner)
 
 
 def test_apply_in_cross_replica_context(mirrored):

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+
 import tf_regtopk
 
 INNER_OPTIMIZERS = {
@@ -147,9 +148,7 @@ def test_other_sparsifiers_in_fit(sparsifier, mirrored):
 
 
 @pytest.mark.parametrize("dense_below, reduces", [(0, 0), (10, 1)])
-def test_one_all_gather_a_step(
-    dense_below, reduces, mirrored, monkeypatch
-):
+def test_one_all_gather_a_step(dense_below, reduces, mirrored, monkeypatch):
     """Indices and values travel together, and nothing dense beside them."""
     strategy = mirrored(2)
     with strategy.scope():
@@ -208,9 +207,7 @@ def test_dense_below_leaves_small_variables_out(mirrored):
     dense = fit(strategy, INNER_OPTIMIZERS["sgd"], steps_per_epoch=1)
     wrapped = fit(
         strategy,
-        wrap(
-            INNER_OPTIMIZERS["sgd"], tf_regtopk.TopK(0.1), dense_below=10
-        ),
+        wrap(INNER_OPTIMIZERS["sgd"], tf_regtopk.TopK(0.1), dense_below=10),
         steps_per_epoch=1,
     )
     kernel, *small = wrapped.weights
@@ -224,7 +221,9 @@ def test_dense_below_leaves_small_variables_out(mirrored):
 
 def custom_loop_step(strategy, optimizer, variables, gradients_fn):
     def replica_step():
-        replica_id = tf.distribute.get_replica_context().replica_id_in_sync_group
+        replica_id = (
+            tf.distribute.get_replica_context().replica_id_in_sync_group
+        )
         optimizer.apply(gradients_fn(replica_id), variables)
 
     strategy.run(replica_step)
@@ -414,9 +413,7 @@ def test_clipping_acts_on_the_aggregate(mirrored):
     # The sum is (30, 40): clipped, (0.6, 0.8).  Clipping each first would give
     # (1, 1).
     gradients = tf.constant([[30.0, 0.0], [0.0, 40.0]])
-    custom_loop_step(
-        strategy, optimizer, variables, lambda n: [gradients[n]]
-    )
+    custom_loop_step(strategy, optimizer, variables, lambda n: [gradients[n]])
     np.testing.assert_allclose(variables[0], [-0.6, -0.8], rtol=1e-6)
 
 
@@ -518,9 +515,7 @@ def test_no_retracing(mirrored):
     optimizer = model.optimizer
     before = optimizer._select_entries.experimental_get_tracing_count()
     model.fit(*small_data(), batch_size=12, epochs=2, verbose=0)
-    assert (
-        optimizer._select_entries.experimental_get_tracing_count() == before
-    )
+    assert optimizer._select_entries.experimental_get_tracing_count() == before
 
 
 def test_empty_gradients_are_no_step():

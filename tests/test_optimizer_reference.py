@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import reference
 import tensorflow as tf
+
 import tf_regtopk
 
 SHAPES = [(3, 5), (7,), (), (2, 3, 1)]
@@ -74,7 +75,8 @@ def run_wrapper(strategy, sparsifier, scope, gradients):
         def replica_step(flat):
             parts = tf.split(flat, SIZES)
             optimizer.apply(
-                [tf.reshape(p, s) for p, s in zip(parts, SHAPES)], variables
+                [tf.reshape(p, s) for p, s in zip(parts, SHAPES, strict=True)],
+                variables,
             )
 
         strategy.run(replica_step, args=(flat,))
@@ -84,9 +86,7 @@ def run_wrapper(strategy, sparsifier, scope, gradients):
         local = g / num_replicas
         step(
             strategy.experimental_distribute_values_from_function(
-                lambda ctx: tf.constant(
-                    local[ctx.replica_id_in_sync_group]  # noqa: B023
-                )
+                lambda ctx: tf.constant(local[ctx.replica_id_in_sync_group])
             )
         )
         yield np.array(

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+
 import tf_regtopk
 
 
@@ -133,9 +134,9 @@ def test_tensorflow_checkpoint(mirrored, tmp_path):
         )
 
     model = train(mirrored(2), sgd)
-    path = tf.train.Checkpoint(
-        model=model, optimizer=model.optimizer
-    ).save(tmp_path / "checkpoint")
+    path = tf.train.Checkpoint(model=model, optimizer=model.optimizer).save(
+        tmp_path / "checkpoint"
+    )
     other = train(mirrored(2), sgd, epochs=1)
     tf.train.Checkpoint(model=other, optimizer=other.optimizer).restore(
         path
@@ -149,7 +150,9 @@ def test_tensorflow_checkpoint(mirrored, tmp_path):
 def test_backup_and_restore_and_model_checkpoint(tmp_path):
     callbacks = [
         keras.callbacks.BackupAndRestore(tmp_path / "backup"),
-        keras.callbacks.ModelCheckpoint(tmp_path / "best.keras", monitor="loss"),
+        keras.callbacks.ModelCheckpoint(
+            tmp_path / "best.keras", monitor="loss"
+        ),
     ]
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
     model.compile(optimizer=make_optimizer(), loss="mse")

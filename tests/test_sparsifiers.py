@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import reference
 import tensorflow as tf
-import tf_regtopk
 
+import tf_regtopk
 from tf_regtopk import sparsifiers
 
 ALL = [

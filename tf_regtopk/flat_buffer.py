@@ -102,7 +102,10 @@ class FlatBuffer:
         return [
             tf.cast(tf.reshape(part, shape), dtype)
             for part, shape, dtype in zip(
-                tf.split(flat, self.sizes), self.shapes, self.dtypes, strict=True
+                tf.split(flat, self.sizes),
+                self.shapes,
+                self.dtypes,
+                strict=True,
             )
         ]
 

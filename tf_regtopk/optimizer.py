@@ -47,7 +47,7 @@ class SparsifiedOptimizer(keras.optimizers.Optimizer):
     Args:
         inner_optimizer: The `keras.optimizers.Optimizer` to wrap. Created in
             the scope of the same strategy. For loss scaling put
-            `keras.optimizers.LossScaleOptimizer` around the wrapper, not inside.
+            `keras.optimizers.LossScaleOptimizer` around the wrapper.
         sparsifier: `RegTopK`, `TopK`, `RandomK` or another `Sparsifier`.
             Defaults to `RegTopK()`.
         scope: `"global"` selects k entries of the concatenation of all

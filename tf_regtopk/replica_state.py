@@ -58,5 +58,5 @@ class ReplicaState:
                 local.assign(value)
 
     def local_errors(self):
-        """The residual errors of this process's replicas, a tuple `[J]` each."""
+        """The residual errors of this process's replicas, each `[J]`."""
         return self._strategy.experimental_local_results(self._error)

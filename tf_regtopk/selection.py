@@ -56,12 +56,15 @@ def select_largest(scores, groups):
     # Each group starts on a word of its own.  Key -1 fills up its last word;
     # it is below every key, so it is never selected.
     num_words = [-(-group.size // _WORD) for group in groups]
-    padding = [n * _WORD - group.size for n, group in zip(num_words, groups)]
-    keys = tf.split(_order_preserving_keys(scores), [g.size for g in groups])
+    padding = [
+        n * _WORD - group.size
+        for n, group in zip(num_words, groups, strict=True)
+    ]
+    parts = tf.split(_order_preserving_keys(scores), [g.size for g in groups])
     keys = tf.concat(
         [
-            tf.pad(key, [[0, pad]], constant_values=-1)
-            for key, pad in zip(keys, padding)
+            tf.pad(part, [[0, pad]], constant_values=-1)
+            for part, pad in zip(parts, padding, strict=True)
         ],
         axis=0,
     )
@@ -121,9 +124,7 @@ def _kth_largest(keys, group_of_word, ks):
     def next_digit(shift, prefix, remaining):
         rest = tf.bitwise.right_shift(keys, shift)
         digit = tf.cast(rest & (num_digits - 1), tf.int32)
-        rest = tf.bitwise.right_shift(
-            rest, tf.constant(digit_bits, keys.dtype)
-        )
+        rest = tf.bitwise.right_shift(rest, tf.constant(digit_bits, keys.dtype))
         candidate = (rest == tf.gather(prefix, group)) & (keys >= 0)
         # One more bin takes the keys that are out of the running.
         histogram = _histogram(
@@ -185,7 +186,7 @@ def _lowest_bits(words, count):
 
 
 def _pack_bits(mask):
-    """Bool tensor `[words, 32]` to uint32 tensor `[words]`, lowest bit first."""
+    """Bool tensor `[words, 32]` to uint32 `[words]`, lowest bit first."""
     weights = tf.constant([1 << bit for bit in range(_WORD)], tf.uint32)
     return tf.reduce_sum(
         tf.where(mask, weights, tf.constant(0, tf.uint32)), axis=1

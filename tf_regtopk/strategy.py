@@ -48,8 +48,8 @@ class MultiWorkerMirroredStrategy(tf.distribute.MultiWorkerMirroredStrategy):
     Two limits remain. The first batch given to `fit()` or `evaluate()` has to
     split evenly among the replicas, as it has to under
     `tf.distribute.MirroredStrategy`. And a metric whose result is a vector
-    shows as the mean of its entries while an epoch runs; its value at the end
-    of the epoch is right.
+    shows as the mean of its entries while an epoch runs and in what
+    `train_on_batch()` returns; its value at the end of an epoch is right.
     """
 
     def reduce(self, reduce_op, value, axis):
@@ -68,6 +68,8 @@ class MultiWorkerMirroredStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         Returns:
             A tensor, or a structure like `value` of tensors.
         """
+        if isinstance(reduce_op, str):
+            reduce_op = tf.distribute.ReduceOp(reduce_op.upper())
         if tf.nest.is_nested(value):
             return tf.nest.map_structure(
                 lambda leaf: self._reduce_leaf(
@@ -83,9 +85,9 @@ class MultiWorkerMirroredStrategy(tf.distribute.MultiWorkerMirroredStrategy):
             local = tf.convert_to_tensor(local)
         dtype = tf.as_dtype(local.dtype)
 
-        if axis == 0 and local.shape.rank == 0:
+        if axis == 0 and tf.TensorShape(local.shape).rank == 0:
             axis = None
-        if dtype == tf.string and _is_mean(reduce_op):
+        if dtype == tf.string and reduce_op == tf.distribute.ReduceOp.MEAN:
             # Keras only wants to know the shape and the dtype.
             return local
         if dtype.is_bool or (dtype.is_integer and dtype not in _REDUCIBLE):
@@ -97,8 +99,3 @@ class MultiWorkerMirroredStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         result = super().reduce(reduce_op, value, axis)
         # The mean of integers is float64 upstream.
         return tf.cast(result, dtype) if keep_dtype else result
-
-
-def _is_mean(reduce_op):
-    mean = tf.distribute.ReduceOp.MEAN
-    return reduce_op == mean or str(reduce_op).upper() == mean.value

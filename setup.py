@@ -1,0 +1,51 @@
+"""Installs `tf_regtopk`; the version is read without importing TensorFlow."""
+
+import pathlib
+import runpy
+
+import setuptools
+
+root = pathlib.Path(__file__).parent
+version = runpy.run_path(str(root / "tf_regtopk" / "version.py"))["__version__"]
+
+# TensorFlow comes in several distributions of the same modules: the user names
+# one of the first three extras, or brings an installation.
+tensorflow = "2.21.*"
+examples = [
+    "importlib_resources",  # tensorflow-datasets needs it and does not ask.
+    "matplotlib>=3.8",
+    "scikit-learn>=1.4",
+    "tensorflow-datasets>=4.9.7",
+    "tqdm>=4.66",
+]
+
+setuptools.setup(
+    name="tf_regtopk",
+    version=version,
+    description="Keras training that sends only the gradient entries worth "
+    "sending: RegTop-k sparsification under tf.distribute",
+    long_description=(root / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=setuptools.find_packages(include=["tf_regtopk", "tf_regtopk.*"]),
+    package_data={"tf_regtopk": ["py.typed"]},
+    python_requires=">=3.11",
+    install_requires=["absl-py>=2.1", "keras==3.15.*", "numpy>=1.26"],
+    extras_require={
+        "tensorflow": [f"tensorflow=={tensorflow}"],
+        "tensorflow-cpu": [f"tensorflow-cpu=={tensorflow}"],
+        "and-cuda": [f"tensorflow[and-cuda]=={tensorflow}"],
+        "examples": examples,
+        "test": [
+            *examples,
+            "hypothesis>=6.100",
+            "pytest>=8",
+            "ruff==0.17.*",
+        ],
+    },
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
