@@ -39,7 +39,7 @@ def test_loss_scale_optimizer_inside():
     with pytest.raises(
         ValueError,
         match="`inner_optimizer` must not be a `LossScaleOptimizer`. Put that "
-        "around the `SparsifiedOptimizer` instead. Received: inner_optimizer=",
+        "around the wrapper instead. Received: inner_optimizer=",
     ):
         tf_regtopk.SparsifiedOptimizer(
             keras.optimizers.LossScaleOptimizer(sgd())

@@ -48,6 +48,11 @@ def fit(strategy, optimizer_fn, build_fn=build_mlp, data=None, **arguments):
     return model
 
 
+def residual_errors(optimizer):
+    """One array for each replica."""
+    return [error.numpy() for error, _ in optimizer._state.local_values()]
+
+
 def wrap(inner_fn, *args, **kwargs):
     return lambda: tf_regtopk.SparsifiedOptimizer(inner_fn(), *args, **kwargs)
 
@@ -102,9 +107,9 @@ def test_fit_with_validation_and_metrics(scope, run_eagerly, mirrored):
     assert losses[-1] < 0.95 * losses[0]
     assert "val_mae" in model.history.history
     assert_replicas_equal(strategy, model)
-    errors = model.optimizer._state.local_errors()
+    errors = residual_errors(model.optimizer)
     assert len(errors) == 2
-    assert np.any(errors[0].numpy() != errors[1].numpy())
+    assert np.any(errors[0] != errors[1])
 
 
 def test_graph_and_eager_agree(mirrored):
@@ -215,7 +220,7 @@ def test_dense_below_leaves_small_variables_out(mirrored):
     assert kernel.shape == (6, 5)
     for w, w_dense in zip(small, dense_small, strict=True):
         np.testing.assert_array_equal(w, w_dense)
-    assert wrapped.optimizer._state.local_errors()[0].shape == [30]
+    assert residual_errors(wrapped.optimizer)[0].shape == (30,)
     assert np.any(kernel.numpy() != dense_kernel.numpy())
 
 
@@ -316,7 +321,7 @@ def test_error_of_a_variable_without_gradient_is_kept():
     optimizer.apply([None, tf.constant([0.0, 0.0])], variables)
     np.testing.assert_array_equal(variables[1], [-3.0, 0.0])
     np.testing.assert_array_equal(
-        optimizer._state.local_errors()[0], [0.0, 0.0, 0.0, 2.0]
+        residual_errors(optimizer)[0], [0.0, 0.0, 0.0, 2.0]
     )
 
 
@@ -334,6 +339,8 @@ def test_subset_and_order_of_variables():
         np.testing.assert_array_equal(variable, np.full(variable.shape, value))
     with pytest.raises(ValueError, match="unknown variable"):
         optimizer.apply([tf.constant(1.0)], [keras.Variable(1.0)])
+    with pytest.raises(ValueError, match="must hold each variable once"):
+        optimizer.apply([tf.ones(1), tf.ones(1)], [variables[0]] * 2)
 
 
 @pytest.mark.parametrize("dense_below", [0, 1000])
@@ -383,7 +390,7 @@ def test_several_dtypes_in_one_model(mirrored):
         epochs=4,
     )
     assert model.weights[0].dtype == "bfloat16"
-    assert model.optimizer._state.local_errors()[0].dtype == tf.float32
+    assert residual_errors(model.optimizer)[0].dtype == np.float32
     losses = model.history.history["loss"]
     assert losses[-1] < losses[0]
 
@@ -449,6 +456,115 @@ def test_loss_scale_factor_of_the_inner_optimizer(mirrored):
     plain = fit(mirrored(2), wrap(inner(None), tf_regtopk.TopK(0.3)))
     scaled = fit(mirrored(2), wrap(inner(1024.0), tf_regtopk.TopK(0.3)))
     assert_weights_close(scaled, plain, rtol=1e-5, atol=1e-7)
+
+
+def test_loss_scale_factor_yields_to_the_loss_scale_optimizer():
+    """Keras turns the factor off on what it wraps, and so on the inner one."""
+    inner = keras.optimizers.SGD(1.0, loss_scale_factor=8.0)
+    wrapped = tf_regtopk.SparsifiedOptimizer(inner, tf_regtopk.TopK(1.0))
+    assert wrapped.loss_scale_factor == 8.0
+    optimizer = keras.optimizers.LossScaleOptimizer(wrapped, initial_scale=4.0)
+    variable = keras.Variable([0.0])
+    optimizer.apply([optimizer.scale_loss(tf.constant([1.0]))], [variable])
+    np.testing.assert_array_equal(variable, [-1.0])
+
+
+@pytest.mark.parametrize("in_graph", [False, True])
+def test_loss_scale_optimizer_builds_lazily(in_graph, mirrored):
+    strategy = mirrored(2)
+    with strategy.scope():
+        variables = [keras.Variable([0.0, 0.0])]
+        optimizer = keras.optimizers.LossScaleOptimizer(
+            tf_regtopk.SparsifiedOptimizer(
+                keras.optimizers.SGD(1.0), tf_regtopk.TopK(0.5)
+            ),
+            initial_scale=2.0,
+        )
+
+    def step():
+        custom_loop_step(
+            strategy, optimizer, variables, lambda n: [tf.constant([4.0, 2.0])]
+        )
+
+    # Plain Keras cannot build this one inside of a graph.
+    if in_graph:
+        optimizer.build(variables)
+        step = tf.function(step)
+    step()
+    np.testing.assert_array_equal(variables[0], [-4.0, 0.0])
+
+
+def test_several_inner_optimizers(mirrored):
+    """Keras's `MultiOptimizer` sums over the replicas in each of its parts."""
+    strategy = mirrored(2)
+    with strategy.scope():
+        variables = [keras.Variable([0.0]), keras.Variable([0.0])]
+        optimizer = tf_regtopk.SparsifiedOptimizer(
+            keras.optimizers.MultiOptimizer(
+                keras.optimizers.OptimizerMap(
+                    keras.optimizers.SGD(1.0),
+                    {variables[1].path: keras.optimizers.SGD(0.5)},
+                )
+            ),
+            tf_regtopk.TopK(1.0),
+        )
+    custom_loop_step(
+        strategy,
+        optimizer,
+        variables,
+        lambda n: [tf.constant([1.0]), tf.constant([1.0])],
+    )
+    np.testing.assert_array_equal(variables[0], [-2.0])
+    np.testing.assert_array_equal(variables[1], [-1.0])
+
+
+def test_dense_variables_of_several_dtypes(mirrored):
+    strategy = mirrored(2)
+    with strategy.scope():
+        variables = [
+            keras.Variable(np.zeros(n), dtype=dtype)
+            for n, dtype in ((2, "bfloat16"), (3, "float32"), (0, "float32"))
+        ]
+        optimizer = tf_regtopk.SparsifiedOptimizer(
+            keras.optimizers.SGD(1.0), dense_below=10
+        )
+    custom_loop_step(
+        strategy,
+        optimizer,
+        variables,
+        lambda n: [tf.ones(v.shape, v.dtype) for v in variables],
+    )
+    np.testing.assert_array_equal(variables[0].numpy(), [-2.0, -2.0])
+    np.testing.assert_array_equal(variables[1], [-2.0, -2.0, -2.0])
+
+
+def test_infinite_gradients_that_are_sent_leave_no_error():
+    """With the inner optimizer's clipping, training survives them."""
+    variable = keras.Variable([0.0, 0.0])
+    optimizer = tf_regtopk.SparsifiedOptimizer(
+        keras.optimizers.SGD(1.0, clipvalue=1.0), tf_regtopk.TopK(0.5)
+    )
+    optimizer.apply([tf.constant([np.inf, 0.5])], [variable])
+    optimizer.apply([tf.constant([0.0, 0.0])], [variable])
+    np.testing.assert_array_equal(variable, [-1.0, -0.5])
+
+
+def test_building_again_keeps_the_state():
+    variable = keras.Variable([0.0, 0.0])
+    optimizer = wrap(INNER_OPTIMIZERS["sgd"], tf_regtopk.TopK(0.5))()
+    optimizer.apply([tf.constant([2.0, 1.0])], [variable])
+    optimizer.build([variable])
+    np.testing.assert_array_equal(residual_errors(optimizer)[0], [0.0, 1.0])
+
+
+def test_set_weights():
+    variable = keras.Variable([0.0, 0.0])
+    optimizer = wrap(INNER_OPTIMIZERS["momentum"], tf_regtopk.TopK(1.0))()
+    optimizer.build([variable])
+    weights = [np.ones(v.shape) for v in optimizer.variables]
+    optimizer.set_weights(weights)
+    for v in optimizer.variables:
+        np.testing.assert_array_equal(v, np.ones(v.shape))
 
 
 def test_loss_scale_optimizer_around_the_wrapper():

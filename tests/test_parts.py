@@ -11,6 +11,7 @@ from tf_regtopk import aggregation
 from tf_regtopk import codec
 from tf_regtopk import error_feedback
 from tf_regtopk import flat_buffer
+from tf_regtopk import replica_state
 from tf_regtopk import selection
 
 
@@ -29,7 +30,8 @@ from tf_regtopk import selection
 def test_payload_round_trip(dtype, num_replicas, entries):
     indices = np.array([index for index, _ in entries], np.int32)
     values = np.array([value for _, value in entries], dtype.as_numpy_dtype)
-    payload = codec.encode(tf.constant(indices), tf.constant(values))
+    payload, sent = codec.encode(tf.constant(indices), tf.constant(values))
+    assert sent.numpy().tobytes() == values.tobytes()
     assert payload.dtype == tf.int32
     assert payload.shape == [len(indices) * (1 + dtype.size // 4)]
     payloads = tf.stack([payload] * num_replicas)
@@ -69,6 +71,38 @@ def test_nothing_is_lost():
     assert (residual[[3, 49, 0]] == 0).all()
     residual[[3, 49, 0]] += sent.numpy()
     np.testing.assert_array_equal(residual, error + gradient)
+
+
+def test_infinity_that_was_sent_leaves_no_error():
+    a = tf.constant([np.inf, 1.0, -np.inf, np.nan])
+    indices = tf.constant([0, 2, 3])
+    residual = error_feedback.residual_error(a, indices, tf.gather(a, indices))
+    np.testing.assert_array_equal(residual, [0.0, 1.0, 0.0, np.nan])
+
+
+def test_replica_state(mirrored):
+    strategy = mirrored(2)
+    with strategy.scope():
+        state = replica_state.ReplicaState(
+            lambda: (tf.zeros([2]), (tf.constant(7),))
+        )
+
+    @tf.function
+    def step():
+        n = tf.distribute.get_replica_context().replica_id_in_sync_group
+        error, (memory,) = state.read()
+        state.assign((error + tf.cast(n + 1, tf.float32), (memory * n,)))
+
+    for _ in range(2):
+        strategy.run(step)
+    (error_0, memory_0), (error_1, memory_1) = state.local_values()
+    np.testing.assert_array_equal(error_0, [2.0, 2.0])
+    np.testing.assert_array_equal(error_1, [4.0, 4.0])
+    assert (memory_0[0].numpy(), memory_1[0].numpy()) == (0, 7)
+    state.reset()
+    for error, memory in state.local_values():
+        np.testing.assert_array_equal(error, [0.0, 0.0])
+        assert memory[0].numpy() == 7
 
 
 def test_flat_buffer():
@@ -117,3 +151,4 @@ def test_groups():
     half = lambda n: max(1, n // 2)  # noqa: E731
     assert buffer.groups("global", half) == (selection.Group(14, 7),)
     assert buffer.groups("per_variable", half) == ((10, 5), (1, 1), (3, 1))
+    assert flat_buffer.FlatBuffer((), ()).groups("global", half) == ()

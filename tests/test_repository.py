@@ -98,9 +98,10 @@ def expected_deps(path):
             deps.add(":tf_regtopk")
         elif name.startswith("tf_regtopk."):
             deps.add(f":{name.removeprefix('tf_regtopk.')}")
-        elif (path.parent / f"{name}.py").exists():
-            deps.add(f":{name}")
-        elif (ROOT / "examples" / f"{name}.py").exists():
+        elif any(
+            (folder / f"{name}.py").exists()
+            for folder in (path.parent, ROOT / "examples")
+        ):
             deps.add(f":{name}")
     return deps
 
@@ -115,12 +116,12 @@ def test_build_has_a_target_for_each_module(folder, rule):
         name = "tf_regtopk" if path.stem == "__init__" else path.stem
         assert name in targets, f"BUILD has no target for {path}"
         target = targets[name]
-        if path.stem.startswith("test_"):
-            rule = "py_test"
+        is_test = path.stem.startswith("test_")
+        assert is_test == (target["rule"] == "py_test")
         assert rule in (None, target["rule"])
         assert target["srcs"][0] == f"{folder}/{path.name}"
         missing = expected_deps(path) - set(target.get("deps", []))
-        if rule == "py_test":
+        if is_test:
             missing |= {":conftest"} - set(target["deps"])
         assert not missing, f"BUILD: {name} lacks deps {missing}"
 
@@ -166,7 +167,5 @@ def test_readme_shows_code_that_runs():
     dataset = tf.data.Dataset.from_tensors((np.ones((4, 2)), np.ones(4)))
     names = {"build_model": build_model, "dataset": dataset}
     exec(compile(program, "README.md", "exec"), names)
-    assert isinstance(
-        names["model"].optimizer, tf_regtopk.SparsifiedOptimizer
-    )
+    assert isinstance(names["model"].optimizer, tf_regtopk.SparsifiedOptimizer)
     assert names["model"].optimizer.iterations.numpy() == 10

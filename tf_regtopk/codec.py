@@ -15,15 +15,19 @@ def encode(indices, values):
         values: float32 or float64 tensor `[k]`.
 
     Returns:
-        int32 tensor: `[2 k]` for float32 values, `[3 k]` for float64.
+        `(payload, sent)`: an int32 tensor, `[2 k]` for float32 values and
+        `[3 k]` for float64; and the values as the receivers decode them, here
+        `values` to the bit.
 
     Example:
 
-    >>> payload = encode(tf.constant([7]), tf.constant([0.5]))
+    >>> payload, sent = encode(tf.constant([7]), tf.constant([0.5]))
     >>> decode(payload[tf.newaxis], 1, tf.float32)[0].numpy().tolist()
     [[7]]
     """
-    return tf.concat([indices, tf.reshape(_to_bits(values), [-1])], axis=0)
+    # A float64 is bitcast to two int32, on an axis of their own.
+    bits = tf.reshape(tf.bitcast(values, tf.int32), [-1])
+    return tf.concat([indices, bits], axis=0), values
 
 
 def decode(payloads, k, dtype):
@@ -41,8 +45,3 @@ def decode(payloads, k, dtype):
     if dtype.size > 4:
         bits = tf.reshape(bits, [-1, k, dtype.size // 4])
     return indices, tf.bitcast(bits, dtype)
-
-
-def _to_bits(values):
-    """`values` as int32, bit for bit; float64 gains a last axis of 2."""
-    return tf.bitcast(values, tf.int32)

@@ -21,7 +21,7 @@ def all_gather(payload):
 
 
 def all_reduce_sum(gradients):
-    """Sums dense gradients over the replicas, as Keras itself does.
+    """Sums whole gradients over the replicas, as Keras itself does.
 
     Args:
         gradients: List of tensors or `tf.IndexedSlices`.
@@ -29,7 +29,14 @@ def all_reduce_sum(gradients):
     Returns:
         List of the same structure, the same on every replica.
     """
-    if not gradients:
-        return []
     replica = tf.distribute.get_replica_context()
-    return replica.all_reduce(tf.distribute.ReduceOp.SUM, gradients)
+    summed = list(gradients)
+    # A collective takes one dtype only.
+    for dtype in dict.fromkeys(g.dtype for g in gradients):
+        places = [i for i, g in enumerate(gradients) if g.dtype == dtype]
+        totals = replica.all_reduce(
+            tf.distribute.ReduceOp.SUM, [gradients[i] for i in places]
+        )
+        for i, total in zip(places, totals, strict=True):
+            summed[i] = total
+    return summed

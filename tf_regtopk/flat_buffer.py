@@ -68,7 +68,7 @@ class FlatBuffer:
             Tuple of `selection.Group`.
         """
         sizes = (self.size,) if scope == "global" else self.sizes
-        return tuple(selection.Group(n, num_selected(n)) for n in sizes)
+        return tuple(selection.Group(n, num_selected(n)) for n in sizes if n)
 
     def densify(self, gradients):
         """`gradients` with each `tf.IndexedSlices` as a dense tensor.

@@ -1,7 +1,7 @@
 """The private parts of Keras and TensorFlow that this package relies on.
 
-Nothing public serves for these.  Each function has a test that fails when
-upstream changes what it relies on.
+Beyond what Keras's own optimizers use of their base class.  Nothing public
+serves for these; each has a test that fails when upstream changes it.
 """
 
 import tensorflow as tf
@@ -12,9 +12,11 @@ def take_aggregated_gradients(optimizer):
     """Makes a Keras optimizer take gradients as already summed over replicas.
 
     Keras 3.15 sums inside the optimizer, in `_all_reduce_sum_gradients`, after
-    clipping and just before the update, and has no switch for it.
+    clipping and just before the update, and has no switch for it. To be called
+    when the optimizer is built: a `MultiOptimizer` gets its parts there.
     """
-    optimizer._all_reduce_sum_gradients = list
+    for part in (optimizer, *getattr(optimizer, "optimizers", ())):
+        part._all_reduce_sum_gradients = list
 
 
 def strategy_of(optimizer):

@@ -1,6 +1,5 @@
 """The optimizer wrapper: one training step, from gradients to the update."""
 
-import copy
 import math
 
 import keras
@@ -11,15 +10,15 @@ from tf_regtopk import codec
 from tf_regtopk import error_feedback
 from tf_regtopk import exchange
 from tf_regtopk import flat_buffer
-from tf_regtopk import keras_internals
 from tf_regtopk import replica_state
 from tf_regtopk import selection
 from tf_regtopk import sparsifiers
 from tf_regtopk import validation
+from tf_regtopk import wrapper
 
 
 @keras.saving.register_keras_serializable(package="tf_regtopk")
-class SparsifiedOptimizer(keras.optimizers.Optimizer):
+class SparsifiedOptimizer(wrapper.OptimizerWrapper):
     r"""Wraps a Keras optimizer so that replicas exchange only k entries a step.
 
     Each step, replica n of N, with residual error `e_n` and gradient `g_n`:
@@ -40,9 +39,11 @@ class SparsifiedOptimizer(keras.optimizers.Optimizer):
     Without a strategy, or with a single replica, nothing is exchanged, but
     entries are selected all the same.
 
-    The residual errors and what the sparsifier remembers are not saved: after
-    loading a model or weights, both start afresh on every replica, and gradient
-    that had not been sent is lost.  All else is saved and loaded as usual.
+    The residual errors and what the sparsifier remembers are not saved. Loading
+    a model (`load_model`) or a file of weights (`load_weights`) starts both
+    afresh on every replica, and gradient that had not been sent is lost;
+    `tf.train.Checkpoint.restore` and `model.set_weights` leave both as they
+    are.  All else is saved and loaded as usual.
 
     Args:
         inner_optimizer: The `keras.optimizers.Optimizer` to wrap. Created in
@@ -54,9 +55,11 @@ class SparsifiedOptimizer(keras.optimizers.Optimizer):
             gradients, in the order of the trainable variables;
             `"per_variable"` selects in each variable separately. A gradient
             that is None counts as zeros, keeps its variable's residual error
-            and leaves the variable alone.
+            and leaves the variable alone. `tf.IndexedSlices` (of embeddings)
+            reach the inner optimizer as dense gradients.
         dense_below: Variables with fewer entries than this are exchanged
-            densely, by an all-reduce, and have no residual error.
+            densely, by an all-reduce, and have no residual error: the inner
+            optimizer sees what it would have seen without the wrapper.
         name: String. The name of the optimizer.
 
     Raises:
@@ -89,9 +92,7 @@ class SparsifiedOptimizer(keras.optimizers.Optimizer):
         name=None,
         **kwargs,
     ):
-        validation.check_keras()
         validation.check_no_base_arguments(kwargs)
-        validation.check_inner_optimizer(inner_optimizer, type(self))
         if sparsifier is None:
             sparsifier = sparsifiers.RegTopK()
         if not isinstance(sparsifier, sparsifiers.Sparsifier):
@@ -101,141 +102,34 @@ class SparsifiedOptimizer(keras.optimizers.Optimizer):
             )
         validation.check_choice("scope", scope, ("global", "per_variable"))
         validation.check_integer("dense_below", dense_below, minimum=0)
-        validation.check_strategy()
-        validation.check_same_strategy(
-            "inner_optimizer", keras_internals.strategy_of(inner_optimizer)
-        )
-
-        super().__init__(learning_rate=0.0, name=name)
-        self.inner_optimizer = inner_optimizer
+        super().__init__(inner_optimizer, name=name)
         self.sparsifier = sparsifier
         self.scope = scope
         self.dense_below = dense_below
-        keras_internals.take_aggregated_gradients(inner_optimizer)
 
-    def build(self, var_list):
-        """Creates the state of the inner optimizer and of every replica.
+    def _aggregate(self, gradients):
+        aggregate = list(gradients)
+        sparse = [gradients[slot] for slot in self._sparse_slots]
+        if any(gradient is not None for gradient in sparse):
+            totals = self._sum_of_entries(sparse)
+            for slot, total in zip(self._sparse_slots, totals, strict=True):
+                aggregate[slot] = None if gradients[slot] is None else total
+        dense_slots = [s for s in self._dense_slots if gradients[s] is not None]
+        totals = exchange.all_reduce_sum([gradients[s] for s in dense_slots])
+        for slot, total in zip(dense_slots, totals, strict=True):
+            aggregate[slot] = total
+        return aggregate
 
-        Args:
-            var_list: List of the trainable variables.
-        """
-        strategy = keras_internals.strategy_of(self)
-        if tf.distribute.has_strategy():
-            validation.check_same_strategy("optimizer", strategy)
-        # Lifted out of any graph and into the scope, so that the first call of
-        # `apply` may come from anywhere.
-        with tf.init_scope(), strategy.scope():
-            self.inner_optimizer.build(var_list)
-            super().build(var_list)
-            self._sparse_slots, self._dense_slots = self._partition(var_list)
-            self._buffer = flat_buffer.FlatBuffer.for_variables(
-                [var_list[slot] for slot in self._sparse_slots]
-            )
-            self._groups = self._buffer.groups(
-                self.scope, self.sparsifier.num_selected
-            )
-            self._state = replica_state.ReplicaState(
-                self._buffer.size,
-                self._buffer.dtype,
-                self.sparsifier.initial_memory(
-                    sum(group.k for group in self._groups), self._buffer.dtype
-                ),
-            )
-
-    def _partition(self, variables):
-        """The slots of variables exchanged sparsely, and of those densely."""
-        sparse, dense = [], []
-        for slot, variable in enumerate(variables):
-            # Such a "gradient" is the variable's next value (float8 scales):
-            # nothing to sum, the inner optimizer assigns it.
-            if getattr(variable, "overwrite_with_gradient", False):
-                continue
-            size = math.prod(variable.shape)
-            is_sparse = size > 0 and size >= self.dense_below
-            (sparse if is_sparse else dense).append(slot)
-        return tuple(sparse), tuple(dense)
-
-    def apply(self, grads, trainable_variables=None):
-        """Exchanges the gradients and lets the inner optimizer apply them.
-
-        Args:
-            grads: List of this replica's gradients: tensors, `tf.IndexedSlices`
-                or None.
-            trainable_variables: List of the variables that the gradients belong
-                to. Defaults to those the optimizer was built with.
-        """
-        grads = list(grads)
-        if not grads:
-            return
-        validation.check_replica_context()
-        validation.check_not_compiled_as_a_whole(
-            keras_internals.in_xla_context()
-        )
-        variables = self._variables_of(grads, trainable_variables)
-        self.inner_optimizer.apply(self._aggregate(grads, variables), variables)
-        self._iterations.assign_add(1)
-
-    def _variables_of(self, grads, trainable_variables):
-        """The variables of `grads`; builds the optimizer on the first call."""
-        if trainable_variables is not None:
-            variables = list(trainable_variables)
-            if not self.built:
-                # All replicas meet here, and one of them builds for all.
-                tf.distribute.get_replica_context().merge_call(
-                    lambda strategy: self.build(variables)
-                )
-        elif self.built:
-            variables = self._trainable_variables
-        else:
-            raise ValueError(
-                "`trainable_variables` must be given until the optimizer is "
-                "built. Received: trainable_variables=None"
-            )
-        if len(grads) != len(variables):
-            raise ValueError(
-                "`grads` must hold one gradient for each variable. Received: "
-                f"{len(grads)} gradients for {len(variables)} variables"
-            )
-        return variables
-
-    def _aggregate(self, grads, variables):
-        """`grads`, each replaced by its sum over the replicas; None stays."""
-        by_slot = dict(zip(map(self._slot_of, variables), grads, strict=True))
-
-        def present(slots):
-            return [s for s in slots if by_slot.get(s) is not None]
-
-        if present(self._sparse_slots):
-            aggregate = self._exchange_entries(
-                [by_slot.get(slot) for slot in self._sparse_slots]
-            )
-            aggregate = dict(zip(self._sparse_slots, aggregate, strict=True))
-            by_slot |= {s: aggregate[s] for s in present(self._sparse_slots)}
-        dense_slots = present(self._dense_slots)
-        dense = exchange.all_reduce_sum([by_slot[s] for s in dense_slots])
-        by_slot |= dict(zip(dense_slots, dense, strict=True))
-        return list(by_slot.values())
-
-    def _slot_of(self, variable):
-        """The place of a variable in the list the optimizer was built with."""
-        try:
-            return self._get_variable_index(variable)
-        except KeyError:
-            raise ValueError(
-                "`trainable_variables` must be those the optimizer was built "
-                f"with. Received the unknown variable: {variable}"
-            ) from None
-
-    def _exchange_entries(self, gradients):
-        """One step of the algorithm, from the gradients to their aggregate.
+    def _sum_of_entries(self, gradients):
+        """One step of the algorithm: the sum of what the replicas send.
 
         Args:
             gradients: For each sparsely exchanged variable this replica's
                 gradient, or None.
 
         Returns:
-            List of dense gradients, the same on every replica: for each of
-            these variables the sum of the entries that the replicas sent.
+            For each of these variables a dense gradient, the same on every
+            replica.
         """
         gradients = self._buffer.densify(gradients)
         error, memory = self._state.read()
@@ -243,27 +137,26 @@ class SparsifiedOptimizer(keras.optimizers.Optimizer):
             gradients, error, memory, self._iterations.value
         )
         payloads = exchange.all_gather(payload)
-        aggregate, memory = self._sum_entries(payloads, indices, sent)
-        self._state.assign(error, memory)
+        aggregate, memory = self._add_entries(payloads, indices, sent)
+        self._state.assign((error, memory))
         return aggregate
 
     @tf.function(jit_compile=True, autograph=False)
     def _select_entries(self, gradients, error, memory, step):
-        """Accumulate -> score -> select, on one replica."""
+        """Accumulate -> score -> select -> encode, on one replica."""
         g = self._buffer.flatten(gradients)
         a = error_feedback.accumulate(error, g)
-        # A variable without a gradient takes no part, and keeps its error.
+        # Where there is no gradient nothing is sent, and the error stays.
         candidates = self._buffer.clear_missing(a, gradients)
         scores = self.sparsifier.score(candidates, memory, step)
         indices = selection.select_largest(scores, self._groups)
-        sent = tf.gather(candidates, indices)
-        payload = codec.encode(indices, sent)
+        payload, sent = codec.encode(indices, tf.gather(candidates, indices))
         error = error_feedback.residual_error(a, indices, sent)
         return payload, indices, sent, error
 
     @tf.function(jit_compile=True, autograph=False)
-    def _sum_entries(self, payloads, indices, sent):
-        """Sum what all replicas sent, and remember what this one did."""
+    def _add_entries(self, payloads, indices, sent):
+        """Decode -> sum -> remember what became of this replica's entries."""
         all_indices, all_values = codec.decode(
             payloads, indices.shape[0], sent.dtype
         )
@@ -275,56 +168,41 @@ class SparsifiedOptimizer(keras.optimizers.Optimizer):
         )
         return self._buffer.split(aggregate), memory
 
-    @property
-    def variables(self):
-        return self._variables + self.inner_optimizer.variables
+    def _create_state(self, variables):
+        self._sparse_slots, self._dense_slots = self._partition(variables)
+        self._buffer = flat_buffer.FlatBuffer.for_variables(
+            [variables[slot] for slot in self._sparse_slots]
+        )
+        self._groups = self._buffer.groups(
+            self.scope, self.sparsifier.num_selected
+        )
+        k = sum(group.k for group in self._groups)
+        self._state = replica_state.ReplicaState(
+            lambda: (
+                tf.zeros([self._buffer.size], self._buffer.dtype),
+                self.sparsifier.initial_memory(k, self._buffer.dtype),
+            )
+        )
 
-    @property
-    def learning_rate(self):
-        return self.inner_optimizer.learning_rate
-
-    @learning_rate.setter
-    def learning_rate(self, learning_rate):
-        self.inner_optimizer.learning_rate = learning_rate
-
-    @property
-    def iterations(self):
-        return self.inner_optimizer.iterations
-
-    def apply_gradients(self, grads_and_vars):
-        super().apply_gradients(grads_and_vars)
-        return self.iterations
-
-    def scale_loss(self, loss):
-        return self.inner_optimizer.scale_loss(loss)
-
-    def exclude_from_weight_decay(self, var_list=None, var_names=None):
-        self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
-
-    def finalize_variable_values(self, var_list):
-        self.inner_optimizer.finalize_variable_values(var_list)
-
-    def load_own_variables(self, store):
-        super().load_own_variables(store)
-        # What was not sent belongs to the weights as they were before.
+    def _reset_state(self):
         self._state.reset()
 
+    def _partition(self, variables):
+        """The slots of variables exchanged sparsely, and of those densely."""
+        sparse, dense = [], []
+        for slot, variable in enumerate(variables):
+            size = math.prod(variable.shape)
+            # Of an empty variable there is nothing to exchange.  A "gradient"
+            # to overwrite with (float8 scales) is no summand but the next
+            # value, and the inner optimizer assigns it.
+            if size and not getattr(variable, "overwrite_with_gradient", False):
+                (sparse if size >= self.dense_below else dense).append(slot)
+        return tuple(sparse), tuple(dense)
+
     def get_config(self):
-        # Not the base class's: its arguments belong to the inner optimizer.
-        serialize = keras.saving.serialize_keras_object
         return {
-            "name": self.name,
-            "inner_optimizer": serialize(self.inner_optimizer),
-            "sparsifier": serialize(self.sparsifier),
+            **super().get_config(),
+            "sparsifier": keras.saving.serialize_keras_object(self.sparsifier),
             "scope": self.scope,
             "dense_below": self.dense_below,
         }
-
-    @classmethod
-    def from_config(cls, config, custom_objects=None):
-        config = copy.deepcopy(config)  # Keras writes into nested ones.
-        for name in ("inner_optimizer", "sparsifier"):
-            config[name] = keras.saving.deserialize_keras_object(
-                config[name], custom_objects=custom_objects
-            )
-        return cls(**config)

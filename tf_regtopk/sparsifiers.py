@@ -118,7 +118,9 @@ class Sparsifier(abc.ABC):
     """Base class: what the optimizer asks of a sparsifier.
 
     A subclass is a frozen dataclass of hyper-parameters that overrides `score`,
-    and the two memory methods where it remembers something between steps.
+    and the two memory methods where it remembers something between steps. To be
+    saved with a model it is registered with
+    `keras.saving.register_keras_serializable`.
 
     Args:
         density: Float in (0, 1]. The share of entries that is sent.
@@ -239,7 +241,11 @@ class RegTopK(Sparsifier):
     def __post_init__(self):
         super().__post_init__()
         validation.check_number(
-            "mu", self.mu, "a positive number", lambda mu: mu > 0
+            # A smaller mu would be 0 in float32.
+            "mu",
+            self.mu,
+            "a positive number",
+            lambda mu: mu > 1e-37,
         )
         validation.check_number(
             "q", self.q, "a non-negative number", lambda q: q >= 0

@@ -60,7 +60,7 @@ def check_integer(name, value, minimum):
 
 def check_choice(name, value, choices):
     """Raises unless `value` is one of the strings `choices`."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         expected = " or ".join(f'"{choice}"' for choice in choices)
         raise ValueError(
             f"`{name}` must be {expected}. Received: {name}={value!r}"
@@ -95,14 +95,20 @@ def check_strategy():
         )
 
 
-def check_same_strategy(name, strategy):
-    """Raises unless `strategy`, of the object `name`, is that in scope."""
-    if strategy is not tf.distribute.get_strategy():
+def check_in_scope_of(name, strategy):
+    """Raises unless the strategy in scope is that of the object `name`."""
+    in_scope = tf.distribute.get_strategy()
+    if strategy is not in_scope:
         raise ValueError(
             f"`{name}` must be created in the scope of the strategy that it "
-            f"trains under. Received: {name} of {type(strategy).__name__}, in "
-            f"the scope of {type(tf.distribute.get_strategy()).__name__}"
+            f"trains under. Received: {name} made under "
+            f"{_describe(strategy)}, used under {_describe(in_scope)}"
         )
+
+
+def _describe(strategy):
+    name = type(strategy).__name__
+    return "no strategy" if name.startswith("_") else f"a {name}"
 
 
 def check_inner_optimizer(inner_optimizer, wrapper_class):
@@ -116,12 +122,12 @@ def check_inner_optimizer(inner_optimizer, wrapper_class):
     if isinstance(inner_optimizer, wrapper_class):
         raise ValueError(
             "`inner_optimizer` must not be a "
-            f"`{wrapper_class.__name__}` itself. {received}"
+            f"`{type(inner_optimizer).__name__}` itself. {received}"
         )
     if isinstance(inner_optimizer, keras.optimizers.LossScaleOptimizer):
         raise ValueError(
             "`inner_optimizer` must not be a `LossScaleOptimizer`. Put that "
-            f"around the `{wrapper_class.__name__}` instead. {received}"
+            f"around the wrapper instead. {received}"
         )
 
 

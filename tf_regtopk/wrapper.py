@@ -1,0 +1,214 @@
+"""A Keras optimizer around another one: all but the aggregation itself."""
+
+import abc
+import copy
+
+import keras
+import tensorflow as tf
+
+from tf_regtopk import keras_internals
+from tf_regtopk import validation
+
+
+class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
+    """Aggregates gradients in its own way, and lets an inner optimizer apply.
+
+    To Keras this is an optimizer with the inner one's learning rate, step count
+    and variables. A subclass says in `_create_state` what it keeps, and in
+    `_aggregate` how the gradients of the replicas become one.
+
+    Args:
+        inner_optimizer: The `keras.optimizers.Optimizer` to wrap.
+        name: String. The name of the optimizer.
+    """
+
+    def __init__(self, inner_optimizer, name=None):
+        validation.check_keras()
+        validation.check_inner_optimizer(inner_optimizer, OptimizerWrapper)
+        validation.check_strategy()
+        validation.check_in_scope_of(
+            "inner_optimizer", keras_internals.strategy_of(inner_optimizer)
+        )
+        super().__init__(learning_rate=0.0, name=name)
+        self.inner_optimizer = inner_optimizer
+
+    @abc.abstractmethod
+    def _create_state(self, variables):
+        """Creates what the aggregation keeps between steps, in the scope."""
+
+    @abc.abstractmethod
+    def _reset_state(self):
+        """Puts what the aggregation keeps back to where it started."""
+
+    @abc.abstractmethod
+    def _aggregate(self, gradients):
+        """The sums over all replicas of their gradients.
+
+        Args:
+            gradients: One gradient of this replica for each variable the
+                optimizer was built with, in that order; None where there is
+                none.
+
+        Returns:
+            List of the same structure, the same on every replica.
+        """
+
+    def build(self, variables):
+        """Creates the variables of this and of the inner optimizer.
+
+        Args:
+            variables: List of the trainable variables.
+        """
+        if self.built:
+            return
+        replica = tf.distribute.get_replica_context()
+        if replica is None:
+            self._build(variables)
+        else:
+            # The replicas meet here, and one of them builds for all.
+            replica.merge_call(lambda strategy: self._build(variables))
+
+    def _build(self, variables):
+        strategy = keras_internals.strategy_of(self)
+        if tf.distribute.has_strategy():
+            validation.check_in_scope_of("optimizer", strategy)
+        # Lifted out of any graph and into the scope, so that the first step may
+        # be taken anywhere.
+        with tf.init_scope(), strategy.scope():
+            self.inner_optimizer.build(variables)
+            keras_internals.take_aggregated_gradients(self.inner_optimizer)
+            super().build(variables)
+            self._create_state(variables)
+
+    def apply(self, grads, trainable_variables=None):
+        """Aggregates the gradients and lets the inner optimizer apply them.
+
+        Args:
+            grads: List of this replica's gradients: tensors, `tf.IndexedSlices`
+                or None.
+            trainable_variables: List of the variables that the gradients belong
+                to. Defaults to those the optimizer was built with.
+        """
+        grads = list(grads)
+        if not grads:
+            return
+        validation.check_replica_context()
+        validation.check_in_scope_of(
+            "optimizer", keras_internals.strategy_of(self)
+        )
+        validation.check_not_compiled_as_a_whole(
+            keras_internals.in_xla_context()
+        )
+        variables = self._variables_of(grads, trainable_variables)
+        slots = [self._slot_of(variable) for variable in variables]
+        if len(set(slots)) < len(slots):
+            raise ValueError(
+                "`trainable_variables` must hold each variable once. Received: "
+                f"{[variable.name for variable in variables]}"
+            )
+        # If there are no gradients at all, the inner optimizer says so.
+        if any(grad is not None for grad in grads):
+            gradients = [None] * len(self._trainable_variables)
+            for slot, grad in zip(slots, grads, strict=True):
+                gradients[slot] = grad
+            aggregate = self._aggregate(gradients)
+            grads = [aggregate[slot] for slot in slots]
+        self.inner_optimizer.apply(grads, variables)
+        self._iterations.assign_add(1)
+
+    def _variables_of(self, grads, trainable_variables):
+        """The variables of `grads`; builds the optimizer on the first call."""
+        if trainable_variables is not None:
+            variables = list(trainable_variables)
+            self.build(variables)
+        elif self.built:
+            variables = self._trainable_variables
+        else:
+            raise ValueError(
+                "`trainable_variables` must be given until the optimizer is "
+                "built. Received: trainable_variables=None"
+            )
+        if len(grads) != len(variables):
+            raise ValueError(
+                "`grads` must hold one gradient for each variable. Received: "
+                f"{len(grads)} gradients for {len(variables)} variables"
+            )
+        return variables
+
+    def _slot_of(self, variable):
+        """The place of a variable in the list the optimizer was built with."""
+        try:
+            return self._get_variable_index(variable)
+        except KeyError:
+            raise ValueError(
+                "`trainable_variables` must be those the optimizer was built "
+                f"with. Received the unknown variable: {variable}"
+            ) from None
+
+    @property
+    def variables(self):
+        return self._variables + self.inner_optimizer.variables
+
+    @property
+    def learning_rate(self):
+        return self.inner_optimizer.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate):
+        self.inner_optimizer.learning_rate = learning_rate
+
+    @property
+    def iterations(self):
+        return self.inner_optimizer.iterations
+
+    @property
+    def loss_scale_factor(self):
+        return self.inner_optimizer.loss_scale_factor
+
+    @loss_scale_factor.setter
+    def loss_scale_factor(self, factor):
+        # The base class sets its own before there is an inner optimizer.
+        if hasattr(self, "inner_optimizer"):
+            self.inner_optimizer.loss_scale_factor = factor
+
+    def scale_loss(self, loss):
+        return self.inner_optimizer.scale_loss(loss)
+
+    def apply_gradients(self, grads_and_vars):
+        super().apply_gradients(grads_and_vars)
+        return self.iterations
+
+    def exclude_from_weight_decay(self, var_list=None, var_names=None):
+        self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
+
+    def finalize_variable_values(self, var_list):
+        self.inner_optimizer.finalize_variable_values(var_list)
+
+    def set_weights(self, weights):
+        # The base class knows only the wrapper's own.
+        for variable, weight in zip(self.variables, weights, strict=True):
+            variable.assign(weight)
+
+    def load_own_variables(self, store):
+        super().load_own_variables(store)
+        if self.built:
+            self._reset_state()
+
+    def get_config(self):
+        # Not the base class's: its arguments belong to the inner optimizer.
+        return {
+            "name": self.name,
+            "inner_optimizer": keras.saving.serialize_keras_object(
+                self.inner_optimizer
+            ),
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        config = copy.deepcopy(config)  # Keras writes into nested ones.
+        for name, value in config.items():
+            if isinstance(value, dict):
+                config[name] = keras.saving.deserialize_keras_object(
+                    value, custom_objects=custom_objects
+                )
+        return cls(**config)
