@@ -224,6 +224,16 @@ def test_dense_below_leaves_small_variables_out(mirrored):
     assert np.any(kernel.numpy() != dense_kernel.numpy())
 
 
+def test_dense_below_takes_variables_with_fewer_entries():
+    variables = [keras.Variable(np.zeros(n, "f4")) for n in (4, 5)]
+    optimizer = tf_regtopk.SparsifiedOptimizer(
+        keras.optimizers.SGD(1.0), tf_regtopk.TopK(0.2), dense_below=5
+    )
+    optimizer.apply([tf.ones(4), tf.ones(5)], variables)
+    np.testing.assert_array_equal(variables[0], [-1.0] * 4)
+    np.testing.assert_array_equal(variables[1], [-1.0, 0.0, 0.0, 0.0, 0.0])
+
+
 def custom_loop_step(strategy, optimizer, variables, gradients_fn):
     def replica_step():
         replica_id = (
@@ -563,6 +573,8 @@ def test_set_weights():
     optimizer.build([variable])
     weights = [np.ones(v.shape) for v in optimizer.variables]
     optimizer.set_weights(weights)
+    (momentum,) = optimizer.inner_optimizer.momentums
+    np.testing.assert_array_equal(momentum, [1.0, 1.0])
     for v in optimizer.variables:
         np.testing.assert_array_equal(v, np.ones(v.shape))
 

@@ -60,13 +60,13 @@ def test_number_of_entries():
 
 
 def test_reg_top_k_damps_what_the_others_cancel():
-    """Two steps by hand: ratios 0, 1/2, 1 and 2 of sum to own part."""
+    """Two steps by hand: ratios 0, 1/2, 1, 2 and -1 of sum to own part."""
     sparsifier = tf_regtopk.RegTopK(0.8, mu=0.5)
-    sent = tf.constant([4.0, 4.0, -4.0, 4.0], tf.float64)
-    summed = tf.constant([0.0, 2.0, -4.0, 8.0], tf.float64)
-    indices = tf.constant([0, 1, 2, 4])
+    sent = tf.constant([4.0, 4.0, -4.0, 4.0, 4.0], tf.float64)
+    summed = tf.constant([0.0, 2.0, -4.0, 8.0, -4.0], tf.float64)
+    indices = tf.constant([0, 1, 2, 4, 5])
     memory = sparsifier.remember(indices, sent, summed)
-    a = tf.constant([10.0, -10.0, 10.0, 10.0, 10.0], tf.float64)
+    a = tf.constant([10.0, -10.0, 10.0, 10.0, 10.0, 10.0], tf.float64)
     np.testing.assert_allclose(
         sparsifier.score(a, memory, STEP),
         [
@@ -75,6 +75,7 @@ def test_reg_top_k_damps_what_the_others_cancel():
             10 * math.tanh(2.0),
             10.0,
             10 * math.tanh(4.0),
+            10 * math.tanh(2.0),
         ],
         rtol=1e-12,
     )
@@ -108,6 +109,17 @@ def test_reg_top_k_where_the_ratio_is_not_defined(denominator):
     if denominator == "previous":
         np.testing.assert_array_equal(scores, a)
     assert np.isfinite(scores).all()
+
+
+def test_an_entry_sent_as_zero_counts_as_not_sent():
+    sparsifier = tf_regtopk.RegTopK(0.5, mu=2.0, q=0.5)
+    memory = sparsifier.remember(
+        tf.constant([0]), tf.constant([0.0]), tf.constant([3.0])
+    )
+    a = tf.constant([4.0, 4.0])
+    scores = sparsifier.score(a, memory, STEP).numpy()
+    np.testing.assert_allclose(scores, np.full(2, 4 * math.tanh(1.5 / 2)))
+    assert scores[0] == scores[1]
 
 
 def test_small_mu_is_top_k():

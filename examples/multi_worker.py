@@ -1,0 +1,465 @@
+r"""Trains a small convolutional network with several workers.
+
+Each worker is a process of its own, on one machine or on many. The workers
+share every global batch out among them and send each other only the gradient
+entries that RegTop-k selects. To try it on one machine, on its CPU:
+
+```
+python examples/multi_worker.py --num_local_workers=2
+```
+
+In a cluster, start the same script on every machine, with the environment
+variable `TF_CONFIG` saying who the workers are and which of them this one is:
+
+```
+TF_CONFIG='{"cluster": {"worker": ["host0:12345", "host1:12345"]},
+            "task": {"type": "worker", "index": 0}}' \
+python examples/multi_worker.py
+```
+
+The first worker (the chief) shows the progress and writes the results.
+
+When a worker is lost, all of them end with an error, so that whatever started
+them can start them again.
+"""
+
+import contextlib
+import inspect
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+
+from absl import app
+from absl import flags
+import example_utils
+import keras
+import sklearn.datasets
+import sklearn.model_selection
+import tensorflow as tf
+
+import tf_regtopk
+
+# Exit statuses of a worker, next to 0 and 1, which mean what they always do.
+LOST_A_WORKER = 3
+PORT_TAKEN = 4
+
+# What TensorFlow raises in a collective that other workers have left.
+_LOST_ERRORS = (
+    tf.errors.AbortedError,
+    tf.errors.CancelledError,
+    tf.errors.DeadlineExceededError,
+    tf.errors.UnavailableError,
+)
+
+
+def define_flags():
+    flags.DEFINE_integer(
+        "num_local_workers",
+        0,
+        "Start this many workers on this machine, on its CPU. 0 means to be "
+        "one worker of the cluster that TF_CONFIG describes.",
+        lower_bound=0,
+    )
+    flags.DEFINE_integer("epochs", 10, "Passes over the images.", lower_bound=1)
+    flags.DEFINE_integer(
+        "batch_size",
+        64,
+        "Images per step, over all workers. A multiple of their number.",
+        lower_bound=1,
+    )
+    flags.DEFINE_float("learning_rate", 0.02, "Learning rate.", lower_bound=0.0)
+    flags.DEFINE_float(
+        "density",
+        0.01,
+        "Share of the gradient entries that a worker sends.",
+        lower_bound=0.0,
+        upper_bound=1.0,
+    )
+    flags.DEFINE_integer(
+        "seed", 0, "Seed of the weights and of the order of the images."
+    )
+    flags.DEFINE_string(
+        "output_dir", "results/multi_worker", "Where the results go."
+    )
+    flags.DEFINE_integer(
+        "timeout_seconds",
+        60,
+        "How long a worker waits for the others, at the start and in every "
+        "step, before it gives up.",
+        lower_bound=1,
+    )
+    flags.DEFINE_boolean(
+        "sequential_input",
+        False,
+        "Read the images without background threads, which starve where many "
+        "workers share few cores. Set by --num_local_workers.",
+    )
+
+
+def load_data():
+    """Loads 1,797 images of digits, 8 x 8, that ship with scikit-learn.
+
+    Returns:
+        `(x_train, y_train), (x_test, y_test)`.
+    """
+    digits = sklearn.datasets.load_digits()
+    x = (digits.images / 16.0).astype("float32")[..., None]
+    y = digits.target.astype("int32")
+    x_train, x_test, y_train, y_test = sklearn.model_selection.train_test_split(
+        x, y, test_size=0.2, random_state=0
+    )
+    return (x_train, y_train), (x_test, y_test)
+
+
+def make_dataset(x, y, batch_size, seed=None):
+    """Makes a data set of global batches, of which each worker takes its part.
+
+    Args:
+        x: Images.
+        y: Labels.
+        batch_size: Images per global batch.
+        seed: Seed of the order. `None` leaves them in the order given.
+    """
+    dataset = tf.data.Dataset.from_tensor_slices((x, y))
+    if seed is not None:
+        # The same seed everywhere: parts of one order do not overlap.
+        dataset = dataset.shuffle(len(x), seed=seed)
+    # Only the training data lose their last, smaller batch.
+    dataset = dataset.batch(batch_size, drop_remainder=seed is not None)
+    options = tf.data.Options()
+    options.experimental_distribute.auto_shard_policy = (
+        tf.data.experimental.AutoShardPolicy.DATA
+    )
+    return dataset.with_options(options)
+
+
+def build_model(learning_rate, density):
+    """Builds and compiles the model. To be called in the strategy's scope."""
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 1)),
+            keras.layers.Conv2D(16, 3, activation="relu"),
+            keras.layers.Conv2D(32, 3, activation="relu"),
+            keras.layers.Flatten(),
+            keras.layers.Dense(64, activation="relu"),
+            keras.layers.Dense(10),
+        ]
+    )
+    model.compile(
+        optimizer=tf_regtopk.SparsifiedOptimizer(
+            keras.optimizers.SGD(learning_rate, momentum=0.9),
+            sparsifier=tf_regtopk.RegTopK(density=density),
+        ),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+    )
+    return model
+
+
+def train(strategy, data, args, verbose):
+    """Trains as the flags say and returns the history of the metrics."""
+    if args.batch_size % strategy.num_replicas_in_sync:
+        raise ValueError(
+            "`batch_size` must be a multiple of the number of replicas, which "
+            f"is {strategy.num_replicas_in_sync}. "
+            f"Received: batch_size={args.batch_size}"
+        )
+    keras.utils.set_random_seed(args.seed)
+    (x_train, y_train), (x_test, y_test) = data
+    with strategy.scope():
+        model = build_model(args.learning_rate, args.density)
+    history = model.fit(
+        make_dataset(x_train, y_train, args.batch_size, args.seed),
+        validation_data=make_dataset(x_test, y_test, args.batch_size),
+        epochs=args.epochs,
+        shuffle=False,  # Done by the data set.
+        verbose=verbose,
+    )
+    return {
+        name: [float(value) for value in values]
+        for name, values in history.history.items()
+    }
+
+
+# ----- One worker -----
+
+
+class Cluster:
+    """Who the workers are and which of them this process is.
+
+    Args:
+        tf_config: The value of the environment variable `TF_CONFIG`.
+    """
+
+    def __init__(self, tf_config):
+        try:
+            config = json.loads(tf_config)
+            addresses = {
+                f"{job} {index}": address
+                for job in ("chief", "worker")
+                for index, address in enumerate(config["cluster"].get(job, []))
+            }
+            task = config["task"]
+            self.name = f"{task['type']} {task['index']}"
+            self.address = addresses[self.name]
+        except (AttributeError, KeyError, TypeError, ValueError) as e:
+            raise app.UsageError(
+                "`TF_CONFIG` must be a JSON object with the addresses of a "
+                '"cluster" and the "type" and "index" of a "task" in it. '
+                f"Received: TF_CONFIG={tf_config}"
+            ) from e
+        self.is_chief = self.name == next(iter(addresses))
+        self.size = len(addresses)
+        self.peers = {k: v for k, v in addresses.items() if k != self.name}
+
+
+def describe_peers(peers):
+    """Says which of the other workers accept no connection."""
+    silent = []
+    for name, address in peers.items():
+        host, port = address.rsplit(":", 1)
+        try:
+            socket.create_connection((host.strip("[]"), port), 1).close()
+        except OSError:
+            silent.append(f"{name} ({address})")
+    if silent:
+        return f"No connection to: {', '.join(silent)}."
+    return "All of them accept connections, so one is stopped or stuck."
+
+
+def watch(pid, seconds, name, peers):
+    """Ends the process `pid` unless standard input closes within `seconds`."""
+    if select.select([sys.stdin], [], [], seconds)[0] or os.getppid() != pid:
+        return
+    addresses = ", ".join(peers.values())
+    print(
+        f"{name} waited {seconds} s for the start of {addresses}. "
+        f"{describe_peers(peers)}",
+        file=sys.stderr,
+        flush=True,
+    )
+    os.kill(pid, signal.SIGKILL)  # TensorFlow holds SIGTERM off.
+
+
+@contextlib.contextmanager
+def start_deadline(cluster, seconds):
+    """Ends this process if the block takes longer than `seconds`.
+
+    TensorFlow waits for the other workers with Python's lock held, where
+    neither a thread nor a signal handler of Python gets to run. So another
+    process has to watch.
+    """
+    # Not imported from this file, which would import TensorFlow first.
+    code = "\n".join(
+        [
+            "import os, select, signal, socket, sys",
+            inspect.getsource(describe_peers),
+            inspect.getsource(watch),
+            f"watch({os.getpid()}, {seconds}, {cluster.name!r}, "
+            f"{cluster.peers!r})",
+        ]
+    )
+    watcher = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE
+    )
+    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, on_interrupt)
+        watcher.stdin.close()
+        watcher.wait()
+
+
+def run_worker(args, tf_config):
+    """Trains as one worker. Returns only if all went well."""
+    cluster = Cluster(tf_config)
+    tf.get_logger().setLevel("WARNING")
+    if args.sequential_input:
+        tf.data.experimental.enable_debug_mode()
+    try:
+        with start_deadline(cluster, args.timeout_seconds):
+            strategy = tf_regtopk.MultiWorkerMirroredStrategy(
+                communication_options=(
+                    tf.distribute.experimental.CommunicationOptions(
+                        timeout_seconds=args.timeout_seconds
+                    )
+                )
+            )
+        # TensorFlow takes SIGTERM as a notice to save a checkpoint and goes on.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        data = load_data()
+        # Building the model broadcasts its weights, which no timeout applies
+        # to. So first see that everybody has come this far.
+        strategy.reduce("SUM", tf.constant(1.0), axis=None)
+        verbose = 1 if cluster.is_chief else 0
+        history = train(strategy, data, args, verbose)
+        if cluster.is_chief:
+            report(cluster, args, history)
+    except (Exception, KeyboardInterrupt) as e:
+        if isinstance(e, _LOST_ERRORS):
+            status = LOST_A_WORKER
+            message = f"lost another worker. {describe_peers(cluster.peers)}"
+        elif "Could not start gRPC server" in str(e):
+            status = PORT_TAKEN
+            message = f"could not listen on {cluster.address}."
+        else:
+            status = 1
+            message = f"failed: {type(e).__name__}: {e}"
+        traceback.print_exc()
+        print(f"{cluster.name} {message}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # At a regular exit TensorFlow may wait for workers that are gone.
+        os._exit(status)
+
+
+def report(cluster, args, history):
+    """Prints and writes the results."""
+    final = {name: values[-1] for name, values in history.items()}
+    print(f"Accuracy on the test images: {final['val_accuracy']:.3f}")
+
+    def draw(axes):
+        epochs = range(1, len(history["loss"]) + 1)
+        for name, ax, color in (
+            ("loss", axes, "C0"),
+            ("accuracy", axes.twinx(), "C1"),
+        ):
+            ax.plot(epochs, history[name], color, ls=":", label="training")
+            ax.plot(epochs, history[f"val_{name}"], color, label="test")
+            ax.set_ylabel(name, color=color)
+        axes.set_xlabel("epoch")
+        axes.legend(loc="center right")
+        axes.set_title(f"{cluster.size} workers, density {args.density:g}")
+
+    example_utils.save_results(
+        args.output_dir,
+        {
+            "config": {
+                **example_utils.config(),
+                "num_workers": cluster.size,
+            },
+            "final": final,
+            "history": history,
+        },
+        draw,
+    )
+
+
+# ----- Workers on this machine -----
+
+
+def pick_addresses(count):
+    """Finds free ports. They may be taken again before they are used."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for s in sockets:
+            s.bind(("127.0.0.1", 0))
+        return [f"127.0.0.1:{s.getsockname()[1]}" for s in sockets]
+
+
+def describe_failure(worker):
+    """Says how a process failed. `None` if it has not."""
+    status = worker.poll()
+    if status is None:
+        # Nothing else would notice that the only worker is stopped.
+        options = os.WSTOPPED | os.WNOHANG | os.WNOWAIT
+        if os.waitid(os.P_PID, worker.pid, options):
+            return "is stopped"
+    elif status < 0:
+        return f"was ended by {signal.Signals(-status).name}"
+    elif status > 0:
+        return f"ended with exit status {status}"
+    return None
+
+
+def wait_for(workers):
+    """Waits until all workers have succeeded or one has failed."""
+    while True:
+        failures = {
+            name: failure
+            for name, worker in workers.items()
+            if (failure := describe_failure(worker))
+        }
+        statuses = [worker.poll() for worker in workers.values()]
+        if failures:
+            for name, failure in failures.items():
+                print(f"{name} {failure}.", file=sys.stderr)
+            print("The run ends for all workers.", file=sys.stderr, flush=True)
+            return PORT_TAKEN if PORT_TAKEN in statuses else 1
+        if not any(status is None for status in statuses):
+            return 0
+        time.sleep(0.1)
+
+
+def run_local_cluster(count):
+    """Starts `count` workers on this machine and sees them through."""
+    addresses = pick_addresses(count)
+    workers = {}
+    try:
+        for index, address in enumerate(addresses):
+            config = {
+                "cluster": {"worker": addresses},
+                "task": {"type": "worker", "index": index},
+            }
+            name = f"worker {index}"
+            workers[name] = subprocess.Popen(
+                [sys.executable, __file__, *sys.argv[1:]]
+                + ["--num_local_workers=0", "--sequential_input"],
+                env={
+                    **os.environ,
+                    "TF_CONFIG": json.dumps(config),
+                    "CUDA_VISIBLE_DEVICES": "-1",
+                },
+                # Ctrl-C is for this process, which then ends the workers.
+                start_new_session=True,
+            )
+            print(f"Started {name} (process {workers[name].pid}) at {address}")
+        sys.stdout.flush()
+        return wait_for(workers)
+    finally:
+        for worker in workers.values():
+            worker.kill()
+            worker.wait()
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"Unknown arguments: {argv[1:]}")
+    return run(flags.FLAGS, os.environ.get("TF_CONFIG"))
+
+
+def run(args, tf_config):
+    if bool(args.num_local_workers) == bool(tf_config):
+        raise app.UsageError(
+            "Give either `--num_local_workers`, to start workers on this "
+            "machine, or the environment variable `TF_CONFIG`, to be a worker "
+            "of a cluster. Received: "
+            f"num_local_workers={args.num_local_workers}, "
+            f"TF_CONFIG={tf_config}"
+        )
+    if tf_config:
+        return run_worker(args, tf_config)
+
+    def exit_on(number, _):
+        sys.exit(128 + number)  # By way of the clean-up.
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, exit_on)
+    for _ in range(3):
+        status = run_local_cluster(args.num_local_workers)
+        if status != PORT_TAKEN:
+            break
+        print("A port was taken meanwhile. Trying others.", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)

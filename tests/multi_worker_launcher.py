@@ -1,0 +1,151 @@
+"""Starts the workers of a cluster as processes on this machine."""
+
+import contextlib
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def free_addresses(count):
+    """Addresses that are free now; TensorFlow cannot take over a held one."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for s in sockets:
+            s.bind(("127.0.0.1", 0))
+        return [f"127.0.0.1:{s.getsockname()[1]}" for s in sockets]
+
+
+def tf_config(addresses, index):
+    """The value of `TF_CONFIG` for one worker."""
+    return json.dumps(
+        {
+            "cluster": {"worker": addresses},
+            "task": {"type": "worker", "index": index},
+        }
+    )
+
+
+class Process:
+    """A Python process whose output goes to a file.
+
+    Args:
+        args: The arguments of the interpreter.
+        output_path: The file for what it writes to both of its streams.
+        **env: Environment variables to add.
+    """
+
+    def __init__(self, args, output_path, **env):
+        self.output_path = output_path
+        env = {**os.environ, "CUDA_VISIBLE_DEVICES": "-1", **env}
+        paths = [str(ROOT), env.get("PYTHONPATH", "")]
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        with open(output_path, "wb") as output:
+            self.popen = subprocess.Popen(
+                [sys.executable, *map(str, args)],
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+
+    @property
+    def output(self):
+        return self.output_path.read_text(errors="replace")
+
+    def wait(self, timeout):
+        """Returns the exit status, or fails with the output after `timeout`."""
+        try:
+            return self.popen.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(
+                f"No end within {timeout} s. Output:\n{self.output[-5000:]}"
+            ) from None
+
+    def wait_for(self, text, timeout):
+        """Waits until the output contains `text` and returns the output."""
+        deadline = time.monotonic() + timeout
+        while True:
+            ended = self.popen.poll() is not None
+            output = self.output
+            if text in output:
+                return output
+            if ended or time.monotonic() > deadline:
+                raise AssertionError(
+                    f"No {text!r} in the output:\n{output[-5000:]}"
+                )
+            time.sleep(0.1)
+
+    def end(self):
+        """Ends it, first in a way that lets it end what it has started."""
+        if self.popen.poll() is None:
+            self.popen.terminate()
+            self.popen.send_signal(signal.SIGCONT)
+            try:
+                self.popen.wait(5)
+            except subprocess.TimeoutExpired:
+                self.popen.kill()
+                self.popen.wait()
+
+
+@contextlib.contextmanager
+def processes():
+    """Gives a list; every `Process` put in it is ended at the end."""
+    started = []
+    try:
+        yield started
+    finally:
+        for process in started:
+            process.end()
+
+
+def run_workers(script, num_workers, directory, timeout):
+    """Runs `script` on every worker of a cluster until all have ended.
+
+    Args:
+        script: The script. Its argument is the file to write a JSON result to.
+        num_workers: The number of workers.
+        directory: Where files can be written.
+        timeout: Seconds after which all workers are ended.
+
+    Returns:
+        The results of the workers.
+    """
+    deadline = time.monotonic() + timeout
+    results = [directory / f"result_{i}.json" for i in range(num_workers)]
+    for _ in range(3):
+        addresses = free_addresses(num_workers)
+        with processes() as workers:
+            for i, result in enumerate(results):
+                workers.append(
+                    Process(
+                        [script, result],
+                        directory / f"output_{i}.txt",
+                        TF_CONFIG=tf_config(addresses, i),
+                    )
+                )
+            # The first to fail leaves the others waiting.
+            while True:
+                statuses = [worker.popen.poll() for worker in workers]
+                if any(statuses) or None not in statuses:
+                    break
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(0.1)
+        outputs = [worker.output for worker in workers]
+        if statuses == [0] * num_workers:
+            return [json.loads(result.read_text()) for result in results]
+        # Another process was quicker to take a port.
+        if not any("Could not start gRPC server" in o for o in outputs):
+            break
+    outputs = "\n\n".join(output[-5000:] for output in outputs)
+    raise AssertionError(
+        f"Exit statuses of the workers (`None`: no end within {timeout} s): "
+        f"{statuses}. Outputs:\n{outputs}"
+    )

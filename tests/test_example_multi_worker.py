@@ -1,0 +1,318 @@
+"""Tests of `examples/multi_worker.py`, above all of how it fails."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import types
+
+from absl import app
+import multi_worker
+import multi_worker_launcher
+import numpy as np
+import pytest
+
+TIMEOUT = 120
+
+
+@pytest.fixture
+def started():
+    with multi_worker_launcher.processes() as processes:
+        yield processes
+
+
+def start(started, tmp_path, *flags, script=multi_worker.__file__, **env):
+    """Starts the example and puts it in `started`."""
+    process = multi_worker_launcher.Process(
+        [script, *flags],
+        tmp_path / f"output_{len(started)}.txt",
+        **env,
+    )
+    started.append(process)
+    return process
+
+
+def start_pair(started, tmp_path):
+    """Starts two workers without a launcher, and waits for their training."""
+    for _ in range(3):
+        addresses = multi_worker_launcher.free_addresses(2)
+        pair = [
+            start(
+                started,
+                tmp_path,
+                "--epochs=1000",
+                "--sequential_input",
+                TF_CONFIG=multi_worker_launcher.tf_config(addresses, i),
+            )
+            for i in range(2)
+        ]
+        try:
+            pair[0].wait_for("Epoch 2/", TIMEOUT)
+        except AssertionError:
+            # Another process was quicker to take a port.
+            if any(p.popen.poll() == multi_worker.PORT_TAKEN for p in pair):
+                continue
+            raise
+        return pair, addresses
+    raise AssertionError("No free ports.")
+
+
+def worker_numbers(output):
+    """The numbers of the processes that the launcher says it has started."""
+    numbers = re.findall(r"Started worker \d \(process (\d+)\)", output)
+    # The last two, should a first attempt have met a port that was taken.
+    return [int(number) for number in numbers[-2:]]
+
+
+def assert_gone(number):
+    with pytest.raises(ProcessLookupError):
+        os.kill(number, 0)
+
+
+def test_trains(started, tmp_path, mirrored):
+    process = start(
+        started,
+        tmp_path,
+        "--num_local_workers=2",
+        "--epochs=4",
+        "--density=0.1",
+        f"--output_dir={tmp_path}",
+    )
+    assert process.wait(TIMEOUT) == 0, process.output
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["config"]["num_workers"] == 2
+    assert summary["config"]["density"] == 0.1
+    history = summary["history"]
+    assert len(history["loss"]) == 4
+    assert summary["final"] == {k: v[-1] for k, v in history.items()}
+    assert summary["final"]["val_accuracy"] > 0.8
+
+    # Each worker has had its own part of every batch.
+    args = types.SimpleNamespace(
+        batch_size=64, density=0.1, epochs=4, learning_rate=0.02, seed=0
+    )
+    data = multi_worker.load_data()
+    expected = multi_worker.train(mirrored(2), data, args, verbose=0)
+    for name, values in expected.items():
+        np.testing.assert_allclose(history[name], values, rtol=1e-4)
+
+
+def test_launcher_ends_when_a_worker_is_killed(started, tmp_path):
+    launcher = start(
+        started, tmp_path, "--num_local_workers=2", "--epochs=1000"
+    )
+    workers = worker_numbers(launcher.wait_for("Epoch 2/", TIMEOUT))
+    os.kill(workers[1], signal.SIGKILL)
+    assert launcher.wait(TIMEOUT) == 1, launcher.output
+    assert "worker 1 was ended by SIGKILL." in launcher.output
+    for worker in workers:
+        assert_gone(worker)
+
+
+def test_launcher_takes_its_workers_along(started, tmp_path):
+    launcher = start(started, tmp_path, "--num_local_workers=2")
+    workers = worker_numbers(launcher.wait_for("Started worker 1", TIMEOUT))
+    launcher.popen.terminate()
+    assert launcher.wait(TIMEOUT) == 128 + signal.SIGTERM
+    for worker in workers:
+        assert_gone(worker)
+
+
+def test_worker_ends_when_another_is_ended(started, tmp_path):
+    pair, addresses = start_pair(started, tmp_path)
+    pair[0].popen.terminate()
+    assert pair[0].wait(TIMEOUT) == -signal.SIGTERM
+    assert pair[1].wait(TIMEOUT) == multi_worker.LOST_A_WORKER, pair[1].output
+    assert (
+        "worker 1 lost another worker. "
+        f"No connection to: worker 0 ({addresses[0]})."
+    ) in pair[1].output
+
+
+def test_worker_ends_when_another_is_stopped(started, tmp_path):
+    pair, _ = start_pair(started, tmp_path)
+    pair[1].popen.send_signal(signal.SIGSTOP)
+    assert pair[0].wait(TIMEOUT) == multi_worker.LOST_A_WORKER, pair[0].output
+    assert "worker 0 lost another worker." in pair[0].output
+    assert "one is stopped or stuck." in pair[0].output
+
+
+STUCK = """
+import time
+from absl import app
+import multi_worker
+
+multi_worker.load_data = lambda: time.sleep(1000)
+multi_worker.define_flags()
+app.run(multi_worker.main)
+"""
+
+
+def test_worker_ends_when_another_is_stuck(started, tmp_path):
+    script = tmp_path / "stuck.py"
+    script.write_text(STUCK)
+    addresses = multi_worker_launcher.free_addresses(2)
+    worker = start(
+        started,
+        tmp_path,
+        "--timeout_seconds=8",
+        TF_CONFIG=multi_worker_launcher.tf_config(addresses, 0),
+    )
+    start(
+        started,
+        tmp_path,
+        script=script,
+        TF_CONFIG=multi_worker_launcher.tf_config(addresses, 1),
+        PYTHONPATH=str(pathlib.Path(multi_worker.__file__).parent),
+    )
+    assert worker.wait(TIMEOUT) == multi_worker.LOST_A_WORKER, worker.output
+    assert "DeadlineExceededError" in worker.output
+    assert "one is stopped or stuck." in worker.output
+
+
+def test_worker_that_cannot_start(started, tmp_path):
+    """One whose peer never comes and one whose port is taken."""
+    addresses = multi_worker_launcher.free_addresses(2)
+    lonely = start(
+        started,
+        tmp_path,
+        "--timeout_seconds=3",
+        TF_CONFIG=multi_worker_launcher.tf_config(addresses, 0),
+    )
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        taken = f"127.0.0.1:{s.getsockname()[1]}"
+        late = start(
+            started,
+            tmp_path,
+            TF_CONFIG=multi_worker_launcher.tf_config([taken, "host:1"], 0),
+        )
+        assert late.wait(TIMEOUT) == multi_worker.PORT_TAKEN, late.output
+    assert f"worker 0 could not listen on {taken}." in late.output
+    assert lonely.wait(TIMEOUT) == -signal.SIGKILL, lonely.output
+    assert (
+        f"worker 0 waited 3 s for the start of {addresses[1]}. "
+        f"No connection to: worker 1 ({addresses[1]})."
+    ) in lonely.output
+
+
+def wait_for(stop=(), **codes):
+    """`multi_worker.wait_for()` on processes that run some code."""
+    workers = {
+        name: subprocess.Popen([sys.executable, "-c", code])
+        for name, code in codes.items()
+    }
+
+    def kill():
+        for worker in workers.values():
+            worker.kill()
+            worker.wait()
+
+    guard = threading.Timer(TIMEOUT, kill)
+    guard.start()
+    try:
+        for name in stop:
+            workers[name].send_signal(signal.SIGSTOP)
+        return multi_worker.wait_for(workers)
+    finally:
+        guard.cancel()
+        kill()
+
+
+def test_launcher_tells_how_workers_end(capfd):
+    sleep = "import time; time.sleep(1000)"
+    assert wait_for(a="", b="") == 0
+    assert wait_for(a="", b="raise SystemExit(7)", c=sleep) == 1
+    assert "b ended with exit status 7." in capfd.readouterr().err
+    assert wait_for(a=sleep, b=sleep, stop=["b"]) == 1
+    assert "b is stopped." in capfd.readouterr().err
+    code = f"raise SystemExit({multi_worker.PORT_TAKEN})"
+    assert wait_for(a=sleep, b=code) == multi_worker.PORT_TAKEN
+
+
+def test_launcher_tries_other_ports(monkeypatch):
+    statuses = [multi_worker.PORT_TAKEN, 0, 1]
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(
+        multi_worker, "run_local_cluster", lambda _: statuses.pop(0)
+    )
+    args = types.SimpleNamespace(num_local_workers=2)
+    assert multi_worker.run(args, tf_config=None) == 0
+    assert statuses == [1]
+
+
+@pytest.mark.parametrize("num_local_workers, tf_config", [(0, None), (2, "{}")])
+def test_needs_one_kind_of_cluster(num_local_workers, tf_config):
+    args = types.SimpleNamespace(num_local_workers=num_local_workers)
+    with pytest.raises(app.UsageError, match="Received: num_local_workers"):
+        multi_worker.run(args, tf_config)
+
+
+@pytest.mark.parametrize(
+    "tf_config",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"cluster": {"worker": ["host:1"]}, '
+        '"task": {"type": "worker", "index": 1}}',
+    ],
+)
+def test_refuses_a_bad_tf_config(tf_config):
+    with pytest.raises(app.UsageError, match="`TF_CONFIG` must be"):
+        multi_worker.Cluster(tf_config)
+
+
+def test_chief_and_peers():
+    config = {
+        "cluster": {"worker": ["b:1", "c:1"], "chief": ["a:1"]},
+        "task": {"type": "worker", "index": 0},
+    }
+    worker = multi_worker.Cluster(json.dumps(config))
+    assert not worker.is_chief
+    assert worker.address == "b:1"
+    assert worker.peers == {"chief 0": "a:1", "worker 1": "c:1"}
+    config["task"] = {"type": "chief", "index": 0}
+    assert multi_worker.Cluster(json.dumps(config)).is_chief
+    del config["cluster"]["chief"]
+    config["task"] = {"type": "worker", "index": 0}
+    assert multi_worker.Cluster(json.dumps(config)).is_chief
+
+
+def test_refuses_a_batch_that_does_not_split(mirrored):
+    args = types.SimpleNamespace(batch_size=9)
+    with pytest.raises(ValueError, match="Received: batch_size=9"):
+        multi_worker.train(mirrored(2), None, args, verbose=0)
+
+
+def test_data():
+    (x_train, y_train), (x_test, y_test) = multi_worker.load_data()
+    assert x_train.shape == (1437, 8, 8, 1)
+    assert x_test.shape == (360, 8, 8, 1)
+    assert x_train.min() == 0.0 and x_train.max() == 1.0
+    for y in (y_train, y_test):
+        assert set(y) == set(range(10))
+
+
+def test_replicas_see_different_images(mirrored):
+    strategy = mirrored(2)
+    ids = np.arange(43)
+    dataset = multi_worker.make_dataset(ids, ids, batch_size=8, seed=0)
+    dataset = strategy.experimental_distribute_dataset(dataset)
+    epochs = []
+    for _ in range(2):
+        parts = [
+            [part.numpy() for part in strategy.experimental_local_results(x)]
+            for x, _ in dataset
+        ]
+        assert np.shape(parts) == (5, 2, 4)
+        assert len(np.unique(parts)) == 40
+        epochs.append(parts)
+    assert not np.array_equal(*epochs)
