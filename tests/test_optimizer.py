@@ -75,17 +75,64 @@ def assert_weights_equal(model, other):
         np.testing.assert_array_equal(w, w_other)
 
 
+def custom_loop_step(strategy, optimizer, variables, gradients_fn):
+    def replica_step():
+        replica = tf.distribute.get_replica_context()
+        optimizer.apply(
+            gradients_fn(replica.replica_id_in_sync_group), variables
+        )
+
+    strategy.run(replica_step)
+
+
 @pytest.mark.parametrize("num_replicas", [1, 2, 4])
 @pytest.mark.parametrize("inner", INNER_OPTIMIZERS)
 def test_density_one_is_the_unwrapped_optimizer(inner, num_replicas, mirrored):
+    """50 steps, each replica pulling the weights to a place of its own."""
     strategy = mirrored(num_replicas)
     inner_fn = INNER_OPTIMIZERS[inner]
-    # 5 steps an epoch, 50 in all.
-    dense = fit(strategy, inner_fn, epochs=10)
-    wrapped = fit(strategy, wrap(inner_fn, tf_regtopk.RegTopK(1.0)), epochs=10)
-    assert wrapped.optimizer.iterations == 50
-    assert_weights_close(wrapped, dense, rtol=1e-5, atol=1e-6)
-    assert_replicas_equal(strategy, wrapped)
+    rng = np.random.default_rng(0)
+    shapes = [(6, 5), (5,), ()]
+    places = [
+        tf.constant(rng.standard_normal((num_replicas, *shape)), "float32")
+        for shape in shapes
+    ]
+    with strategy.scope():
+        sides = [
+            (optimizer, [keras.Variable(np.ones(s, "f4")) for s in shapes])
+            for optimizer in (
+                inner_fn(),
+                tf_regtopk.SparsifiedOptimizer(
+                    inner_fn(), tf_regtopk.RegTopK(1.0)
+                ),
+            )
+        ]
+        for optimizer, variables in sides:
+            optimizer.build(variables)
+
+    @tf.function
+    def step():
+        for optimizer, variables in sides:
+            custom_loop_step(
+                strategy,
+                optimizer,
+                variables,
+                lambda n, variables=variables: [
+                    (v.value - place[n]) / num_replicas
+                    for v, place in zip(variables, places, strict=True)
+                ],
+            )
+
+    for _ in range(50):
+        step()
+    (_, dense), (wrapped, sparsified) = sides
+    assert wrapped.iterations.numpy() == 50
+    for v, v_dense in zip(sparsified, dense, strict=True):
+        np.testing.assert_allclose(v, v_dense, rtol=1e-5, atol=1e-6)
+        assert np.any(v_dense.numpy() != 1.0)
+        locals_ = strategy.experimental_local_results(v.value)
+        for local in locals_:
+            np.testing.assert_array_equal(local, locals_[0])
 
 
 @pytest.mark.parametrize("run_eagerly", [False, True])
@@ -232,16 +279,6 @@ def test_dense_below_takes_variables_with_fewer_entries():
     optimizer.apply([tf.ones(4), tf.ones(5)], variables)
     np.testing.assert_array_equal(variables[0], [-1.0] * 4)
     np.testing.assert_array_equal(variables[1], [-1.0, 0.0, 0.0, 0.0, 0.0])
-
-
-def custom_loop_step(strategy, optimizer, variables, gradients_fn):
-    def replica_step():
-        replica_id = (
-            tf.distribute.get_replica_context().replica_id_in_sync_group
-        )
-        optimizer.apply(gradients_fn(replica_id), variables)
-
-    strategy.run(replica_step)
 
 
 @pytest.mark.parametrize("in_graph", [False, True])
