@@ -171,6 +171,26 @@ def test_graph_and_eager_agree(mirrored):
     assert_weights_close(*models, rtol=1e-5, atol=1e-7)
 
 
+def test_several_steps_per_execution(mirrored):
+    """Keras's own all-reduce fails in this loop; the all-gather works."""
+    x, y = small_data()
+    models = []
+    for steps_per_execution in (1, 2):
+        with mirrored(2).scope():
+            keras.utils.set_random_seed(1)
+            model = build_mlp()
+            model.compile(
+                optimizer=wrap(
+                    INNER_OPTIMIZERS["sgd"], tf_regtopk.RegTopK(0.2)
+                )(),
+                loss="mse",
+                steps_per_execution=steps_per_execution,
+            )
+        model.fit(x, y, batch_size=12, shuffle=False, verbose=0)
+        models.append(model)
+    assert_weights_equal(*models)
+
+
 @pytest.mark.parametrize("num_replicas", [0, 3])
 def test_two_runs_are_identical(num_replicas, mirrored):
     models = [
