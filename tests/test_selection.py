@@ -118,6 +118,67 @@ def test_large_inputs(size, k):
     check(scores, [selection.Group(size, k)])
 
 
+LARGE = 2**17 + 77  # Sampled, and no multiple of anything.
+
+
+def layered_scores(rng, size):
+    """Runs of very different scale, as the layers of a network."""
+    scale = np.exp(2 * rng.standard_normal(size // 1000 + 1)).repeat(1000)
+    return np.abs(rng.standard_normal(size) * scale[:size]).astype(np.float32)
+
+
+LARGE_SCORES = {
+    "normal": lambda rng: np.abs(rng.standard_normal(LARGE)),
+    "layers": lambda rng: layered_scores(rng, LARGE),
+    "ties": lambda rng: rng.integers(0, 3, LARGE),
+    "few_ties": lambda rng: np.floor(5 * rng.standard_exponential(LARGE)),
+    "zeros": lambda rng: np.zeros(LARGE),
+    "constant": lambda rng: np.full(LARGE, 1e37),
+    "spike": lambda rng: np.where(np.arange(LARGE) == 98765, 2.0, 0.0),
+    "rising": lambda rng: np.arange(LARGE),
+    "every_96th": lambda rng: (np.arange(LARGE) % 96 == 0) + rng.random(LARGE),
+    "infinite": lambda rng: np.where(rng.random(LARGE) < 0.01, np.inf, 1.0),
+}
+
+
+@pytest.mark.parametrize("k", [1, 131, 13107, LARGE - 1])
+def test_sampling_never_changes_the_result(k):
+    rng = np.random.default_rng(k)
+    groups = [selection.Group(LARGE, k)]
+    compiled = tf.function(
+        lambda scores, step: selection.select_largest(scores, groups, step),
+        jit_compile=True,
+        autograph=False,
+    )
+    for make in LARGE_SCORES.values():
+        scores = make(rng).astype(np.float32)
+        for step in range(2):
+            np.testing.assert_array_equal(
+                compiled(tf.constant(scores), tf.constant(step)),
+                expected(scores, groups),
+            )
+
+
+@pytest.mark.parametrize("density", [0.001, 0.01, 0.1])
+def test_sampling_nearly_always_pays(density):
+    """The sampled bound lets through at least k candidates, and not too many.
+
+    On layers of different scale, and where few entries stand out in a pattern.
+    """
+    k = round(density * LARGE)
+    num_samples, rank, room = selection._sampling_plan(LARGE, k)
+    rng = np.random.default_rng(0)
+    steps, misses = 100, 0
+    for step in range(steps):
+        make = LARGE_SCORES[("layers", "every_96th")[step % 2]]
+        keys = make(rng).astype(np.float32).view(np.int32)
+        bound = selection._sampled_bound(
+            tf.constant(keys), num_samples, rank, step
+        )
+        misses += not k <= np.sum(keys >= bound.numpy()) <= room
+    assert misses <= 2
+
+
 def test_many_groups():
     rng = np.random.default_rng(0)
     groups = [

@@ -4,13 +4,18 @@
 entries for some sizes (TensorFlow 2.21), and it breaks no ties by position.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
+from tf_regtopk import hashing
+
 # Selected entries are marked in words of 32 bits, one bit an entry.
 _WORD = 32
+# Below this size, sampling costs more than it saves.
+_SMALLEST_SAMPLED = 1 << 17
 
 
 class Group(NamedTuple):
@@ -25,7 +30,7 @@ class Group(NamedTuple):
     k: int
 
 
-def select_largest(scores, groups):
+def select_largest(scores, groups, step=0):
     r"""Returns the positions of the k largest scores of each group.
 
     With `T` the k-th largest score of a group, every entry above `T` is
@@ -41,6 +46,8 @@ def select_largest(scores, groups):
     Args:
         scores: Non-negative float32 or float64 tensor of shape `[J]`.
         groups: Sequence of `Group` whose sizes add up to J.
+        step: Integer, or scalar integer tensor. Changes which scores are
+            sampled to save time, and never the result.
 
     Returns:
         int32 tensor of shape `[sum of k]`: positions in `scores`, rising.
@@ -53,22 +60,94 @@ def select_largest(scores, groups):
     >>> select_largest(scores, [Group(3, 1), Group(2, 1)]).numpy().tolist()
     [1, 3]
     """
-    # Each group starts on a word of its own.  Key -1 fills up its last word;
-    # it is below every key, so it is never selected.
+    keys = _order_preserving_keys(scores)
+    if len(groups) == 1 and groups[0].size >= _SMALLEST_SAMPLED:
+        return _select_among_candidates(keys, groups[0], step)
+    return _select(keys, groups)
+
+
+def _select_among_candidates(keys, group, step):
+    r"""As `_select` for one large group, most of which a sample rules out.
+
+        bound      = the r-th largest of m sampled keys
+        candidates = {j : key_j >= bound}, compacted in one pass over the keys
+
+    The k largest keys are among the candidates whenever there are k of them; r
+    is so far above its expectation m k / J that there nearly always are. If
+    there are not, or more than there is room for (masses of ties), all keys are
+    searched.
+    """
+    size, k = group
+    num_samples, rank, room = _sampling_plan(size, k)
+    if rank >= num_samples or room >= size:
+        return _select(keys, [group])
+
+    bound = _sampled_bound(keys, num_samples, rank, step)
+    words = _pack_bits(_in_words(keys) >= bound)
+    num_candidates = tf.reduce_sum(_count_bits(words))
+
+    def among_candidates():
+        word, bit = _positions_of_bits(words, room)
+        position = tf.minimum(word * _WORD + bit, size - 1)
+        is_candidate = tf.range(room) < num_candidates
+        candidates = tf.where(is_candidate, tf.gather(keys, position), -1)
+        return tf.gather(position, _select(candidates, [Group(room, k)]))
+
+    return tf.cond(
+        (num_candidates >= k) & (num_candidates <= room),
+        among_candidates,
+        lambda: _select(keys, [group]),
+    )
+
+
+def _sampling_plan(size, k):
+    """`(m, r, room)`: samples, rank among them, most candidates to expect."""
+    num_samples = min(max(size // 96, 1 << 14), 1 << 17) // _WORD * _WORD
+    # 4 standard deviations to either side of a Poisson count.
+    expected = num_samples * k / size
+    rank = math.ceil(expected + 4 * math.sqrt(expected) + 1)
+    room = size / num_samples * (rank + 4 * math.sqrt(rank) + 1)
+    return num_samples, rank, math.ceil(room / _WORD) * _WORD
+
+
+def _sampled_bound(keys, num_samples, rank, step):
+    """The key of the given rank among samples, one from each equal stretch.
+
+    Where in its stretch a sample lies changes with the stretch and the step, so
+    that the bound cannot keep missing a pattern in the keys.
+    """
+    stretch = keys.shape[0] // num_samples
+    random = tf.bitwise.right_shift(
+        hashing.hash_bits(num_samples, 0, step), tf.constant(16, tf.uint32)
+    )
+    offset = tf.bitwise.right_shift(
+        tf.bitcast(random, tf.int32) * stretch, tf.constant(16, tf.int32)
+    )
+    samples = tf.gather(keys, tf.range(num_samples) * stretch + offset)
+    threshold, _ = _kth_largest(
+        _in_words(samples), tf.zeros([num_samples // _WORD], tf.int32), [rank]
+    )
+    return threshold[0]
+
+
+def _in_words(keys):
+    """`keys` in rows of 32; key -1, below every key, fills up the last row."""
+    keys = tf.pad(keys, [[0, -keys.shape[0] % _WORD]], constant_values=-1)
+    return tf.reshape(keys, [-1, _WORD])
+
+
+def _select(keys, groups):
+    """As `select_largest`, for integer keys; negative ones do not take part."""
+    # Each group starts on a word of its own.
     num_words = [-(-group.size // _WORD) for group in groups]
     padding = [
         n * _WORD - group.size
         for n, group in zip(num_words, groups, strict=True)
     ]
-    parts = tf.split(_order_preserving_keys(scores), [g.size for g in groups])
     keys = tf.concat(
-        [
-            tf.pad(part, [[0, pad]], constant_values=-1)
-            for part, pad in zip(parts, padding, strict=True)
-        ],
+        [_in_words(part) for part in tf.split(keys, [g.size for g in groups])],
         axis=0,
     )
-    keys = tf.reshape(keys, [-1, _WORD])
     group_of_word = tf.concat(
         [tf.fill([n], g) for g, n in enumerate(num_words)], axis=0
     )

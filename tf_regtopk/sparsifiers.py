@@ -17,6 +17,7 @@ import math
 import keras
 import tensorflow as tf
 
+from tf_regtopk import hashing
 from tf_regtopk import validation
 
 
@@ -79,12 +80,9 @@ def reg_top_k_score(a, indices, one_plus_delta, mu, q):
 
 
 def random_k_score(size, seed, step, dtype):
-    r"""Random-k: uniform in [0, 1), from a hash of seed, step and position.
+    r"""Random-k: uniform in [0, 1), and the same on every replica.
 
-        score_j = hash(hash(j + hash(seed)) + hash(step)) / 2^24
-
-    The same on every replica.  A hash, because XLA's random generators take
-    hundreds of nanoseconds a number on a CPU.
+        score_j = floor(hash_j / 2^8) / 2^24
 
     Args:
         size: J, the number of entries.
@@ -95,22 +93,9 @@ def random_k_score(size, seed, step, dtype):
     Returns:
         Float tensor `[J]`.
     """
-    # uint32 arithmetic wraps around.
-    seed = tf.constant(seed % 2**32, tf.uint32)
-    position = tf.range(size, dtype=tf.int32)
-    position = tf.bitcast(position, tf.uint32)
-    mixed = _mix_bits(position + _mix_bits(seed))
-    mixed = _mix_bits(mixed + _mix_bits(tf.cast(step, tf.uint32)))
-    high_bits = tf.bitwise.right_shift(mixed, tf.constant(8, tf.uint32))
+    hashes = hashing.hash_bits(size, seed, step)
+    high_bits = tf.bitwise.right_shift(hashes, tf.constant(8, tf.uint32))
     return tf.cast(tf.bitcast(high_bits, tf.int32), dtype) * 2.0**-24
-
-
-def _mix_bits(x):
-    """The finaliser of MurmurHash3 (Appleby): a permutation of 32-bit words."""
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
-        x ^= tf.bitwise.right_shift(x, tf.constant(shift, tf.uint32))
-        x *= tf.constant(factor, tf.uint32)
-    return x
 
 
 @dataclasses.dataclass(frozen=True)
