@@ -67,6 +67,18 @@ def full_batch_dataset(features, targets):
 METHODS = ("dense", "topk", "regtopk", "randomk")
 
 
+def define_density_flag(default):
+    """Defines the flag `density`, a share in (0, 1]."""
+    flags.DEFINE_float(
+        "density", default, "Share of the gradient entries that are sent."
+    )
+    flags.register_validator(
+        "density",
+        lambda density: 0 < density <= 1,
+        "must be in (0, 1]: 0.6 sends 60 % of the entries",
+    )
+
+
 def define_method_flags(mu):
     """Defines the flags for the methods to compare; `mu` is a default."""
     flags.DEFINE_list(

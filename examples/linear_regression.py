@@ -27,12 +27,14 @@ def define_flags():
         "rounds", 2500, "Number of training steps.", lower_bound=1
     )
     flags.DEFINE_float("learning_rate", 0.01, "Learning rate.")
-    flags.DEFINE_float("density", 0.6, "Share of entries sent.")
+    example_utils.define_density_flag(0.6)
     example_utils.define_method_flags(mu=4.0)
     flags.DEFINE_integer("seed", 0, "Seed of the data.", lower_bound=0)
     flags.DEFINE_string(
         "output_dir", "results/linear_regression", "Where the results go."
     )
+    # So that --help lists those too.
+    flags.adopt_module_key_flags(example_utils)
 
 
 def make_problem(num_workers, dimension, points_per_worker, seed):

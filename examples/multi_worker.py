@@ -74,13 +74,7 @@ def define_flags():
         lower_bound=1,
     )
     flags.DEFINE_float("learning_rate", 0.02, "Learning rate.", lower_bound=0.0)
-    flags.DEFINE_float(
-        "density",
-        0.01,
-        "Share of the gradient entries that a worker sends.",
-        lower_bound=0.0,
-        upper_bound=1.0,
-    )
+    example_utils.define_density_flag(0.01)
     flags.DEFINE_integer(
         "seed", 0, "Seed of the weights and of the order of the images."
     )
@@ -100,6 +94,8 @@ def define_flags():
         "Read the images without background threads, which starve where many "
         "workers share few cores. Set by --num_local_workers.",
     )
+    # So that --help lists those too.
+    flags.adopt_module_key_flags(example_utils)
 
 
 def load_data():
@@ -170,8 +166,13 @@ def train(strategy, data, args, verbose):
             f"is {strategy.num_replicas_in_sync}. "
             f"Received: batch_size={args.batch_size}"
         )
-    keras.utils.set_random_seed(args.seed)
     (x_train, y_train), (x_test, y_test) = data
+    if args.batch_size > len(x_train):
+        raise ValueError(
+            f"`batch_size` must be at most {len(x_train)}, the number of "
+            f"training images. Received: batch_size={args.batch_size}"
+        )
+    keras.utils.set_random_seed(args.seed)
     with strategy.scope():
         model = build_model(args.learning_rate, args.density)
     history = model.fit(
@@ -295,6 +296,8 @@ def run_worker(args, tf_config):
         # TensorFlow takes SIGTERM as a notice to save a checkpoint and goes on.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         data = load_data()
+        if cluster.is_chief:  # Told now if it cannot be.
+            os.makedirs(args.output_dir, exist_ok=True)
         # Building the model broadcasts its weights, which no timeout applies
         # to. So first see that everybody has come this far.
         strategy.reduce("SUM", tf.constant(1.0), axis=None)

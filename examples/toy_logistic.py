@@ -29,6 +29,8 @@ def define_flags():
     flags.DEFINE_string(
         "output_dir", "results/toy_logistic", "Where the results go."
     )
+    # So that --help lists those too.
+    flags.adopt_module_key_flags(example_utils)
 
 
 # One data point a worker, both of class 1.

@@ -95,6 +95,39 @@ def test_arguments_of_the_base_class(argument):
         tf_regtopk.SparsifiedOptimizer(sgd(), **argument)
 
 
+def test_attributes_of_the_base_class():
+    optimizer = tf_regtopk.SparsifiedOptimizer(sgd())
+    with pytest.raises(
+        ValueError,
+        match="`clipnorm` must be set on the `inner_optimizer`, not on the "
+        "wrapper. Received: clipnorm=1.0",
+    ):
+        optimizer.clipnorm = 1.0
+    optimizer.learning_rate = 0.5
+    assert optimizer.inner_optimizer.learning_rate.numpy() == 0.5
+
+
+@pytest.mark.parametrize(
+    "score, received",
+    [
+        (lambda a: tf.reduce_sum(a), r"shape=\(\), dtype=float32"),
+        (lambda a: a > 0, r"shape=\(4,\), dtype=bool"),
+    ],
+)
+def test_sparsifier_with_bad_scores(score, received):
+    class Bad(tf_regtopk.Sparsifier):
+        def score(self, a, memory, step):
+            return score(a)
+
+    optimizer = tf_regtopk.SparsifiedOptimizer(sgd(), Bad(0.5))
+    with pytest.raises(
+        ValueError,
+        match="`score` of the sparsifier must return a tensor of shape "
+        rf"\(4,\) and dtype float32. Received: {received}",
+    ):
+        optimizer.apply([tf.ones(4)], [keras.Variable(np.zeros(4, "f4"))])
+
+
 def test_unknown_argument():
     with pytest.raises(TypeError, match="densty"):
         tf_regtopk.SparsifiedOptimizer(sgd(), densty=0.1)

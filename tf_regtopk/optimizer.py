@@ -149,6 +149,7 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         # Where there is no gradient nothing is sent, and the error stays.
         candidates = self._buffer.clear_missing(a, gradients)
         scores = self.sparsifier.score(candidates, memory, step)
+        validation.check_scores(scores, a)
         indices = selection.select_largest(scores, self._groups, step)
         payload, sent = codec.encode(indices, tf.gather(candidates, indices))
         error = error_feedback.residual_error(a, indices, sent)

@@ -13,8 +13,10 @@ _SUPPORTED_STRATEGIES = {
 }
 
 # What Keras's base class takes, and an inner optimizer may have been given.
+# The wrapper hands the first two on when they are set later.
+_DELEGATED = ("learning_rate", "loss_scale_factor")
 _BASE_ARGUMENTS = (
-    "learning_rate",
+    *_DELEGATED,
     "weight_decay",
     "clipnorm",
     "clipvalue",
@@ -22,7 +24,6 @@ _BASE_ARGUMENTS = (
     "use_ema",
     "ema_momentum",
     "ema_overwrite_frequency",
-    "loss_scale_factor",
     "gradient_accumulation_steps",
 )
 
@@ -102,7 +103,8 @@ def check_in_scope_of(name, strategy):
         raise ValueError(
             f"`{name}` must be created in the scope of the strategy that it "
             f"trains under. Received: {name} made under "
-            f"{_describe(strategy)}, used under {_describe(in_scope)}"
+            f"{_describe(strategy)}, used under {_describe(in_scope)}. Create "
+            "and compile the model inside `with strategy.scope():`"
         )
 
 
@@ -138,9 +140,29 @@ def check_no_base_arguments(arguments):
             raise TypeError(
                 f"Unknown argument `{name}`. Received: {name}={value!r}"
             )
+        _refuse_base_setting(name, value)
+
+
+def check_no_base_setting(name, value):
+    """Raises if an attribute that belongs on the inner optimizer is set."""
+    if name in _BASE_ARGUMENTS and name not in _DELEGATED:
+        _refuse_base_setting(name, value)
+
+
+def _refuse_base_setting(name, value):
+    raise ValueError(
+        f"`{name}` must be set on the `inner_optimizer`, not on the "
+        f"wrapper. Received: {name}={value!r}"
+    )
+
+
+def check_scores(scores, accumulated):
+    """Raises unless a sparsifier's scores fit the accumulated gradient."""
+    if scores.shape != accumulated.shape or scores.dtype != accumulated.dtype:
         raise ValueError(
-            f"`{name}` must be set on the `inner_optimizer`, not on the "
-            f"wrapper. Received: {name}={value!r}"
+            "`score` of the sparsifier must return a tensor of shape "
+            f"{accumulated.shape} and dtype {accumulated.dtype.name}. "
+            f"Received: shape={scores.shape}, dtype={scores.dtype.name}"
         )
 
 

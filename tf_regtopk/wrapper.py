@@ -145,6 +145,12 @@ class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
                 f"with. Received the unknown variable: {variable}"
             ) from None
 
+    def __setattr__(self, name, value):
+        # The base class sets its own before there is an inner optimizer.
+        if hasattr(self, "inner_optimizer"):
+            validation.check_no_base_setting(name, value)
+        super().__setattr__(name, value)
+
     @property
     def variables(self):
         return self._variables + self.inner_optimizer.variables
@@ -167,7 +173,6 @@ class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
 
     @loss_scale_factor.setter
     def loss_scale_factor(self, factor):
-        # The base class sets its own before there is an inner optimizer.
         if hasattr(self, "inner_optimizer"):
             self.inner_optimizer.loss_scale_factor = factor
 
