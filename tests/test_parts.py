@@ -1,5 +1,7 @@
 """The pure parts: codec, sum, residual error and flat buffer."""
 
+import types
+
 from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -144,6 +146,13 @@ def test_flat_buffer_densifies_slices():
     (dense,) = buffer.densify([slices])
     np.testing.assert_array_equal(dense, [[3, 4], [0, 0], [0, 0], [6, 8]])
     assert buffer.densify([None]) == [None]
+
+
+def test_more_entries_than_indices():
+    variable = types.SimpleNamespace(shape=(2**16, 2**14), dtype="float32")
+    flat_buffer.FlatBuffer.for_variables([variable])
+    with pytest.raises(ValueError, match="Received: 2147483648 entries"):
+        flat_buffer.FlatBuffer.for_variables([variable] * 2)
 
 
 def test_groups():

@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
+import math
 
-import numpy as np
 import tensorflow as tf
 
 from tf_regtopk import selection
@@ -32,16 +32,26 @@ class FlatBuffer:
 
     @classmethod
     def for_variables(cls, variables):
-        """The flat buffer for the gradients of `variables`, in their order."""
-        return cls(
+        """The flat buffer for the gradients of `variables`, in their order.
+
+        Raises:
+            ValueError: If they have more entries than an int32 index reaches.
+        """
+        buffer = cls(
             tuple(tuple(v.shape) for v in variables),
             tuple(tf.as_dtype(v.dtype) for v in variables),
         )
+        if buffer.size >= 2**31:
+            raise ValueError(
+                "The variables exchanged sparsely must have fewer than 2^31 "
+                f"entries in all. Received: {buffer.size} entries"
+            )
+        return buffer
 
     @functools.cached_property
     def sizes(self):
         """Number of entries of each variable."""
-        return tuple(int(np.prod(shape)) for shape in self.shapes)
+        return tuple(math.prod(shape) for shape in self.shapes)
 
     @property
     def size(self):
