@@ -34,14 +34,16 @@ def build_mlp(dtype=None):
 def fit(strategy, optimizer_fn, build_fn=build_mlp, data=None, **arguments):
     """Compiles and fits a model, built lazily; returns it."""
     x, y = data or small_data()
+    for_compile = {
+        name: arguments.pop(name)
+        for name in ("run_eagerly", "jit_compile", "steps_per_execution")
+        if name in arguments
+    }
     with strategy.scope():
         keras.utils.set_random_seed(1)
         model = build_fn()
         model.compile(
-            optimizer=optimizer_fn(),
-            loss="mse",
-            metrics=["mae"],
-            run_eagerly=arguments.pop("run_eagerly", False),
+            optimizer=optimizer_fn(), loss="mse", metrics=["mae"], **for_compile
         )
     arguments = {"epochs": 1, "batch_size": 12, **arguments}
     model.fit(x, y, shuffle=False, verbose=0, **arguments)
@@ -173,21 +175,14 @@ def test_graph_and_eager_agree(mirrored):
 
 def test_several_steps_per_execution(mirrored):
     """Keras's own all-reduce fails in this loop; the all-gather works."""
-    x, y = small_data()
-    models = []
-    for steps_per_execution in (1, 2):
-        with mirrored(2).scope():
-            keras.utils.set_random_seed(1)
-            model = build_mlp()
-            model.compile(
-                optimizer=wrap(
-                    INNER_OPTIMIZERS["sgd"], tf_regtopk.RegTopK(0.2)
-                )(),
-                loss="mse",
-                steps_per_execution=steps_per_execution,
-            )
-        model.fit(x, y, batch_size=12, shuffle=False, verbose=0)
-        models.append(model)
+    models = [
+        fit(
+            mirrored(2),
+            wrap(INNER_OPTIMIZERS["sgd"], tf_regtopk.RegTopK(0.2)),
+            steps_per_execution=steps,
+        )
+        for steps in (1, 2)
+    ]
     assert_weights_equal(*models)
 
 
@@ -649,20 +644,14 @@ def test_loss_scale_optimizer_around_the_wrapper():
 
 
 def test_jit_compiled_model_without_a_strategy():
-    x, y = small_data()
-    models = []
-    for jit_compile in (False, True):
-        keras.utils.set_random_seed(1)
-        model = build_mlp()
-        model.compile(
-            optimizer=wrap(
-                INNER_OPTIMIZERS["momentum"], tf_regtopk.RegTopK(0.3)
-            )(),
-            loss="mse",
+    models = [
+        fit(
+            tf.distribute.get_strategy(),
+            wrap(INNER_OPTIMIZERS["momentum"], tf_regtopk.RegTopK(0.3)),
             jit_compile=jit_compile,
         )
-        model.fit(x, y, batch_size=12, shuffle=False, verbose=0)
-        models.append(model)
+        for jit_compile in (False, True)
+    ]
     assert_weights_close(*models, rtol=1e-4, atol=1e-6)
 
 
