@@ -92,8 +92,9 @@ def test_replica_state(mirrored):
     @tf.function
     def step():
         n = tf.distribute.get_replica_context().replica_id_in_sync_group
-        error, (memory,) = state.read()
-        state.assign((error + tf.cast(n + 1, tf.float32), (memory * n,)))
+        error, (memory,) = state.local()
+        error.assign_add(tf.fill([2], tf.cast(n + 1, tf.float32)))
+        memory.assign(memory * n)
 
     for _ in range(2):
         strategy.run(step)
@@ -134,6 +135,9 @@ def test_flat_buffer_without_some_gradients():
     flat = tf.constant([1.0, 2.0, 3.0, 4.0, 5.0], tf.float64)
     np.testing.assert_array_equal(
         buffer.clear_missing(flat, gradients), [0, 0, 3, 0, 0]
+    )
+    np.testing.assert_array_equal(
+        buffer.keep_missing(flat, -flat, gradients), [1, 2, -3, 4, 5]
     )
 
 

@@ -2,15 +2,22 @@
 
 import tensorflow as tf
 
+# As many entries of one replica are added at a time as span about this many
+# entries of the gradient, so that those of the other replicas find it in cache,
+_SPAN = 1 << 18
+# but not so few that starting the next run takes longer than adding it.
+_SHORTEST_RUN = 1 << 14
+
 
 def sum_entries(indices, values, size):
     r"""Adds the entries of all replicas into one dense gradient.
 
-        agg_j = sum over replicas n, in order, of sent_{n,j}
+        agg_j = sum over replicas n of sent_{n,j}
 
-    Replicas are added one after another: an index occurs once in each, so no
-    two additions to one entry ever race, and the sum is the same to the bit on
-    every replica and device, whatever order a scatter works in.
+    Run by run of consecutive entries, and in each run replica after replica: an
+    index occurs once in each, so no two additions to one entry ever race, and
+    the sum is the same to the bit on every replica and device, whatever order a
+    scatter works in.
 
     Args:
         indices: int32 tensor `[N, k]`, in each row every index at most once.
@@ -27,16 +34,26 @@ def sum_entries(indices, values, size):
     >>> sum_entries(indices, values, 4).numpy()
     array([1., 4., 5., 0.], dtype=float32)
     """
+    num_replicas, k = indices.shape
 
-    def add_replica(n, aggregate):
-        return n + 1, tf.tensor_scatter_nd_add(
-            aggregate, indices[n][:, tf.newaxis], values[n]
-        )
+    def add_runs(aggregate, first, length, num_runs):
+        def add_run(i, aggregate):
+            corner = [i % num_replicas, first + i // num_replicas * length]
+            run = [1, length]
+            return i + 1, tf.tensor_scatter_nd_add(
+                aggregate,
+                tf.slice(indices, corner, run)[0][:, tf.newaxis],
+                tf.slice(values, corner, run)[0],
+            )
 
-    num_replicas = indices.shape[0]
-    _, aggregate = tf.while_loop(
-        lambda n, _: n < num_replicas,
-        add_replica,
-        (0, tf.zeros([size], values.dtype)),
-    )
+        return tf.while_loop(
+            lambda i, _: i < num_runs * num_replicas, add_run, (0, aggregate)
+        )[1]
+
+    length = min(k, max(_SHORTEST_RUN, _SPAN * k // size))
+    num_runs, rest = divmod(k, length)
+    aggregate = tf.zeros([size], values.dtype)
+    aggregate = add_runs(aggregate, 0, length, num_runs)
+    if rest:
+        aggregate = add_runs(aggregate, k - rest, rest, 1)
     return aggregate

@@ -15,9 +15,10 @@ def all_gather(payload):
         int32 tensor `[N, length]`, the same on each of the N replicas.
     """
     replica = tf.distribute.get_replica_context()
+    gathered = payload
     if replica.num_replicas_in_sync > 1:
-        payload = replica.all_gather(payload, axis=0)
-    return tf.reshape(payload, [replica.num_replicas_in_sync, -1])
+        gathered = replica.all_gather(payload, axis=0)
+    return tf.reshape(gathered, [replica.num_replicas_in_sync, *payload.shape])
 
 
 def all_reduce_sum(gradients):

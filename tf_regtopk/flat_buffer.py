@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 
 import tensorflow as tf
@@ -108,26 +109,36 @@ class FlatBuffer:
         )
 
     def split(self, flat):
-        """The inverse of `flatten`: a list in the variables' shapes, dtypes."""
+        """The inverse of `flatten`: a list in the variables' shapes, dtypes.
+
+        Outside of XLA: there slices share the memory of `flat` where they lie
+        on the bounds that TensorFlow requires.
+        """
+        starts = itertools.accumulate(self.sizes, initial=0)
         return [
-            tf.cast(tf.reshape(part, shape), dtype)
-            for part, shape, dtype in zip(
-                tf.split(flat, self.sizes),
-                self.shapes,
-                self.dtypes,
-                strict=True,
+            tf.cast(tf.reshape(tf.slice(flat, [start], [size]), shape), dtype)
+            for start, size, shape, dtype in zip(
+                starts, self.sizes, self.shapes, self.dtypes, strict=False
             )
         ]
 
     def clear_missing(self, flat, gradients):
         """`flat` with zeros in place of variables whose gradient is None."""
+        return self.keep_missing(tf.zeros_like(flat), flat, gradients)
+
+    def keep_missing(self, kept, flat, gradients):
+        """`flat`, but `kept` where the gradient of a variable is None."""
         if not any(gradient is None for gradient in gradients):
             return flat
-        parts = tf.split(flat, self.sizes)
         return tf.concat(
             [
-                tf.zeros_like(part) if gradient is None else part
-                for part, gradient in zip(parts, gradients, strict=True)
+                kept_part if gradient is None else part
+                for kept_part, part, gradient in zip(
+                    tf.split(kept, self.sizes),
+                    tf.split(flat, self.sizes),
+                    gradients,
+                    strict=True,
+                )
             ],
             axis=0,
         )

@@ -132,42 +132,47 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
             replica.
         """
         gradients = self._buffer.densify(gradients)
-        error, memory = self._state.read()
-        payload, indices, sent, error = self._select_entries(
-            gradients, error, memory, self._iterations.value
+        error, memory = self._state.local()
+        payload, indices, sent, a = self._select_entries(
+            gradients, error.read_value(), _read(memory), self._iterations.value
         )
         payloads = exchange.all_gather(payload)
-        aggregate, memory = self._add_entries(payloads, indices, sent)
-        self._state.assign((error, memory))
-        return aggregate
+        error.assign(a)
+        aggregate = self._add_entries(payloads, indices, sent, error, memory)
+        return self._buffer.split(aggregate)
 
     @tf.function(jit_compile=True, autograph=False)
     def _select_entries(self, gradients, error, memory, step):
         """Accumulate -> score -> select -> encode, on one replica."""
         g = self._buffer.flatten(gradients)
-        a = error_feedback.accumulate(error, g)
         # Where there is no gradient nothing is sent, and the error stays.
-        candidates = self._buffer.clear_missing(a, gradients)
-        scores = self.sparsifier.score(candidates, memory, step)
+        a = error_feedback.accumulate(
+            self._buffer.clear_missing(error, gradients), g
+        )
+        scores = self.sparsifier.score(a, memory, step)
         validation.check_scores(scores, a)
         indices = selection.select_largest(scores, self._groups, step)
-        payload, sent = codec.encode(indices, tf.gather(candidates, indices))
-        error = error_feedback.residual_error(a, indices, sent)
-        return payload, indices, sent, error
+        a = self.sparsifier.restore(a, scores, memory, indices)
+        payload, sent = codec.encode(indices, tf.gather(a, indices))
+        a = self._buffer.keep_missing(error, a, gradients)
+        return payload, indices, sent, a
 
     @tf.function(jit_compile=True, autograph=False)
-    def _add_entries(self, payloads, indices, sent):
+    def _add_entries(self, payloads, indices, sent, error, memory):
         """Decode -> sum -> remember what became of this replica's entries."""
-        all_indices, all_values = codec.decode(
-            payloads, indices.shape[0], sent.dtype
-        )
         aggregate = aggregation.sum_entries(
-            all_indices, all_values, self._buffer.size
+            *codec.decode(payloads, indices.shape[0], sent.dtype),
+            self._buffer.size,
         )
-        memory = self.sparsifier.remember(
+        remembered = self.sparsifier.remember(
             indices, sent, tf.gather(aggregate, indices)
         )
-        return self._buffer.split(aggregate), memory
+        for variable, value in zip(memory, remembered, strict=True):
+            variable.assign(value)
+        # Last, and in place, because only now nothing else needs a.
+        a = error.read_value()
+        error.assign(error_feedback.residual_error(a, indices, sent))
+        return aggregate
 
     def _create_state(self, variables):
         self._sparse_slots, self._dense_slots = self._partition(variables)
@@ -207,3 +212,7 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
             "scope": self.scope,
             "dense_below": self.dense_below,
         }
+
+
+def _read(variables):
+    return tf.nest.map_structure(lambda v: v.read_value(), variables)

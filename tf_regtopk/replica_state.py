@@ -6,8 +6,8 @@ import tensorflow as tf
 class ReplicaState:
     """A structure of tensors that differs from replica to replica.
 
-    To be created in the scope of the strategy; `read` and `assign` act on the
-    replica in whose context they are called.
+    To be created in the scope of the strategy; `local` is to be called in a
+    replica context.
 
     Args:
         initial: Function that returns the structure (nested tuples) of tensors
@@ -16,8 +16,8 @@ class ReplicaState:
     Example:
 
     >>> state = ReplicaState(lambda: (tf.zeros([2]), ()))
-    >>> state.assign((tf.constant([1.0, 2.0]), ()))
-    >>> state.read()[0].numpy()
+    >>> variable, _ = state.local()
+    >>> variable.assign([1.0, 2.0]).numpy()
     array([1., 2.], dtype=float32)
     """
 
@@ -36,17 +36,19 @@ class ReplicaState:
             initial(),
         )
 
-    def read(self):
-        """This replica's structure of tensors."""
-        return tf.nest.map_structure(tf.convert_to_tensor, self._variables)
+    def local(self):
+        """This replica's structure of `tf.Variable`s."""
 
-    def assign(self, values):
-        """Replaces this replica's tensors by those of a like structure."""
-        tf.nest.map_structure(
-            lambda variable, value: variable.assign(value),
-            self._variables,
-            values,
-        )
+        def local_variable(variable):
+            # In a replica context, `handle` is that of this replica's part.
+            [local] = [
+                part
+                for part in self._strategy.experimental_local_results(variable)
+                if part.handle is variable.handle
+            ]
+            return local
+
+        return tf.nest.map_structure(local_variable, self._variables)
 
     def reset(self):
         """Puts all replicas of this process back to where they started."""

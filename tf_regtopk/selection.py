@@ -1,7 +1,8 @@
 """Exact selection of the k largest scores, in a form that XLA compiles.
 
 `tf.math.top_k` is not used: compiled by XLA for the CPU it returns wrong
-entries for some sizes (TensorFlow 2.21), and it breaks no ties by position.
+entries for some sizes (TensorFlow 2.21), it breaks no ties by position, and it
+is many times slower (benchmarks/selection.py).
 """
 
 import math
@@ -10,10 +11,9 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from tf_regtopk import bitmap
 from tf_regtopk import hashing
 
-# Selected entries are marked in words of 32 bits, one bit an entry.
-_WORD = 32
 # Below this size, sampling costs more than it saves.
 _SMALLEST_SAMPLED = 1 << 17
 
@@ -31,20 +31,21 @@ class Group(NamedTuple):
 
 
 def select_largest(scores, groups, step=0):
-    r"""Returns the positions of the k largest scores of each group.
+    r"""Returns the positions of the k scores of largest magnitude, by group.
 
-    With `T` the k-th largest score of a group, every entry above `T` is
+    With `T` the k-th largest magnitude of a group, every entry above `T` is
     selected, and of those equal to `T` the ones with the lowest positions, so
     that exactly k are selected and every run and every replica agrees:
 
-        s = {j : score_j > T}  +  the first k - |{j : score_j > T}| of
-                                  {j : score_j = T}
+        s = {j : |score_j| > T}  +  the first k - |{j : |score_j| > T}| of
+                                    {j : |score_j| = T}
 
-    Scores are compared by their bit patterns, which order non-negative floats
-    as their values do; NaN counts as larger than any number.
+    Magnitudes are compared by their bit patterns, which order them as their
+    values do. Denormal numbers keep their order (unless what computed the
+    scores has flushed them to 0); NaN counts as larger than any number.
 
     Args:
-        scores: Non-negative float32 or float64 tensor of shape `[J]`.
+        scores: float32 or float64 tensor of shape `[J]`.
         groups: Sequence of `Group` whose sizes add up to J.
         step: Integer, or scalar integer tensor. Changes which scores are
             sampled to save time, and never the result.
@@ -54,23 +55,22 @@ def select_largest(scores, groups, step=0):
 
     Example:
 
-    >>> scores = tf.constant([0.5, 3.0, 0.1, 3.0, 2.0])
+    >>> scores = tf.constant([0.5, -3.0, 0.1, 3.0, 2.0])
     >>> select_largest(scores, [Group(size=5, k=2)]).numpy().tolist()
     [1, 3]
     >>> select_largest(scores, [Group(3, 1), Group(2, 1)]).numpy().tolist()
     [1, 3]
     """
-    keys = _order_preserving_keys(scores)
     if len(groups) == 1 and groups[0].size >= _SMALLEST_SAMPLED:
-        return _select_among_candidates(keys, groups[0], step)
-    return _select(keys, groups)
+        return _select_among_candidates(scores, groups[0], step)
+    return _select(_order_preserving_keys(scores), groups)
 
 
-def _select_among_candidates(keys, group, step):
-    r"""As `_select` for one large group, most of which a sample rules out.
+def _select_among_candidates(scores, group, step):
+    r"""As `select_largest` for one large group, most of it ruled out early.
 
         bound      = the r-th largest of m sampled keys
-        candidates = {j : key_j >= bound}, compacted in one pass over the keys
+        candidates = {j : key_j >= bound}, compacted in one pass over the scores
 
     The k largest keys are among the candidates whenever there are k of them; r
     is so far above its expectation m k / J that there nearly always are. If
@@ -80,95 +80,131 @@ def _select_among_candidates(keys, group, step):
     size, k = group
     num_samples, rank, room = _sampling_plan(size, k)
     if rank >= num_samples or room >= size:
-        return _select(keys, [group])
+        return _select(_order_preserving_keys(scores), [group])
 
-    bound = _sampled_bound(keys, num_samples, rank, step)
-    words = _pack_bits(_in_words(keys) >= bound)
-    num_candidates = tf.reduce_sum(_count_bits(words))
-
-    def among_candidates():
-        word, bit = _positions_of_bits(words, room)
-        position = tf.minimum(word * _WORD + bit, size - 1)
-        is_candidate = tf.range(room) < num_candidates
-        candidates = tf.where(is_candidate, tf.gather(keys, position), -1)
-        return tf.gather(position, _select(candidates, [Group(room, k)]))
-
-    return tf.cond(
-        (num_candidates >= k) & (num_candidates <= room),
-        among_candidates,
-        lambda: _select(keys, [group]),
+    words = _pack_at_least(
+        scores, _sampled_bound(scores, num_samples, rank, step)
     )
+    num_candidates = tf.reduce_sum(bitmap.count_bits(words))
+
+    # The branch sees the scores, and makes keys of its own: XLA would store all
+    # keys to hand them to it.
+    def search_all():
+        keys = _order_preserving_keys(scores)
+        return _mark_largest(_in_words(keys, [group]), [k]), k
+
+    words, num_candidates = tf.cond(
+        (num_candidates >= k) & (num_candidates <= room),
+        lambda: (words, num_candidates),
+        search_all,
+    )
+    positions = tf.minimum(bitmap.positions(words, room), size - 1)
+    keys = _order_preserving_keys(tf.gather(scores, positions))
+    # -1 past the last candidate. XLA compiles a tf.where here for 1 s longer.
+    room_left = num_candidates - 1 - tf.range(room)
+    keys |= tf.cast(tf.bitwise.right_shift(room_left, 31), keys.dtype)
+    return tf.gather(positions, _select(keys, [Group(room, k)]))
 
 
 def _sampling_plan(size, k):
     """`(m, r, room)`: samples, rank among them, most candidates to expect."""
-    num_samples = min(max(size // 96, 1 << 14), 1 << 17) // _WORD * _WORD
+    num_samples = min(max(size // 512, 1 << 14), 1 << 16) // 32 * 32
     # 4 standard deviations to either side of a Poisson count.
     expected = num_samples * k / size
     rank = math.ceil(expected + 4 * math.sqrt(expected) + 1)
     room = size / num_samples * (rank + 4 * math.sqrt(rank) + 1)
-    return num_samples, rank, math.ceil(room / _WORD) * _WORD
+    return num_samples, rank, _round_up(math.ceil(room), bitmap.SQUARE)
 
 
-def _sampled_bound(keys, num_samples, rank, step):
+def _sampled_bound(scores, num_samples, rank, step):
     """The key of the given rank among samples, one from each equal stretch.
 
     Where in its stretch a sample lies changes with the stretch and the step, so
-    that the bound cannot keep missing a pattern in the keys.
+    that the bound cannot keep missing a pattern in the scores.
     """
-    stretch = keys.shape[0] // num_samples
+    stretch = scores.shape[0] // num_samples
     random = tf.bitwise.right_shift(
         hashing.hash_bits(num_samples, 0, step), tf.constant(16, tf.uint32)
     )
     offset = tf.bitwise.right_shift(
         tf.bitcast(random, tf.int32) * stretch, tf.constant(16, tf.int32)
     )
-    samples = tf.gather(keys, tf.range(num_samples) * stretch + offset)
-    threshold, _ = _kth_largest(
-        _in_words(samples), tf.zeros([num_samples // _WORD], tf.int32), [rank]
+    samples = tf.gather(scores, tf.range(num_samples) * stretch + offset)
+    keys = _in_words(
+        _order_preserving_keys(samples), [Group(num_samples, rank)]
     )
+    threshold, _ = _kth_largest(keys, [rank])
     return threshold[0]
 
 
-def _in_words(keys):
-    """`keys` in rows of 32; key -1, below every key, fills up the last row."""
-    keys = tf.pad(keys, [[0, -keys.shape[0] % _WORD]], constant_values=-1)
-    return tf.reshape(keys, [-1, _WORD])
+def _pack_at_least(scores, bound):
+    """Bitmap of the scores whose key is at least `bound`."""
+    # Only the rest is padded: XLA would slow down the whole pass.
+    rest = scores.shape[0] % bitmap.SQUARE
+    parts = tf.split(scores, [scores.shape[0] - rest, rest])
+    whole, rest = (_order_preserving_keys(part) >= bound for part in parts)
+    rest = tf.pad(rest, [[0, -rest.shape[0] % bitmap.SQUARE]])
+    return tf.concat(bitmap.pack(whole, rest), axis=0)
 
 
 def _select(keys, groups):
     """As `select_largest`, for integer keys; negative ones do not take part."""
-    # Each group starts on a word of its own.
-    num_words = [-(-group.size // _WORD) for group in groups]
-    padding = [
-        n * _WORD - group.size
-        for n, group in zip(num_words, groups, strict=True)
-    ]
-    keys = tf.concat(
-        [_in_words(part) for part in tf.split(keys, [g.size for g in groups])],
-        axis=0,
-    )
-    group_of_word = tf.concat(
-        [tf.fill([n], g) for g, n in enumerate(num_words)], axis=0
-    )
+    keys = _in_words(keys, groups)
+    ks = [group.k for group in groups]
+    positions = bitmap.positions(_mark_largest(keys, ks), sum(ks))
+    first_entry = np.cumsum([0] + [g.size for g in groups[:-1]], dtype=np.int32)
+    padding_before = keys.first_word * bitmap.WORD - first_entry
+    if padding_before.any():
+        word = tf.bitwise.right_shift(positions, bitmap.WORD.bit_length() - 1)
+        group = tf.gather(keys.group_of_word, word)
+        positions -= tf.gather(padding_before, group)
+    return positions
 
-    threshold, num_ties = _kth_largest(
-        keys, group_of_word, [group.k for group in groups]
-    )
-    threshold = tf.gather(threshold, group_of_word)[:, tf.newaxis]
-    ties = _pack_bits(keys == threshold)
-    ties_before = tf.cumsum(_count_bits(ties), exclusive=True)
-    first_word = np.cumsum([0] + num_words[:-1], dtype=np.int32)
-    ties_before -= tf.gather(tf.gather(ties_before, first_word), group_of_word)
-    ties_left = tf.gather(num_ties, group_of_word) - ties_before
-    words = _pack_bits(keys > threshold) | _lowest_bits(ties, ties_left)
 
-    word, bit = _positions_of_bits(words, sum(group.k for group in groups))
-    padding_before = np.cumsum([0] + padding[:-1], dtype=np.int32)
-    return (
-        word * _WORD
-        + bit
-        - tf.gather(padding_before, tf.gather(group_of_word, word))
+def _mark_largest(keys, ks):
+    """Bitmap of the k largest keys of each group."""
+    threshold, num_ties = _kth_largest(keys, ks)
+    threshold = tf.gather(threshold, keys.group_of_word)[:, tf.newaxis]
+    larger, ties = bitmap.pack(keys.rows > threshold, keys.rows == threshold)
+    ties_before = bitmap.bits_before(ties)
+    ties_before -= tf.gather(
+        tf.gather(ties_before, keys.first_word), keys.group_of_word
+    )
+    ties_left = tf.gather(num_ties, keys.group_of_word) - ties_before
+    return larger | bitmap.lowest(ties, ties_left)
+
+
+class _Keys(NamedTuple):
+    """Keys in rows of 32, in which each group starts on a row of its own.
+
+    Args:
+        rows: Integer tensor `[words, 32]`; -1, below every key, fills up rows.
+        group_of_word: int32 tensor `[words]`, the group of each row; of shape
+            `[1]` if there is but one group.
+        first_word: int32 array, the first row of each group.
+    """
+
+    rows: tf.Tensor
+    group_of_word: tf.Tensor
+    first_word: np.ndarray
+
+
+def _in_words(keys, groups):
+    num_words = [-(-group.size // bitmap.WORD) for group in groups]
+    num_words[-1] += -sum(num_words) % bitmap.WORD
+    parts = []
+    for part, n in zip(
+        tf.split(keys, [group.size for group in groups]), num_words, strict=True
+    ):
+        padding = n * bitmap.WORD - part.shape[0]
+        parts += [part, tf.fill([padding], tf.constant(-1, keys.dtype))]
+    group_of_word = [tf.fill([n], g) for g, n in enumerate(num_words)]
+    return _Keys(
+        rows=tf.reshape(tf.concat(parts, axis=0), [-1, bitmap.WORD]),
+        group_of_word=tf.concat(group_of_word, axis=0)[
+            : None if len(groups) > 1 else 1
+        ],
+        first_word=np.cumsum([0] + num_words[:-1], dtype=np.int32),
     )
 
 
@@ -179,109 +215,60 @@ def _order_preserving_keys(scores):
     return tf.bitcast(scores, integer) & integer.max
 
 
-def _kth_largest(keys, group_of_word, ks):
+def _kth_largest(keys, ks):
     """The k-th largest key of each group, by radix search from the top digit.
 
     Args:
-        keys: Integer tensor `[words, 32]`; negative keys do not take part.
-        group_of_word: int32 tensor `[words]`.
+        keys: `_Keys`; negative ones do not take part.
         ks: The k of each group.
 
     Returns:
         `(threshold, num_ties)`, both of shape `[groups]`: the k-th largest key,
         and how many of the keys equal to it belong to the k largest.
     """
-    num_groups = len(ks)
-    key_bits = 8 * keys.dtype.size - 1
+    rows, num_groups = keys.rows, len(ks)
     # Wide digits take fewer passes; small and many groups take narrow ones,
     # because each group has a histogram of its own.
-    narrow = num_groups > 1 or keys.shape.num_elements() < 1 << 16
+    narrow = num_groups > 1 or rows.shape.num_elements() < 1 << 16
     digit_bits = 8 if narrow else 16
     num_digits = 1 << digit_bits
-    group = group_of_word[:, tf.newaxis]
+    group = keys.group_of_word[:, tf.newaxis]
 
     def next_digit(shift, prefix, remaining):
-        rest = tf.bitwise.right_shift(keys, shift)
+        rest = tf.bitwise.right_shift(rows, shift)
         digit = tf.cast(rest & (num_digits - 1), tf.int32)
-        rest = tf.bitwise.right_shift(rest, tf.constant(digit_bits, keys.dtype))
-        candidate = (rest == tf.gather(prefix, group)) & (keys >= 0)
-        # One more bin takes the keys that are out of the running.
-        histogram = _histogram(
-            tf.where(candidate, group * num_digits + digit, -1) + 1,
-            num_groups * num_digits + 1,
-        )[1:]
-        histogram = tf.reshape(histogram, [num_groups, num_digits])
-        at_least = tf.cumsum(histogram, axis=1, reverse=True)
+        rest = tf.bitwise.right_shift(rest, tf.constant(digit_bits, rows.dtype))
+        candidate = (rest == tf.gather(prefix, group)) & (rows >= 0)
+        num_bins = num_groups * num_digits
+        histogram = bitmap.histogram(
+            # Keys out of the running fall into no bin.
+            tf.where(candidate, group * num_digits + digit, num_bins),
+            num_bins,
+        )
+        up_to = bitmap.cumulative_sum(histogram)
+        histogram, up_to = (
+            tf.reshape(x, [num_groups, num_digits]) for x in (histogram, up_to)
+        )
+        at_least = up_to[:, -1:] - up_to + histogram
         reached = tf.cast(at_least >= remaining[:, tf.newaxis], tf.int32)
         digit = tf.reduce_sum(reached, axis=1) - 1
         above = tf.gather(at_least - histogram, digit, axis=1, batch_dims=1)
-        prefix = prefix * num_digits + tf.cast(digit, keys.dtype)
+        prefix = prefix * num_digits + tf.cast(digit, rows.dtype)
         return shift - digit_bits, prefix, remaining - above
 
+    key_bits = 8 * rows.dtype.size - 1
     top_shift = (key_bits - 1) // digit_bits * digit_bits
     _, threshold, num_ties = tf.while_loop(
         lambda shift, *_: shift >= 0,
         next_digit,
         (
-            tf.constant(top_shift, keys.dtype),
-            tf.zeros([num_groups], keys.dtype),
+            tf.constant(top_shift, rows.dtype),
+            tf.zeros([num_groups], rows.dtype),
             tf.constant(ks, tf.int32),
         ),
     )
     return threshold, num_ties
 
 
-def _positions_of_bits(words, count):
-    """`(word, bit)` of each of the `count` set bits, in rising order."""
-    bits_before = tf.cumsum(_count_bits(words), exclusive=True)
-    # Bit r lies in the last word that has at most r bits before it.
-    word = tf.cumsum(_histogram(bits_before, count)) - 1
-    rank = tf.range(count) - tf.gather(bits_before, word)
-    return word, _position_of_bit(tf.gather(words, word), rank)
-
-
-def _position_of_bit(words, rank):
-    """Position, from the lowest, of the set bit number `rank` of each word."""
-    position = tf.zeros_like(rank)
-    for half in (16, 8, 4, 2, 1):
-        low = _count_bits(words & tf.constant((1 << half) - 1, tf.uint32))
-        in_high_half = rank >= low
-        rank = tf.where(in_high_half, rank - low, rank)
-        position = tf.where(in_high_half, position + half, position)
-        words = tf.where(
-            in_high_half,
-            tf.bitwise.right_shift(words, tf.constant(half, tf.uint32)),
-            words,
-        )
-    return position
-
-
-def _lowest_bits(words, count):
-    """Each word with only its `count` lowest set bits kept (none if <= 0)."""
-    one = tf.constant(1, tf.uint32)
-    first_dropped = _position_of_bit(words, tf.maximum(count, 0))
-    below = tf.bitwise.left_shift(one, tf.cast(first_dropped, tf.uint32)) - one
-    return tf.where(count >= _count_bits(words), words, words & below)
-
-
-def _pack_bits(mask):
-    """Bool tensor `[words, 32]` to uint32 `[words]`, lowest bit first."""
-    weights = tf.constant([1 << bit for bit in range(_WORD)], tf.uint32)
-    return tf.reduce_sum(
-        tf.where(mask, weights, tf.constant(0, tf.uint32)), axis=1
-    )
-
-
-def _count_bits(words):
-    return tf.cast(tf.raw_ops.PopulationCount(x=words), tf.int32)
-
-
-def _histogram(values, num_bins):
-    """Counts of 0 .. `num_bins` - 1 in `values`; larger values are ignored."""
-    # XLA compiles the raw op, and not tf.math.bincount.
-    return tf.raw_ops.DenseBincount(
-        input=tf.reshape(values, [-1]),
-        size=num_bins,
-        weights=tf.zeros([0], tf.int32),
-        binary_output=False,
-    )
+def _round_up(n, multiple):
+    return -(-n // multiple) * multiple

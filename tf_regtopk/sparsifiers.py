@@ -2,7 +2,7 @@
 
 A sparsifier is a pair: a pure score function in the notation of its paper, and
 a small immutable record of its hyper-parameters.  Each step a replica sends
-the k entries with the largest scores.
+the k entries whose scores have the largest magnitude.
 
 Notation, for one replica: a the accumulated gradient, `sent` what the replica
 sent of it, agg the sum over all replicas of what they sent; a superscript t-1
@@ -22,7 +22,7 @@ from tf_regtopk import validation
 
 
 def top_k_score(a):
-    """Top-k: `score_j = |a_j|`.
+    """Top-k: `score_j = a_j`.
 
     Args:
         a: Float tensor `[J]`, the accumulated gradient.
@@ -30,19 +30,21 @@ def top_k_score(a):
     Returns:
         Float tensor `[J]`.
     """
-    return tf.abs(a)
+    return a
 
 
 def reg_top_k_score(a, indices, one_plus_delta, mu, q):
-    r"""RegTop-k: the magnitude, damped where the others cancelled it before.
+    r"""RegTop-k: the entry, damped where the others cancelled it before.
 
-        score_j = |a_j| tanh(|1 + Delta_j| / mu)
+        score_j = a_j tanh(|1 + Delta_j| / mu) / tanh(|1 + Q| / mu)
         Delta_j = (agg_j^{t-1} - sent_j^{t-1}) / denominator_j
                                                 where j was sent at t-1
         Delta_j = Q                             elsewhere
 
     With the denominator `sent_j^{t-1}`, 1 + Delta_j is what all replicas sent
-    for the entry in units of what this one sent: 0 where they cancelled it.
+    for the entry in units of what this one sent: 0 where they cancelled it. The
+    paper's score lacks the division, which changes no order and leaves the
+    scores of all entries but `indices` to be a itself.
 
     Args:
         a: Float tensor `[J]`, the accumulated gradient.
@@ -61,7 +63,7 @@ def reg_top_k_score(a, indices, one_plus_delta, mu, q):
     >>> a = tf.constant([3.0, -2.0, 1.0])
     >>> indices = tf.constant([0])  # sent, and cancelled by the others
     >>> reg_top_k_score(a, indices, tf.constant([0.0]), mu=4.0, q=1e8).numpy()
-    array([0., 2., 1.], dtype=float32)
+    array([ 0., -2.,  1.], dtype=float32)
 
     Source: Bereyhi, Liang, Boudreau, Afana, "Regularized Top-k: A Bayesian
     Framework for Gradient Sparsification".
@@ -69,13 +71,11 @@ def reg_top_k_score(a, indices, one_plus_delta, mu, q):
     undamped = tf.constant(math.tanh(abs(1.0 + q) / mu), a.dtype)
     damping = tf.where(
         tf.math.is_nan(one_plus_delta),
-        undamped,
-        tf.tanh(tf.abs(one_plus_delta) / mu),
+        tf.ones_like(one_plus_delta),
+        tf.tanh(tf.abs(one_plus_delta) / mu) / undamped,
     )
     return tf.tensor_scatter_nd_update(
-        tf.abs(a) * undamped,
-        indices[:, tf.newaxis],
-        tf.abs(tf.gather(a, indices)) * damping,
+        a, indices[:, tf.newaxis], tf.gather(a, indices) * damping
     )
 
 
@@ -145,8 +145,28 @@ class Sparsifier(abc.ABC):
             step: Scalar int64 tensor, the number of steps taken so far.
 
         Returns:
-            Non-negative float tensor `[J]`.
+            Float tensor `[J]`. Those of largest magnitude are selected.
         """
+
+    def restore(self, a, scores, memory, selected):
+        """Returns `a`, for a sparsifier that wrote its scores over it.
+
+        If few scores differ from a, XLA stores them in the place of a, as long
+        as nothing needs a afterwards; else it copies all of a first. A
+        sparsifier can spare it that by overriding this method, to make a out of
+        `scores` again.
+
+        Args:
+            a: Float tensor `[J]`, the accumulated gradient.
+            scores: Float tensor `[J]`, what `score` has returned for it.
+            memory: As for `score`.
+            selected: int32 tensor, what was selected by these scores.
+
+        Returns:
+            Float tensor `[J]`, equal to `a`.
+        """
+        del scores, memory, selected
+        return a
 
     def remember(self, indices, sent, aggregate):
         """What to remember of a step for the next one.
@@ -250,6 +270,16 @@ class RegTopK(Sparsifier):
             difference = one_plus_delta
             one_plus_delta = 1.0 + difference / tf.gather(a, indices)
         return reg_top_k_score(a, indices, one_plus_delta, self.mu, self.q)
+
+    def restore(self, a, scores, memory, selected):
+        indices, _ = memory
+        original = tf.gather(a, indices)
+        # Positions are never negative, so this adds 0. XLA does not know, and
+        # cannot write over the scores before `selected` has been found.
+        indices += tf.minimum(selected[0], 0)
+        return tf.tensor_scatter_nd_update(
+            scores, indices[:, tf.newaxis], original
+        )
 
     def remember(self, indices, sent, aggregate):
         if self.denominator == "current":

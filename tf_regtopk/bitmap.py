@@ -1,0 +1,155 @@
+"""Sets of positions as bitmaps: 32 positions a word, lowest bit first.
+
+In the form that XLA compiles to fast code: whole columns at a time, and no
+scan, sort or scatter over more than one element a word.
+"""
+
+import numpy as np
+import tensorflow as tf
+
+WORD = 32
+# Bits are packed in squares of 32 words.
+SQUARE = WORD * WORD
+
+
+def pack(*masks):
+    """Packs bool tensors of `[n]` entries into bitmaps.
+
+    Args:
+        *masks: Bool tensors, of any shapes with a multiple of 1024 entries.
+
+    Returns:
+        For each a uint32 tensor `[n / 32]`.
+
+    Example:
+
+    >>> [words] = pack(tf.range(1024) >= 1022)
+    >>> hex(words[-1].numpy())
+    '0xc0000000'
+    """
+    weights = tf.constant([1 << bit for bit in range(WORD)], tf.uint32)
+    # Summed down the columns of squares, which compiles to vector code where a
+    # sum along rows would not.  That makes the square's columns words.
+    columns = [
+        tf.reduce_sum(
+            tf.where(
+                tf.reshape(mask, [-1, WORD, WORD]),
+                weights[:, tf.newaxis],
+                tf.constant(0, tf.uint32),
+            ),
+            axis=1,
+        )
+        for mask in masks
+    ]
+    words = tf.reshape(_transpose(tf.concat(columns, axis=0)), [-1])
+    return tf.split(words, [WORD * part.shape[0] for part in columns])
+
+
+def _transpose(squares):
+    """Transposes squares of 32 x 32 bits, `[n, 32]` words.
+
+    Each pass swaps the upper right and lower left quarters of ever smaller
+    squares (Warren, "Hacker's Delight", 7-3).
+    """
+    low = 0xFFFFFFFF
+    for half in (16, 8, 4, 2, 1):
+        low ^= (low << half) & 0xFFFFFFFF
+        low_bits = tf.constant(low, tf.uint32)
+        high_bits = tf.constant(low ^ 0xFFFFFFFF, tf.uint32)
+        shift = tf.constant(half, tf.uint32)
+        pairs = tf.reshape(squares, [-1, WORD // (2 * half), 2, half])
+        upper, lower = pairs[:, :, 0], pairs[:, :, 1]
+        swapped = [
+            (upper & low_bits)
+            | tf.bitwise.left_shift(lower & low_bits, shift),
+            tf.bitwise.right_shift(upper & high_bits, shift)
+            | (lower & high_bits),
+        ]
+        squares = tf.reshape(tf.stack(swapped, axis=2), [-1, WORD])
+    return squares
+
+
+def count_bits(words):
+    """Number of set bits of each word, int32."""
+    return tf.cast(tf.raw_ops.PopulationCount(x=words), tf.int32)
+
+
+def bits_before(words):
+    """Number of set bits in the words before each word, int32."""
+    counts = count_bits(words)
+    return cumulative_sum(counts) - counts
+
+
+def positions(words, num_set):
+    """Positions of the first `num_set` set bits, int32, rising.
+
+    If fewer bits are set, the rest of the positions means nothing.
+
+    Example:
+
+    >>> positions(tf.constant([5, 0, 1], tf.uint32), 3).numpy().tolist()
+    [0, 2, 64]
+    """
+    before = bits_before(words)
+    # Bit r lies in the last word that has at most r bits before it.
+    word = cumulative_sum(histogram(before, num_set)) - 1
+    rank = tf.range(num_set) - tf.gather(before, word)
+    return word * WORD + _position_in_word(tf.gather(words, word), rank)
+
+
+def _position_in_word(words, rank):
+    """Position of the set bit number `rank` of each word."""
+    position = tf.zeros_like(rank)
+    for half in (16, 8, 4, 2, 1):
+        low = count_bits(words & tf.constant((1 << half) - 1, tf.uint32))
+        in_high_half = rank >= low
+        rank = tf.where(in_high_half, rank - low, rank)
+        position = tf.where(in_high_half, position + half, position)
+        words = tf.where(
+            in_high_half,
+            tf.bitwise.right_shift(words, tf.constant(half, tf.uint32)),
+            words,
+        )
+    return position
+
+
+def lowest(words, num_kept):
+    """Each word with only its `num_kept` lowest set bits (none if <= 0).
+
+    Example:
+
+    >>> lowest(tf.constant([7, 7], tf.uint32), tf.constant([2, -1])).numpy()
+    array([3, 0], dtype=uint32)
+    """
+    one = tf.constant(1, tf.uint32)
+    first_dropped = _position_in_word(words, tf.maximum(num_kept, 0))
+    below = tf.bitwise.left_shift(one, tf.cast(first_dropped, tf.uint32)) - one
+    return tf.where(num_kept >= count_bits(words), words, words & below)
+
+
+def histogram(values, num_bins):
+    """Counts of 0 .. `num_bins` - 1 in `values`; larger values are ignored."""
+    # XLA compiles the raw op, and not tf.math.bincount.
+    return tf.raw_ops.DenseBincount(
+        input=tf.reshape(values, [-1]),
+        size=num_bins,
+        weights=tf.zeros([0], tf.int32),
+        binary_output=False,
+    )
+
+
+def cumulative_sum(values):
+    """`tf.cumsum` of an int32 vector, in rows of 32.
+
+    As products with a triangular matrix, which XLA computes several times as
+    fast as a scan.
+    """
+    size = values.shape[0]
+    if size <= 4 * WORD:
+        return tf.cumsum(values)
+    triangle = tf.constant(np.triu(np.ones([WORD, WORD])), tf.int32)
+    rows = tf.reshape(tf.pad(values, [[0, -size % WORD]]), [-1, WORD])
+    in_row = rows @ triangle
+    row_sums = in_row[:, -1]
+    before = cumulative_sum(row_sums) - row_sums
+    return tf.reshape(in_row + before[:, tf.newaxis], [-1])[:size]
