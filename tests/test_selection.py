@@ -32,9 +32,15 @@ def select(scores, groups):
 
 
 compiled_select = tf.function(select, jit_compile=True, autograph=False)
+MODES = {
+    "eager": select,
+    "graph": tf.function(select, autograph=False),
+    "xla": compiled_select,
+}
 
 
 def expected(scores, groups):
+    scores = np.abs(scores)
     positions, start = [], 0
     for size, k in groups:
         part = scores[start : start + size]
@@ -50,9 +56,11 @@ def check(scores, groups, select_fn=compiled_select):
 
 
 def scores_of(size):
-    """Arrays of non-negative scores, most of them full of ties."""
-    few_values = st.sampled_from([0.0, 1.0, 1.5, 1e37, 1e-30, 3.0])
-    any_value = st.floats(0, 2.0**127, width=32)
+    """Arrays of scores, most of them full of ties in magnitude."""
+    few_values = st.sampled_from(
+        [0.0, -0.0, 1.0, -1.0, 1.5, -1e37, 1e37, 1e-30, 3.0, 1e-45]
+    )
+    any_value = st.floats(-(2.0**127), 2.0**127, width=32)
     return st.one_of(
         st.lists(few_values, min_size=size, max_size=size),
         st.lists(any_value, min_size=size, max_size=size),
@@ -62,17 +70,13 @@ def scores_of(size):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", GROUPS)
-@pytest.mark.parametrize("mode", ["eager", "xla"])
+@pytest.mark.parametrize("mode", MODES)
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_any_scores(name, dtype, mode, data):
     groups = GROUPS[name]
     scores = data.draw(scores_of(sum(group.size for group in groups)))
-    check(
-        np.array(scores, dtype),
-        groups,
-        compiled_select if mode == "xla" else select,
-    )
+    check(np.array(scores, dtype), groups, MODES[mode])
 
 
 @settings(max_examples=60, deadline=None)
@@ -141,10 +145,21 @@ LARGE_SCORES = {
 }
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("k", [1, 131, 13107, LARGE - 1])
-def test_sampling_never_changes_the_result(k):
-    rng = np.random.default_rng(k)
-    groups = [selection.Group(LARGE, k)]
+@settings(max_examples=8, deadline=None)
+@given(data=st.data())
+def test_sampling_never_changes_the_result(k, mode, data):
+    name = data.draw(st.sampled_from(sorted(LARGE_SCORES)))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    scores = LARGE_SCORES[name](rng) * rng.choice([-1.0, 1.0], LARGE)
+    scores[rng.integers(LARGE, size=data.draw(st.integers(0, 3)))] = 1e37
+    check(scores.astype(np.float32), [selection.Group(LARGE, k)], MODES[mode])
+
+
+def test_every_step_samples_anew_and_selects_the_same():
+    rng = np.random.default_rng(0)
+    groups = [selection.Group(LARGE, 1311)]
     compiled = tf.function(
         lambda scores, step: selection.select_largest(scores, groups, step),
         jit_compile=True,
@@ -152,11 +167,23 @@ def test_sampling_never_changes_the_result(k):
     )
     for make in LARGE_SCORES.values():
         scores = make(rng).astype(np.float32)
-        for step in range(2):
+        for step in range(3):
             np.testing.assert_array_equal(
                 compiled(tf.constant(scores), tf.constant(step)),
                 expected(scores, groups),
             )
+
+
+@pytest.mark.parametrize("chunk", [1000, LARGE // 3, LARGE - 1])
+def test_all_scores_are_searched_in_chunks(chunk, monkeypatch):
+    monkeypatch.setattr(selection, "_CHUNK", chunk)
+    scores = LARGE_SCORES["few_ties"](np.random.default_rng(0))
+    check(scores.astype(np.float32), [selection.Group(LARGE, 40001)], select)
+
+
+sample_candidates = tf.function(
+    selection.sample_candidates, jit_compile=True, autograph=False
+)
 
 
 @pytest.mark.parametrize("density", [0.001, 0.01, 0.1])
@@ -166,16 +193,15 @@ def test_sampling_nearly_always_pays(density):
     On layers of different scale, and where few entries stand out in a pattern.
     """
     k = round(density * LARGE)
-    num_samples, rank, room = selection._sampling_plan(LARGE, k)
     rng = np.random.default_rng(0)
-    steps, misses = 100, 0
-    for step in range(steps):
+    misses = 0
+    for step in range(100):
         make = LARGE_SCORES[("layers", "every_96th")[step % 2]]
-        keys = make(rng).astype(np.float32).view(np.int32)
-        bound = selection._sampled_bound(
-            tf.constant(keys), num_samples, rank, step
+        scores = tf.constant(make(rng).astype(np.float32))
+        *_, suffices = sample_candidates(
+            scores, selection.Group(LARGE, k), tf.constant(step)
         )
-        misses += not k <= np.sum(keys >= bound.numpy()) <= room
+        misses += not suffices
     assert misses <= 2
 
 

@@ -13,9 +13,14 @@ import tensorflow as tf
 
 from tf_regtopk import bitmap
 from tf_regtopk import hashing
+from tf_regtopk import radix
 
 # Below this size, sampling costs more than it saves.
 _SMALLEST_SAMPLED = 1 << 17
+# Where all scores are searched, only so many keys exist at a time.
+_CHUNK = 1 << 20
+# Bits in a digit of the radix search.
+_WIDE_DIGIT, _NARROW_DIGIT = 16, 8
 
 
 class Group(NamedTuple):
@@ -67,36 +72,17 @@ def select_largest(scores, groups, step=0):
 
 
 def _select_among_candidates(scores, group, step):
-    r"""As `select_largest` for one large group, most of it ruled out early.
-
-        bound      = the r-th largest of m sampled keys
-        candidates = {j : key_j >= bound}, compacted in one pass over the scores
-
-    The k largest keys are among the candidates whenever there are k of them; r
-    is so far above its expectation m k / J that there nearly always are. If
-    there are not, or more than there is room for (masses of ties), all keys are
-    searched.
-    """
+    """As `select_largest` for one large group, most of it ruled out early."""
     size, k = group
     num_samples, rank, room = _sampling_plan(size, k)
     if rank >= num_samples or room >= size:
         return _select(_order_preserving_keys(scores), [group])
-
-    words = _pack_at_least(
-        scores, _sampled_bound(scores, num_samples, rank, step)
-    )
-    num_candidates = tf.reduce_sum(bitmap.count_bits(words))
-
-    # The branch sees the scores, and makes keys of its own: XLA would store all
-    # keys to hand them to it.
-    def search_all():
-        keys = _order_preserving_keys(scores)
-        return _mark_largest(_in_words(keys, [group]), [k]), k
+    words, num_candidates, suffices = sample_candidates(scores, group, step)
 
     words, num_candidates = tf.cond(
-        (num_candidates >= k) & (num_candidates <= room),
+        suffices,
         lambda: (words, num_candidates),
-        search_all,
+        lambda: (_mark_largest_of_many(scores, k), k),
     )
     positions = tf.minimum(bitmap.positions(words, room), size - 1)
     keys = _order_preserving_keys(tf.gather(scores, positions))
@@ -106,22 +92,58 @@ def _select_among_candidates(scores, group, step):
     return tf.gather(positions, _select(keys, [Group(room, k)]))
 
 
+def sample_candidates(scores, group, step):
+    r"""Rules out most of a large group in one pass over its scores.
+
+        bound      = the r-th largest of m sampled magnitudes
+        candidates = {j : |score_j| >= bound}
+
+    The k largest are among the candidates whenever there are k of them; r is so
+    far above its expectation m k / J that there nearly always are.
+
+    Args:
+        scores: Float tensor `[J]`.
+        group: `Group` of all J.
+        step: Integer, or scalar integer tensor.
+
+    Returns:
+        `(words, num_candidates, suffices)`: the candidates as a bitmap, their
+        number, and whether they are at least k and not more than there is room
+        for (as with masses of ties). If they are not, all must be searched.
+    """
+    plan = _sampling_plan(*group)
+    bound = _sampled_bound(scores, plan, step)
+    [words] = _pack_where(scores, lambda key: key >= bound)
+    num_candidates = tf.reduce_sum(bitmap.count_bits(words))
+    suffices = (num_candidates >= group.k) & (num_candidates <= plan.room)
+    return words, num_candidates, suffices
+
+
+class _SamplingPlan(NamedTuple):
+    """Number of samples m, rank r among them, most candidates to expect."""
+
+    num_samples: int
+    rank: int
+    room: int
+
+
 def _sampling_plan(size, k):
-    """`(m, r, room)`: samples, rank among them, most candidates to expect."""
     num_samples = min(max(size // 512, 1 << 14), 1 << 16) // 32 * 32
     # 4 standard deviations to either side of a Poisson count.
     expected = num_samples * k / size
     rank = math.ceil(expected + 4 * math.sqrt(expected) + 1)
     room = size / num_samples * (rank + 4 * math.sqrt(rank) + 1)
-    return num_samples, rank, _round_up(math.ceil(room), bitmap.SQUARE)
+    room = -(-math.ceil(room) // bitmap.SQUARE) * bitmap.SQUARE
+    return _SamplingPlan(num_samples, rank, room)
 
 
-def _sampled_bound(scores, num_samples, rank, step):
+def _sampled_bound(scores, plan, step):
     """The key of the given rank among samples, one from each equal stretch.
 
     Where in its stretch a sample lies changes with the stretch and the step, so
     that the bound cannot keep missing a pattern in the scores.
     """
+    num_samples, rank, _ = plan
     stretch = scores.shape[0] // num_samples
     random = tf.bitwise.right_shift(
         hashing.hash_bits(num_samples, 0, step), tf.constant(16, tf.uint32)
@@ -137,14 +159,52 @@ def _sampled_bound(scores, num_samples, rank, step):
     return threshold[0]
 
 
-def _pack_at_least(scores, bound):
-    """Bitmap of the scores whose key is at least `bound`."""
+def _pack_where(scores, *conditions):
+    """Bitmaps of the scores whose keys meet each condition."""
     # Only the rest is padded: XLA would slow down the whole pass.
     rest = scores.shape[0] % bitmap.SQUARE
     parts = tf.split(scores, [scores.shape[0] - rest, rest])
-    whole, rest = (_order_preserving_keys(part) >= bound for part in parts)
-    rest = tf.pad(rest, [[0, -rest.shape[0] % bitmap.SQUARE]])
-    return tf.concat(bitmap.pack(whole, rest), axis=0)
+    padding = [[0, -rest % bitmap.SQUARE]]
+    words = []
+    for condition in conditions:
+        whole, rest = (condition(_order_preserving_keys(p)) for p in parts)
+        words += [whole, tf.pad(rest, padding)]
+    words = bitmap.pack(*words)
+    return [
+        tf.concat(pair, axis=0)
+        for pair in zip(words[::2], words[1::2], strict=True)
+    ]
+
+
+def _mark_largest_of_many(scores, k):
+    """Bitmap of the k largest magnitudes, without an array of all keys."""
+    size = scores.shape[0]
+    chunk = min(size, _CHUNK)
+
+    def histogram_of(shift, prefix):
+        def add_chunk(start, histogram):
+            # The last chunk begins within the one before.
+            first = tf.minimum(start, size - chunk)
+            keys = _order_preserving_keys(tf.slice(scores, [first], [chunk]))
+            is_new = first + tf.range(chunk) >= start
+            return start + chunk, histogram + radix.digit_histogram(
+                tf.where(is_new, keys, -1), 0, shift, prefix, _WIDE_DIGIT
+            )
+
+        return tf.while_loop(
+            # An int32 may have overflowed after the last chunk.
+            lambda start, _: (start >= 0) & (start < size),
+            add_chunk,
+            (0, tf.zeros([1, 1 << _WIDE_DIGIT], tf.int32)),
+        )[1]
+
+    threshold, num_ties = radix.kth_largest(
+        histogram_of, [k], _key_type(scores.dtype), _WIDE_DIGIT
+    )
+    larger, ties = _pack_where(
+        scores, lambda key: key > threshold, lambda key: key == threshold
+    )
+    return larger | bitmap.lowest(ties, num_ties - bitmap.bits_before(ties))
 
 
 def _select(keys, groups):
@@ -172,6 +232,23 @@ def _mark_largest(keys, ks):
     )
     ties_left = tf.gather(num_ties, keys.group_of_word) - ties_before
     return larger | bitmap.lowest(ties, ties_left)
+
+
+def _kth_largest(keys, ks):
+    """As `radix.kth_largest`, of `_Keys`; negative ones do not take part."""
+    rows, group = keys.rows, keys.group_of_word[:, tf.newaxis]
+    # Wide digits take fewer passes; small and many groups take narrow ones,
+    # because each group has a histogram of its own.
+    is_large = len(ks) == 1 and rows.shape.num_elements() >= 1 << _WIDE_DIGIT
+    digit_bits = _WIDE_DIGIT if is_large else _NARROW_DIGIT
+    return radix.kth_largest(
+        lambda shift, prefix: radix.digit_histogram(
+            rows, group, shift, prefix, digit_bits
+        ),
+        ks,
+        rows.dtype,
+        digit_bits,
+    )
 
 
 class _Keys(NamedTuple):
@@ -209,66 +286,11 @@ def _in_words(keys, groups):
 
 
 def _order_preserving_keys(scores):
-    """Non-negative integers in the order of the non-negative `scores`."""
-    integer = tf.int64 if scores.dtype == tf.float64 else tf.int32
-    # The mask clears the sign bit, which -0.0 and some NaNs carry.
+    """Non-negative integers in the order of the magnitudes of `scores`."""
+    integer = _key_type(scores.dtype)
+    # The mask clears the sign bit.
     return tf.bitcast(scores, integer) & integer.max
 
 
-def _kth_largest(keys, ks):
-    """The k-th largest key of each group, by radix search from the top digit.
-
-    Args:
-        keys: `_Keys`; negative ones do not take part.
-        ks: The k of each group.
-
-    Returns:
-        `(threshold, num_ties)`, both of shape `[groups]`: the k-th largest key,
-        and how many of the keys equal to it belong to the k largest.
-    """
-    rows, num_groups = keys.rows, len(ks)
-    # Wide digits take fewer passes; small and many groups take narrow ones,
-    # because each group has a histogram of its own.
-    narrow = num_groups > 1 or rows.shape.num_elements() < 1 << 16
-    digit_bits = 8 if narrow else 16
-    num_digits = 1 << digit_bits
-    group = keys.group_of_word[:, tf.newaxis]
-
-    def next_digit(shift, prefix, remaining):
-        rest = tf.bitwise.right_shift(rows, shift)
-        digit = tf.cast(rest & (num_digits - 1), tf.int32)
-        rest = tf.bitwise.right_shift(rest, tf.constant(digit_bits, rows.dtype))
-        candidate = (rest == tf.gather(prefix, group)) & (rows >= 0)
-        num_bins = num_groups * num_digits
-        histogram = bitmap.histogram(
-            # Keys out of the running fall into no bin.
-            tf.where(candidate, group * num_digits + digit, num_bins),
-            num_bins,
-        )
-        up_to = bitmap.cumulative_sum(histogram)
-        histogram, up_to = (
-            tf.reshape(x, [num_groups, num_digits]) for x in (histogram, up_to)
-        )
-        at_least = up_to[:, -1:] - up_to + histogram
-        reached = tf.cast(at_least >= remaining[:, tf.newaxis], tf.int32)
-        digit = tf.reduce_sum(reached, axis=1) - 1
-        above = tf.gather(at_least - histogram, digit, axis=1, batch_dims=1)
-        prefix = prefix * num_digits + tf.cast(digit, rows.dtype)
-        return shift - digit_bits, prefix, remaining - above
-
-    key_bits = 8 * rows.dtype.size - 1
-    top_shift = (key_bits - 1) // digit_bits * digit_bits
-    _, threshold, num_ties = tf.while_loop(
-        lambda shift, *_: shift >= 0,
-        next_digit,
-        (
-            tf.constant(top_shift, rows.dtype),
-            tf.zeros([num_groups], rows.dtype),
-            tf.constant(ks, tf.int32),
-        ),
-    )
-    return threshold, num_ties
-
-
-def _round_up(n, multiple):
-    return -(-n // multiple) * multiple
+def _key_type(dtype):
+    return tf.int64 if dtype == tf.float64 else tf.int32

@@ -1,0 +1,149 @@
+r"""How long each part of a step takes, from the gradients to the aggregate.
+
+* `step`: one replica's own work on the flat gradient: accumulate, score, select,
+  encode, and clear the error.
+* `sum of 8`: the entries of 8 replicas into one dense gradient.
+* `flatten`, `split`: the variables' gradients to one vector and back.
+* `apply`: a whole update of all variables by the optimizer with one replica,
+  and by plain SGD.
+
+    python benchmarks/step.py --sizes=11200000
+"""
+
+from absl import app
+from absl import flags
+import benchmark_utils
+import keras
+import numpy as np
+import tensorflow as tf
+
+import tf_regtopk
+from tf_regtopk import aggregation
+from tf_regtopk import codec
+from tf_regtopk import error_feedback
+from tf_regtopk import flat_buffer
+from tf_regtopk import selection
+
+
+def variable_sizes(size, num_layers=60):
+    """Kernels that grow with depth as in a network, each with a bias of 64."""
+    growth = np.geomspace(1, 100, num_layers)
+    kernels = growth / growth.sum() * (size - 64 * num_layers)
+    kernels = (kernels // 64 * 64).astype(int).tolist()
+    sizes = [n for kernel in kernels for n in (kernel, 64) if n > 0]
+    return [*sizes, size - sum(sizes)]
+
+
+def replica_step(sparsifier, gradient):
+    """A function that takes one replica's step after the other."""
+    size = len(gradient)
+    groups = [selection.Group(size, sparsifier.num_selected(size))]
+    g = tf.constant(gradient)
+    error = tf.Variable(tf.zeros([size]))
+    memory = [
+        tf.Variable(value)
+        for value in sparsifier.initial_memory(groups[0].k, g.dtype)
+    ]
+    num_steps = tf.Variable(0)
+
+    @tf.function(jit_compile=True, autograph=False)
+    def select_entries(e, memory, step):
+        a = error_feedback.accumulate(e, g)
+        scores = sparsifier.score(a, memory, step)
+        indices = selection.select_largest(scores, groups, step)
+        a = sparsifier.restore(a, scores, memory, indices)
+        return a, indices, *codec.encode(indices, tf.gather(a, indices))
+
+    @tf.function(jit_compile=True, autograph=False)
+    def clear(error, indices, sent):
+        a = error.read_value()
+        error.assign(error_feedback.residual_error(a, indices, sent))
+
+    def step():
+        a, indices, payload, sent = select_entries(
+            error.read_value(),
+            [variable.read_value() for variable in memory],
+            num_steps.assign_add(1),
+        )
+        error.assign(a)
+        # As if the others had sent nothing for half of the entries.
+        summed = tf.where(tf.range(groups[0].k) % 2 == 0, sent, 2 * sent)
+        remembered = sparsifier.remember(indices, sent, summed)
+        for variable, value in zip(memory, remembered, strict=True):
+            variable.assign(value)
+        clear(error, indices, sent)
+        return payload
+
+    return benchmark_utils.compiled(step, jit_compile=False)
+
+
+def sum_of_workers(size, k, rng, num_workers=8):
+    indices = np.stack(
+        [
+            np.sort(rng.choice(size, k, replace=False, shuffle=False))
+            for _ in range(num_workers)
+        ]
+    )
+    indices = tf.constant(indices, tf.int32)
+    values = tf.constant(rng.standard_normal(indices.shape), tf.float32)
+    return benchmark_utils.compiled(
+        lambda: aggregation.sum_entries(indices, values, size)
+    )
+
+
+def parts_of(gradient, sizes):
+    return [tf.constant(p) for p in np.split(gradient, np.cumsum(sizes)[:-1])]
+
+
+def apply(optimizer, gradient, sizes):
+    gradients = parts_of(gradient, sizes)
+    variables = [keras.Variable(tf.zeros_like(g)) for g in gradients]
+    optimizer.build(variables)
+    return benchmark_utils.compiled(
+        lambda: optimizer.apply(gradients, variables), jit_compile=False
+    )
+
+
+def methods_for(gradient, density, k, rng):
+    size = len(gradient)
+    sizes = variable_sizes(size)
+    buffer = flat_buffer.FlatBuffer(
+        tuple((n,) for n in sizes), (tf.float32,) * len(sizes)
+    )
+    parts, flat = parts_of(gradient, sizes), tf.constant(gradient)
+    return {
+        benchmark_utils.FLOOR: benchmark_utils.floor(gradient),
+        "step, TopK": replica_step(tf_regtopk.TopK(density), gradient),
+        "step, RegTopK": replica_step(tf_regtopk.RegTopK(density), gradient),
+        "sum of 8": sum_of_workers(size, k, rng),
+        "flatten": benchmark_utils.compiled(lambda: buffer.flatten(parts)),
+        "split": benchmark_utils.compiled(
+            lambda: buffer.split(flat), jit_compile=False
+        ),
+        "apply, RegTopK": apply(
+            tf_regtopk.SparsifiedOptimizer(
+                keras.optimizers.SGD(), tf_regtopk.RegTopK(density)
+            ),
+            gradient,
+            sizes,
+        ),
+        "apply, SGD": apply(keras.optimizers.SGD(), gradient, sizes),
+    }
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"Unknown arguments: {argv[1:]}")
+    rng = np.random.default_rng(flags.FLAGS.seed)
+    results = []
+    for size, density, k in benchmark_utils.cells():
+        gradient = benchmark_utils.make_gradient(size, rng)
+        results += benchmark_utils.measure(
+            methods_for(gradient, density, k, rng), size, density
+        )
+    benchmark_utils.report(results, "The parts of a step")
+
+
+if __name__ == "__main__":
+    benchmark_utils.define_flags("results/step")
+    app.run(main)

@@ -1,0 +1,74 @@
+"""Arrays of the gradient's size: how many a step needs, and that none is copied."""
+
+import pathlib
+import re
+
+import keras
+import pytest
+import tensorflow as tf
+
+import tf_regtopk
+
+SPARSIFIERS = [tf_regtopk.TopK(0.01), tf_regtopk.RegTopK(0.01)]
+
+
+def make_optimizer(sparsifier, shapes):
+    variables = [keras.Variable(tf.zeros(shape)) for shape in shapes]
+    optimizer = tf_regtopk.SparsifiedOptimizer(
+        keras.optimizers.SGD(0.1), sparsifier
+    )
+    optimizer.build(variables)
+    return optimizer, variables
+
+
+def copies(function, size, *args):
+    """Lines of XLA's final program in which an array of `size` is copied."""
+    ir = function.experimental_get_compiler_ir(*args)
+    program = ir(stage="optimized_hlo")
+    assert f"f32[{size}]" in program
+    return re.findall(rf"^.*\[{size}\]\S* copy\(.*$", program, re.MULTILINE)
+
+
+@pytest.mark.parametrize("sparsifier", SPARSIFIERS)
+def test_no_array_of_the_gradients_size_is_copied(sparsifier):
+    """Neither to select, nor to damp scores, nor to clear what was sent."""
+    size = 2**18
+    optimizer, variables = make_optimizer(sparsifier, [(size - 99,), (9, 11)])
+    gradients = [tf.zeros(variable.shape) for variable in variables]
+    error, memory = optimizer._state.local()
+    args = (
+        gradients,
+        error.read_value(),
+        tuple(variable.read_value() for variable in memory),
+        optimizer.iterations.value,
+    )
+    assert not copies(optimizer._select_entries, size, *args)
+    payload, indices, sent, _ = optimizer._select_entries(*args)
+    args = (payload[tf.newaxis], indices, sent, error, memory)
+    assert not copies(optimizer._add_entries, size, *args)
+
+
+@pytest.mark.parametrize("sparsifier", SPARSIFIERS)
+def test_a_step_needs_two_arrays_of_the_gradients_size(sparsifier):
+    status = pathlib.Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("Needs Linux.")
+
+    def memory(name):
+        [kilobytes] = re.findall(rf"^{name}:\s+(\d+) kB", status.read_text(), re.M)
+        return 1024 * int(kilobytes)
+
+    # Large enough that the allocator gives freed arrays back at once.
+    size = 12_000_000
+    optimizer, variables = make_optimizer(sparsifier, [(size - 1,), (1,)])
+    gradients = [tf.random.normal(variable.shape) for variable in variables]
+    step = tf.function(
+        lambda: optimizer.apply(gradients, variables), autograph=False
+    )
+    for _ in range(2):
+        step()
+    before = memory("VmRSS")
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # Resets VmHWM.
+    step()
+    assert memory("VmHWM") - before < 2.5 * 4 * size
+    assert memory("VmRSS") - before < 0.5 * 4 * size
