@@ -1,7 +1,7 @@
 r"""How long each part of a step takes, from the gradients to the aggregate.
 
-* `step`: one replica's own work on the flat gradient: accumulate, score, select,
-  encode, and clear the error.
+* `step`: one replica's own work on the flat gradient: accumulate, score,
+  select, encode, and clear the error.
 * `sum of 8`: the entries of 8 replicas into one dense gradient.
 * `flatten`, `split`: the variables' gradients to one vector and back.
 * `apply`: a whole update of all variables by the optimizer with one replica,

@@ -1,4 +1,4 @@
-"""Arrays of the gradient's size: how many a step needs, and that none is copied."""
+"""Arrays of the gradient's size: how many a step needs; none is copied."""
 
 import pathlib
 import re
@@ -55,7 +55,9 @@ def test_a_step_needs_two_arrays_of_the_gradients_size(sparsifier):
         pytest.skip("Needs Linux.")
 
     def memory(name):
-        [kilobytes] = re.findall(rf"^{name}:\s+(\d+) kB", status.read_text(), re.M)
+        [kilobytes] = re.findall(
+            rf"^{name}:\s+(\d+) kB", status.read_text(), re.M
+        )
         return 1024 * int(kilobytes)
 
     # Large enough that the allocator gives freed arrays back at once.

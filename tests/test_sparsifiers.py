@@ -130,9 +130,7 @@ def test_small_mu_is_top_k():
         tf.constant(rng.standard_normal(10)),
         tf.constant(rng.standard_normal(10)),
     )
-    np.testing.assert_allclose(
-        sparsifier.score(a, memory, STEP), a, rtol=1e-12
-    )
+    np.testing.assert_allclose(sparsifier.score(a, memory, STEP), a, rtol=1e-12)
 
 
 def test_random_k_follows_the_reference():

@@ -7,6 +7,8 @@ scan, sort or scatter over more than one element a word.
 import numpy as np
 import tensorflow as tf
 
+from tf_regtopk import sequence
+
 WORD = 32
 # Bits are packed in squares of 32 words.
 SQUARE = WORD * WORD
@@ -60,8 +62,7 @@ def _transpose(squares):
         pairs = tf.reshape(squares, [-1, WORD // (2 * half), 2, half])
         upper, lower = pairs[:, :, 0], pairs[:, :, 1]
         swapped = [
-            (upper & low_bits)
-            | tf.bitwise.left_shift(lower & low_bits, shift),
+            (upper & low_bits) | tf.bitwise.left_shift(lower & low_bits, shift),
             tf.bitwise.right_shift(upper & high_bits, shift)
             | (lower & high_bits),
         ]
@@ -93,7 +94,7 @@ def positions(words, num_set):
     before = bits_before(words)
     # Bit r lies in the last word that has at most r bits before it.
     word = cumulative_sum(histogram(before, num_set)) - 1
-    rank = tf.range(num_set) - tf.gather(before, word)
+    rank = sequence.range_of(num_set) - tf.gather(before, word)
     return word * WORD + _position_in_word(tf.gather(words, word), rank)
 
 

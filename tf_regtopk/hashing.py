@@ -5,6 +5,8 @@ XLA's own generators take hundreds of nanoseconds a number on a CPU.
 
 import tensorflow as tf
 
+from tf_regtopk import sequence
+
 
 def hash_bits(size, seed, step):
     r"""One 32-bit hash for each position, fresh for each seed and step.
@@ -26,7 +28,7 @@ def hash_bits(size, seed, step):
     """
     # uint32 arithmetic wraps around.
     seed = tf.constant(seed % 2**32, tf.uint32)
-    position = tf.bitcast(tf.range(size, dtype=tf.int32), tf.uint32)
+    position = tf.bitcast(sequence.range_of(size), tf.uint32)
     mixed = _mix_bits(position + _mix_bits(seed))
     return _mix_bits(mixed + _mix_bits(tf.cast(step, tf.uint32)))
 

@@ -9,8 +9,9 @@ def kth_largest(histogram_of, ks, dtype, digit_bits):
     """The k-th largest key of each group.
 
     Args:
-        histogram_of: Function of a position `shift` and the higher bits `prefix`
-            of each group's result. Returns the `digit_histogram` of all keys.
+        histogram_of: Function of a position `shift` and of the higher bits
+            `prefix` of each group's result. Returns the `digit_histogram` of
+            all keys.
         ks: The k of each group.
         dtype: int32 or int64, the type of the keys.
         digit_bits: How many bits to find at a time.
@@ -30,8 +31,10 @@ def kth_largest(histogram_of, ks, dtype, digit_bits):
         digit = tf.reduce_sum(reached, axis=1) - 1
         above = tf.gather(at_least - histogram, digit, axis=1, batch_dims=1)
         prefix = tf.bitwise.left_shift(prefix, tf.constant(digit_bits, dtype))
-        return shift - digit_bits, prefix | tf.cast(digit, dtype), (
-            remaining - above
+        return (
+            shift - digit_bits,
+            prefix | tf.cast(digit, dtype),
+            (remaining - above),
         )
 
     key_bits = 8 * dtype.size - 1

@@ -14,6 +14,7 @@ import tensorflow as tf
 from tf_regtopk import bitmap
 from tf_regtopk import hashing
 from tf_regtopk import radix
+from tf_regtopk import sequence
 
 # Below this size, sampling costs more than it saves.
 _SMALLEST_SAMPLED = 1 << 17
@@ -87,7 +88,7 @@ def _select_among_candidates(scores, group, step):
     positions = tf.minimum(bitmap.positions(words, room), size - 1)
     keys = _order_preserving_keys(tf.gather(scores, positions))
     # -1 past the last candidate. XLA compiles a tf.where here for 1 s longer.
-    room_left = num_candidates - 1 - tf.range(room)
+    room_left = num_candidates - 1 - sequence.range_of(room)
     keys |= tf.cast(tf.bitwise.right_shift(room_left, 31), keys.dtype)
     return tf.gather(positions, _select(keys, [Group(room, k)]))
 
@@ -151,7 +152,9 @@ def _sampled_bound(scores, plan, step):
     offset = tf.bitwise.right_shift(
         tf.bitcast(random, tf.int32) * stretch, tf.constant(16, tf.int32)
     )
-    samples = tf.gather(scores, tf.range(num_samples) * stretch + offset)
+    samples = tf.gather(
+        scores, sequence.range_of(num_samples) * stretch + offset
+    )
     keys = _in_words(
         _order_preserving_keys(samples), [Group(num_samples, rank)]
     )
@@ -186,7 +189,7 @@ def _mark_largest_of_many(scores, k):
             # The last chunk begins within the one before.
             first = tf.minimum(start, size - chunk)
             keys = _order_preserving_keys(tf.slice(scores, [first], [chunk]))
-            is_new = first + tf.range(chunk) >= start
+            is_new = first + sequence.range_of(chunk) >= start
             return start + chunk, histogram + radix.digit_histogram(
                 tf.where(is_new, keys, -1), 0, shift, prefix, _WIDE_DIGIT
             )
