@@ -28,9 +28,8 @@ from tf_regtopk import selection
 def variable_sizes(size, num_layers=60):
     """Kernels that grow with depth as in a network, each with a bias of 64."""
     growth = np.geomspace(1, 100, num_layers)
-    kernels = growth / growth.sum() * (size - 64 * num_layers)
-    kernels = (kernels // 64 * 64).astype(int).tolist()
-    sizes = [n for kernel in kernels for n in (kernel, 64) if n > 0]
+    layers = (growth / growth.sum() * size // 64 * 64).astype(int).tolist()
+    sizes = [n for layer in layers if layer > 64 for n in (layer - 64, 64)]
     return [*sizes, size - sum(sizes)]
 
 

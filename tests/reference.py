@@ -104,7 +104,7 @@ def random_scores(size, seed, step):
 
     def score(j):
         return (
-            mix((mix((j + mix(seed)) & mask) + mix(step)) & mask) >> 8
+            mix((mix((j + mix(step)) & mask) + mix(seed)) & mask) >> 8
         ) / 2**24
 
     return np.array([score(j) for j in range(size)])

@@ -55,4 +55,5 @@ def test_exported_programs_do_not_hold_the_gradient(tmp_path):
     for program in index:
         text = (tmp_path / program["file"]).read_text("utf-8")
         assert f"tensor<{program['size']}x" in text
-        assert len(text) < 500_000
+        if program["size"] == max(SIZES):
+            assert len(text) < 8 * max(SIZES)  # Hexadecimal, 4 bytes each.

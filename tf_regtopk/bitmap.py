@@ -94,7 +94,8 @@ def positions(words, num_set):
     before = bits_before(words)
     # Bit r lies in the last word that has at most r bits before it.
     word = cumulative_sum(histogram(before, num_set)) - 1
-    rank = sequence.range_of(num_set) - tf.gather(before, word)
+    # `before[0]` is 0.
+    rank = sequence.range_from(before[0], num_set) - tf.gather(before, word)
     return word * WORD + _position_in_word(tf.gather(words, word), rank)
 
 

@@ -11,7 +11,7 @@ from tf_regtopk import sequence
 def hash_bits(size, seed, step):
     r"""One 32-bit hash for each position, fresh for each seed and step.
 
-        hash_j = mix(mix(j + mix(seed)) + mix(step))
+        hash_j = mix(mix(j + mix(step)) + mix(seed))
 
     Args:
         size: Number of positions.
@@ -26,11 +26,11 @@ def hash_bits(size, seed, step):
     >>> hash_bits(3, seed=0, step=tf.constant(0)).numpy().tolist()
     [0, 804215951, 3050591713]
     """
-    # uint32 arithmetic wraps around.
+    # Integer arithmetic wraps around.
     seed = tf.constant(seed % 2**32, tf.uint32)
-    position = tf.bitcast(sequence.range_of(size), tf.uint32)
-    mixed = _mix_bits(position + _mix_bits(seed))
-    return _mix_bits(mixed + _mix_bits(tf.cast(step, tf.uint32)))
+    start = tf.bitcast(_mix_bits(tf.cast(step, tf.uint32)), tf.int32)
+    mixed = _mix_bits(tf.bitcast(sequence.range_from(start, size), tf.uint32))
+    return _mix_bits(mixed + _mix_bits(seed))
 
 
 def _mix_bits(x):

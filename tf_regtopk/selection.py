@@ -88,7 +88,7 @@ def _select_among_candidates(scores, group, step):
     positions = tf.minimum(bitmap.positions(words, room), size - 1)
     keys = _order_preserving_keys(tf.gather(scores, positions))
     # -1 past the last candidate. XLA compiles a tf.where here for 1 s longer.
-    room_left = num_candidates - 1 - sequence.range_of(room)
+    room_left = -sequence.range_from(1 - num_candidates, room)
     keys |= tf.cast(tf.bitwise.right_shift(room_left, 31), keys.dtype)
     return tf.gather(positions, _select(keys, [Group(room, k)]))
 
@@ -152,9 +152,7 @@ def _sampled_bound(scores, plan, step):
     offset = tf.bitwise.right_shift(
         tf.bitcast(random, tf.int32) * stretch, tf.constant(16, tf.int32)
     )
-    samples = tf.gather(
-        scores, sequence.range_of(num_samples) * stretch + offset
-    )
+    samples = tf.gather(scores, tf.range(num_samples) * stretch + offset)
     keys = _in_words(
         _order_preserving_keys(samples), [Group(num_samples, rank)]
     )
@@ -189,7 +187,7 @@ def _mark_largest_of_many(scores, k):
             # The last chunk begins within the one before.
             first = tf.minimum(start, size - chunk)
             keys = _order_preserving_keys(tf.slice(scores, [first], [chunk]))
-            is_new = first + sequence.range_of(chunk) >= start
+            is_new = sequence.range_from(first, chunk) >= start
             return start + chunk, histogram + radix.digit_histogram(
                 tf.where(is_new, keys, -1), 0, shift, prefix, _WIDE_DIGIT
             )

@@ -1,17 +1,18 @@
-"""The positions 0, 1, 2, ... as a tensor."""
+"""Consecutive integers as a tensor."""
 
 import tensorflow as tf
 
 _ROW = 1024
 
 
-def range_of(size):
-    """`tf.range(size)`, int32.
+def range_from(start, size):
+    """`tf.range(start, start + size)` for a `start` known at run time only.
 
-    TensorFlow hands XLA a range as a literal of that many numbers; this one is
-    made of two short ranges, so that programs do not grow with the gradient.
+    TensorFlow gives XLA a range, and whatever else does not depend on an input,
+    as a literal of that many numbers; this one XLA computes as it goes.
 
     Args:
+        start: Scalar int32 tensor.
         size: Python integer.
 
     Returns:
@@ -19,10 +20,9 @@ def range_of(size):
 
     Example:
 
-    >>> range_of(3).numpy()
-    array([0, 1, 2], dtype=int32)
+    >>> range_from(tf.constant(2), 3).numpy()
+    array([2, 3, 4], dtype=int32)
     """
-    if size <= _ROW:
-        return tf.range(size)
-    rows = _ROW * tf.range(-(-size // _ROW))[:, tf.newaxis]
-    return tf.reshape(rows + tf.range(_ROW), [-1])[:size]
+    first_of_row = start + _ROW * tf.range(-(-size // _ROW))
+    rows = first_of_row[:, tf.newaxis] + tf.range(min(size, _ROW))
+    return tf.reshape(rows, [-1])[:size]
