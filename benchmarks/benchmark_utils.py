@@ -1,7 +1,7 @@
 """What the benchmarks share: rounds, multiples of F, tables and figures.
 
-Every method runs once a round, in turn, so that a busy machine hurts all alike.
-Times are medians, as multiples of F measured in the same rounds: one pass over
+Every method runs in each round, in turn, so that a busy machine hurts all alike:
+once for the state the caches are in, and once timed. Times are medians, as multiples of F measured in the same rounds: one pass over
 the gradient, on a CPU `np.add(g, e, out=a)` on one thread, on a GPU one copy.
 """
 
@@ -91,13 +91,14 @@ def measure(methods, size, density):
         args.warm_up + args.rounds, desc=f"J={size} density={density:g}"
     ):
         for name, method in methods.items():
-            is_slow = r and min(seconds[name] or [first[name]]) > _SLOW_SECONDS
+            if not r:
+                first[name] = seconds_of(method)
+            is_slow = min(seconds[name] or [first[name]]) > _SLOW_SECONDS
             if is_slow and r % 5:
                 continue
-            start = time.perf_counter()
-            method()
-            elapsed = time.perf_counter() - start
-            first.setdefault(name, elapsed)
+            if not is_slow:
+                method()
+            elapsed = seconds_of(method)
             if r >= args.warm_up or is_slow:
                 seconds[name].append(elapsed)
     unit = statistics.median(seconds[FLOOR])
@@ -116,6 +117,12 @@ def measure(methods, size, density):
         }
         for name, values in seconds.items()
     ]
+
+
+def seconds_of(method):
+    start = time.perf_counter()
+    method()
+    return time.perf_counter() - start
 
 
 def report(results, title):
