@@ -1,8 +1,9 @@
 """What the benchmarks share: rounds, multiples of F, tables and figures.
 
-Every method runs in each round, in turn, so that a busy machine hurts all alike:
-once for the state the caches are in, and once timed. Times are medians, as multiples of F measured in the same rounds: one pass over
-the gradient, on a CPU `np.add(g, e, out=a)` on one thread, on a GPU one copy.
+Every method runs in each round, in turn, so that a busy machine hurts all
+alike: once for the state the caches are in, and once timed. Times are medians,
+as multiples of F measured in the same rounds: one pass over the gradient, on a
+CPU `np.add(g, e, out=a)` on one thread, on a GPU one copy.
 """
 
 import json

@@ -7,11 +7,6 @@ magnitudes; ours makes them itself.
     python benchmarks/selection.py --sizes=1000000,11200000
 """
 
-import os
-
-# Or PyTorch's threads keep a core busy while the next method is timed.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 from absl import app
 from absl import flags
 import benchmark_utils
