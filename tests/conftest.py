@@ -11,7 +11,7 @@ import keras
 import pytest
 import tensorflow as tf
 
-NUM_DEVICES = 5
+NUM_DEVICES = 8
 
 # Logical devices are fixed once for the whole process; strategies take the
 # first few of them.

@@ -536,7 +536,7 @@ def test_loss_scale_optimizer_builds_lazily(in_graph, mirrored):
     strategy = mirrored(2)
     with strategy.scope():
         variables = [keras.Variable([0.0, 0.0])]
-        optimizer = keras.optimizers.LossScaleOptimizer(
+        optimizer = tf_regtopk.LossScaleOptimizer(
             tf_regtopk.SparsifiedOptimizer(
                 keras.optimizers.SGD(1.0), tf_regtopk.TopK(0.5)
             ),
@@ -548,9 +548,7 @@ def test_loss_scale_optimizer_builds_lazily(in_graph, mirrored):
             strategy, optimizer, variables, lambda n: [tf.constant([4.0, 2.0])]
         )
 
-    # Plain Keras cannot build this one inside of a graph.
     if in_graph:
-        optimizer.build(variables)
         step = tf.function(step)
     step()
     np.testing.assert_array_equal(variables[0], [-4.0, 0.0])
@@ -598,17 +596,6 @@ def test_dense_variables_of_several_dtypes(mirrored):
     )
     np.testing.assert_array_equal(variables[0].numpy(), [-2.0, -2.0])
     np.testing.assert_array_equal(variables[1], [-2.0, -2.0, -2.0])
-
-
-def test_infinite_gradients_that_are_sent_leave_no_error():
-    """With the inner optimizer's clipping, training survives them."""
-    variable = keras.Variable([0.0, 0.0])
-    optimizer = tf_regtopk.SparsifiedOptimizer(
-        keras.optimizers.SGD(1.0, clipvalue=1.0), tf_regtopk.TopK(0.5)
-    )
-    optimizer.apply([tf.constant([np.inf, 0.5])], [variable])
-    optimizer.apply([tf.constant([0.0, 0.0])], [variable])
-    np.testing.assert_array_equal(variable, [-1.0, -0.5])
 
 
 def test_building_again_keeps_the_state():

@@ -1,5 +1,6 @@
 """Keras training that sends only the gradient entries worth sending."""
 
+from tf_regtopk.loss_scale import LossScaleOptimizer
 from tf_regtopk.optimizer import SparsifiedOptimizer
 from tf_regtopk.sparsifiers import RandomK
 from tf_regtopk.sparsifiers import RegTopK
@@ -9,6 +10,7 @@ from tf_regtopk.strategy import MultiWorkerMirroredStrategy
 from tf_regtopk.version import __version__
 
 __all__ = [
+    "LossScaleOptimizer",
     "MultiWorkerMirroredStrategy",
     "RandomK",
     "RegTopK",

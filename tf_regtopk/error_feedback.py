@@ -28,7 +28,7 @@ def accumulate(error, gradient):
 
 
 def residual_error(accumulated, indices, sent):
-    """The residual error `e = a - sent`; 0 where a was sent as it is, even inf.
+    """The residual error `e = a - sent`; exactly 0 where a was sent as it is.
 
     Args:
         accumulated: Float tensor `[J]`, the accumulated gradient a.
@@ -44,8 +44,7 @@ def residual_error(accumulated, indices, sent):
     >>> residual_error(a, tf.constant([2]), tf.constant([3.0])).numpy()
     array([1.5, 2. , 0. ], dtype=float32)
     """
-    a = tf.gather(accumulated, indices)
-    left = tf.where(a == sent, tf.zeros_like(a), a - sent)
+    left = tf.gather(accumulated, indices) - sent
     return tf.tensor_scatter_nd_update(
         accumulated, indices[:, tf.newaxis], left
     )

@@ -21,6 +21,50 @@ def all_gather(payload):
     return tf.reshape(gathered, [replica.num_replicas_in_sync, *payload.shape])
 
 
+def add_header(magnitude, step, payload):
+    """Puts before a payload what all replicas have to know of this one.
+
+    Args:
+        magnitude: Float scalar, the largest magnitude this replica has met.
+        step: Integer scalar, the number of steps this replica has taken.
+        payload: int32 tensor `[length]`.
+
+    Returns:
+        int32 tensor, longer by 2 for a float32 magnitude, by 3 for a float64.
+    """
+    bits = tf.reshape(tf.bitcast(magnitude, tf.int32), [-1])
+    step = tf.reshape(tf.cast(step, tf.int32), [1])
+    return tf.concat([step, bits, payload], axis=0)
+
+
+def split_header(payloads, step, dtype):
+    """The inverse of `add_header` for the payloads of N replicas.
+
+    Args:
+        payloads: int32 tensor `[N, length]`.
+        step: As in this replica's header.
+        dtype: Float dtype of the magnitudes.
+
+    Returns:
+        `(magnitudes, payloads)`: a float tensor `[N]` and an int32 tensor.
+
+    Raises:
+        tf.errors.InvalidArgumentError: When run, if the replicas are not at the
+            same step.
+    """
+    tf.debugging.assert_equal(
+        payloads[:, 0],
+        tf.cast(step, tf.int32),
+        "The replicas must be at the same step. Were the workers restored from "
+        "different checkpoints?",
+    )
+    num_words = dtype.size // 4
+    bits = payloads[:, 1 : 1 + num_words]
+    if num_words == 1:
+        bits = bits[:, 0]
+    return tf.bitcast(bits, dtype), payloads[:, 1 + num_words :]
+
+
 def all_reduce_sum(gradients):
     """Sums whole gradients over the replicas, as Keras itself does.
 

@@ -9,6 +9,7 @@ from tf_regtopk import aggregation
 from tf_regtopk import codec
 from tf_regtopk import error_feedback
 from tf_regtopk import exchange
+from tf_regtopk import finiteness
 from tf_regtopk import flat_buffer
 from tf_regtopk import replica_state
 from tf_regtopk import selection
@@ -36,6 +37,10 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
     sum.  The wrapper takes the inner optimizer over: do not use that one
     elsewhere as well.
 
+    If any replica's gradient holds NaN or infinity, no replica takes the step:
+    weights, inner optimizer and errors stay as they are, and `skipped_steps`
+    counts it.
+
     Without a strategy, or with a single replica, nothing is exchanged, but
     entries are selected all the same.
 
@@ -48,7 +53,7 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
     Args:
         inner_optimizer: The `keras.optimizers.Optimizer` to wrap. Created in
             the scope of the same strategy. For loss scaling put
-            `keras.optimizers.LossScaleOptimizer` around the wrapper.
+            `LossScaleOptimizer` of this package around the wrapper.
         sparsifier: `RegTopK`, `TopK`, `RandomK` or another `Sparsifier`.
             Defaults to `RegTopK()`.
         scope: `"global"` selects k entries of the concatenation of all
@@ -107,39 +112,54 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         self.scope = scope
         self.dense_below = dense_below
 
-    def _aggregate(self, gradients):
-        aggregate = list(gradients)
+    def _exchange(self, gradients):
+        """Select -> exchange: the first half of a step; nothing is kept yet."""
+        dense = {
+            slot: gradients[slot]
+            for slot in self._dense_slots
+            if gradients[slot] is not None
+        }
+        totals = exchange.all_reduce_sum(list(dense.values()))
+        is_finite = finiteness.are_finite(totals)
+        # What the inner optimizer is to see as it is.
+        exchanged = {
+            slot: gradient
+            for slot, gradient in enumerate(gradients)
+            if gradient is not None and slot not in self._sparse_slots
+        } | dict(zip(dense, totals, strict=True))
+
         sparse = [gradients[slot] for slot in self._sparse_slots]
-        if any(gradient is not None for gradient in sparse):
-            totals = self._sum_of_entries(sparse)
-            for slot, total in zip(self._sparse_slots, totals, strict=True):
-                aggregate[slot] = None if gradients[slot] is None else total
-        dense_slots = [s for s in self._dense_slots if gradients[s] is not None]
-        totals = exchange.all_reduce_sum([gradients[s] for s in dense_slots])
-        for slot, total in zip(dense_slots, totals, strict=True):
-            aggregate[slot] = total
-        return aggregate
-
-    def _sum_of_entries(self, gradients):
-        """One step of the algorithm: the sum of what the replicas send.
-
-        Args:
-            gradients: For each sparsely exchanged variable this replica's
-                gradient, or None.
-
-        Returns:
-            For each of these variables a dense gradient, the same on every
-            replica.
-        """
-        gradients = self._buffer.densify(gradients)
+        if all(gradient is None for gradient in sparse):
+            return is_finite, (exchanged, ())
         error, memory = self._state.local()
-        payload, indices, sent, a = self._select_entries(
-            gradients, error.read_value(), _read(memory), self._iterations.value
+        step = self._iterations.value
+        payload, *local = self._select_entries(
+            self._buffer.densify(sparse),
+            error.read_value(),
+            _read(memory),
+            step,
         )
         payloads = exchange.all_gather(payload)
-        error.assign(a)
-        aggregate = self._add_entries(payloads, indices, sent, error, memory)
-        return self._buffer.split(aggregate)
+        magnitudes, payloads = exchange.split_header(
+            payloads, step, self._buffer.dtype
+        )
+        is_finite &= finiteness.is_sum_finite(magnitudes)
+        return is_finite, (exchanged, (payloads, *local))
+
+    def _aggregate(self, exchanged, has_gradient):
+        """Sum -> remember -> clear the error: the second half of a step."""
+        exchanged, entries = exchanged
+        aggregate = [exchanged.get(slot) for slot in range(len(has_gradient))]
+        if entries:
+            payloads, indices, sent, a = entries
+            error, memory = self._state.local()
+            error.assign(a)
+            total = self._add_entries(payloads, indices, sent, error, memory)
+            for slot, part in zip(
+                self._sparse_slots, self._buffer.split(total), strict=True
+            ):
+                aggregate[slot] = part if has_gradient[slot] else None
+        return aggregate
 
     @tf.function(jit_compile=True, autograph=False)
     def _select_entries(self, gradients, error, memory, step):
@@ -154,6 +174,10 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         indices = selection.select_largest(scores, self._groups, step)
         a = self.sparsifier.restore(a, scores, memory, indices)
         payload, sent = codec.encode(indices, tf.gather(a, indices))
+        magnitude = finiteness.largest_magnitude(
+            sent if self.sparsifier.selects_non_finite else a
+        )
+        payload = exchange.add_header(magnitude, step, payload)
         a = self._buffer.keep_missing(error, a, gradients)
         return payload, indices, sent, a
 

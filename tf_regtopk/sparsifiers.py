@@ -13,6 +13,7 @@ number of replicas, so a already carries the weight 1/N of its replica.
 import abc
 import dataclasses
 import math
+from typing import ClassVar
 
 import keras
 import tensorflow as tf
@@ -111,6 +112,10 @@ class Sparsifier(abc.ABC):
         density: Float in (0, 1]. The share of entries that is sent.
     """
 
+    # Whether entries that are NaN or infinite are always selected first. If
+    # not, the optimizer has to look for them among all.
+    selects_non_finite: ClassVar[bool] = False
+
     density: float = 0.001
 
     def __post_init__(self):
@@ -208,6 +213,8 @@ class TopK(Sparsifier):
     Descent" (2017).
     """
 
+    selects_non_finite: ClassVar[bool] = True
+
     def score(self, a, memory, step):
         del memory, step
         return top_k_score(a)
@@ -238,6 +245,8 @@ class RegTopK(Sparsifier):
     Source: Bereyhi, Liang, Boudreau, Afana, "Regularized Top-k: A Bayesian
     Framework for Gradient Sparsification".
     """
+
+    selects_non_finite: ClassVar[bool] = True
 
     mu: float = 4.0
     q: float = 1e8

@@ -113,6 +113,19 @@ def _describe(strategy):
     return "no strategy" if name.startswith("_") else f"a {name}"
 
 
+def check_loss_scaling(is_scaled_locally):
+    """Raises if the scale would depend on which replica overflows."""
+    num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
+    if is_scaled_locally and num_replicas > 1:
+        raise ValueError(
+            "With several replicas the loss must be scaled by a "
+            "`tf_regtopk.LossScaleOptimizer` around `SparsifiedOptimizer`: "
+            "Keras's own, which `compile` adds under `mixed_float16`, looks at "
+            "the gradients of one replica only. Received: a "
+            f"`keras.optimizers.LossScaleOptimizer` on {num_replicas} replicas"
+        )
+
+
 def check_inner_optimizer(inner_optimizer, wrapper_class):
     """Raises unless `inner_optimizer` is an optimizer that can be wrapped."""
     received = f"Received: inner_optimizer={inner_optimizer!r}"

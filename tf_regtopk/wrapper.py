@@ -6,6 +6,7 @@ import copy
 import keras
 import tensorflow as tf
 
+from tf_regtopk import conditional
 from tf_regtopk import keras_internals
 from tf_regtopk import validation
 
@@ -31,6 +32,7 @@ class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
         )
         super().__init__(learning_rate=0.0, name=name)
         self.inner_optimizer = inner_optimizer
+        self.is_scaled_locally = False
 
     @abc.abstractmethod
     def _create_state(self, variables):
@@ -41,8 +43,8 @@ class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
         """Puts what the aggregation keeps back to where it started."""
 
     @abc.abstractmethod
-    def _aggregate(self, gradients):
-        """The sums over all replicas of their gradients.
+    def _exchange(self, gradients):
+        """Exchanges gradients with the other replicas, and keeps nothing yet.
 
         Args:
             gradients: One gradient of this replica for each variable the
@@ -50,7 +52,23 @@ class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
                 none.
 
         Returns:
-            List of the same structure, the same on every replica.
+            `(is_finite, exchanged)`: whether no replica met a NaN or infinity,
+            the same on every replica; and a structure of tensors.
+        """
+
+    @abc.abstractmethod
+    def _aggregate(self, exchanged, has_gradient):
+        """The sums over all replicas of their gradients.
+
+        Called only if all is finite, and so the place to change what the
+        aggregation keeps.
+
+        Args:
+            exchanged: Structure of tensors, from `_exchange`.
+            has_gradient: For each variable whether there was a gradient.
+
+        Returns:
+            One gradient for each variable or None, the same on every replica.
         """
 
     def build(self, variables):
@@ -61,27 +79,29 @@ class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
         """
         if self.built:
             return
-        replica = tf.distribute.get_replica_context()
-        if replica is None:
-            self._build(variables)
-        else:
-            # The replicas meet here, and one of them builds for all.
-            replica.merge_call(lambda strategy: self._build(variables))
+        if tf.distribute.has_strategy():
+            validation.check_in_scope_of(
+                "optimizer", keras_internals.strategy_of(self)
+            )
+        build_once_for_all_replicas(self, lambda: self._build(variables))
 
     def _build(self, variables):
-        strategy = keras_internals.strategy_of(self)
-        if tf.distribute.has_strategy():
-            validation.check_in_scope_of("optimizer", strategy)
-        # Lifted out of any graph and into the scope, so that the first step may
-        # be taken anywhere.
-        with tf.init_scope(), strategy.scope():
-            self.inner_optimizer.build(variables)
-            keras_internals.take_aggregated_gradients(self.inner_optimizer)
-            super().build(variables)
-            self._create_state(variables)
+        self.inner_optimizer.build(variables)
+        keras_internals.take_aggregated_gradients(self.inner_optimizer)
+        super().build(variables)
+        self._skipped_steps = self.add_variable(
+            shape=(),
+            dtype="int",
+            aggregation="only_first_replica",
+            name="skipped_steps",
+        )
+        self._create_state(variables)
 
     def apply(self, grads, trainable_variables=None):
         """Aggregates the gradients and lets the inner optimizer apply them.
+
+        If a gradient of any replica holds NaN or infinity, no replica applies
+        anything, and `skipped_steps` counts it.
 
         Args:
             grads: List of this replica's gradients: tensors, `tf.IndexedSlices`
@@ -89,9 +109,17 @@ class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
             trainable_variables: List of the variables that the gradients belong
                 to. Defaults to those the optimizer was built with.
         """
+        self.apply_if_finite(grads, trainable_variables)
+
+    def apply_if_finite(self, grads, trainable_variables=None):
+        """As `apply`, and says whether the step was taken.
+
+        Returns:
+            Scalar bool tensor, the same on every replica.
+        """
         grads = list(grads)
         if not grads:
-            return
+            return tf.constant(True)
         validation.check_replica_context()
         validation.check_in_scope_of(
             "optimizer", keras_internals.strategy_of(self)
@@ -99,6 +127,7 @@ class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
         validation.check_not_compiled_as_a_whole(
             keras_internals.in_xla_context()
         )
+        validation.check_loss_scaling(self.is_scaled_locally)
         variables = self._variables_of(grads, trainable_variables)
         slots = [self._slot_of(variable) for variable in variables]
         if len(set(slots)) < len(slots):
@@ -106,15 +135,28 @@ class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
                 "`trainable_variables` must hold each variable once. Received: "
                 f"{[variable.name for variable in variables]}"
             )
-        # If there are no gradients at all, the inner optimizer says so.
-        if any(grad is not None for grad in grads):
-            gradients = [None] * len(self._trainable_variables)
-            for slot, grad in zip(slots, grads, strict=True):
-                gradients[slot] = grad
-            aggregate = self._aggregate(gradients)
-            grads = [aggregate[slot] for slot in slots]
-        self.inner_optimizer.apply(grads, variables)
-        self._iterations.assign_add(1)
+        if all(grad is None for grad in grads):
+            self.inner_optimizer.apply(grads, variables)  # Says so.
+        gradients = [None] * len(self._trainable_variables)
+        for slot, grad in zip(slots, grads, strict=True):
+            gradients[slot] = grad
+        is_finite, exchanged = self._exchange(gradients)
+        has_gradient = [gradient is not None for gradient in gradients]
+
+        def take_step(exchanged):
+            aggregate = self._aggregate(exchanged, has_gradient)
+            self.inner_optimizer.apply(
+                [aggregate[slot] for slot in slots], variables
+            )
+            self._iterations.assign_add(1)
+
+        def skip_step():
+            self._skipped_steps.assign_add(1)
+
+        conditional.call_on_all_replicas(
+            is_finite, take_step, skip_step, (exchanged,)
+        )
+        return is_finite
 
     def _variables_of(self, grads, trainable_variables):
         """The variables of `grads`; builds the optimizer on the first call."""
@@ -168,12 +210,22 @@ class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
         return self.inner_optimizer.iterations
 
     @property
+    def skipped_steps(self):
+        """Number of steps not taken, because some gradient was not finite."""
+        return self._skipped_steps
+
+    @property
     def loss_scale_factor(self):
-        return self.inner_optimizer.loss_scale_factor
+        # Never None: Keras does not set an attribute to what it already is, and
+        # the setter is to know.
+        factor = self.inner_optimizer.loss_scale_factor
+        return 1.0 if factor is None else factor
 
     @loss_scale_factor.setter
     def loss_scale_factor(self, factor):
         if hasattr(self, "inner_optimizer"):
+            # What Keras's LossScaleOptimizer does to the optimizer it wraps.
+            self.is_scaled_locally = factor is None
             self.inner_optimizer.loss_scale_factor = factor
 
     def scale_loss(self, loss):
@@ -217,3 +269,24 @@ class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
                     value, custom_objects=custom_objects
                 )
         return cls(**config)
+
+
+def build_once_for_all_replicas(optimizer, build):
+    """Calls `build` in the scope of the optimizer's strategy.
+
+    Args:
+        optimizer: A Keras optimizer.
+        build: Function of no arguments, which creates the variables.
+    """
+
+    def build_in_scope(_=None):
+        # Lifted out of any graph, so that the first step may be taken anywhere.
+        with tf.init_scope(), keras_internals.strategy_of(optimizer).scope():
+            build()
+
+    replica = tf.distribute.get_replica_context()
+    if replica is None:
+        build_in_scope()
+    else:
+        # The replicas meet here, and one of them builds for all.
+        replica.merge_call(build_in_scope)
