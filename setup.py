@@ -30,7 +30,12 @@ setuptools.setup(
     packages=setuptools.find_packages(include=["tf_regtopk", "tf_regtopk.*"]),
     package_data={"tf_regtopk": ["py.typed"]},
     python_requires=">=3.11",
-    install_requires=["absl-py>=2.1", "keras==3.15.*", "numpy>=1.26"],
+    install_requires=[
+        "absl-py>=2.1",
+        "h5py>=3.10",
+        "keras==3.15.*",
+        "numpy>=1.26",
+    ],
     extras_require={
         "tensorflow": [f"tensorflow=={tensorflow}"],
         "tensorflow-cpu": [f"tensorflow-cpu=={tensorflow}"],

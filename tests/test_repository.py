@@ -13,6 +13,8 @@ import tf_regtopk
 ROOT = pathlib.Path(tf_regtopk.__file__).parent.parent
 
 PUBLIC = {
+    "Backup",
+    "LossScaleOptimizer",
     "MultiWorkerMirroredStrategy",
     "RandomK",
     "RegTopK",
@@ -20,6 +22,8 @@ PUBLIC = {
     "Sparsifier",
     "TopK",
     "__version__",
+    "load_scope",
+    "worker_path",
 }
 MODULES = {path.stem for path in (ROOT / "tf_regtopk").glob("[a-z]*.py")}
 

@@ -21,6 +21,22 @@ def all_gather(payload):
     return tf.reshape(gathered, [replica.num_replicas_in_sync, *payload.shape])
 
 
+def gather_from_workers(numbers, strategy):
+    """Gives every worker what all workers say, and so waits for all of them.
+
+    Args:
+        numbers: List of integers, as many on every worker.
+        strategy: The `tf.distribute.Strategy` of the workers.
+
+    Returns:
+        Array `[number of replicas, number of integers]`.
+    """
+    gathered = strategy.run(
+        tf.function(lambda: all_gather(tf.constant(numbers, tf.int32)))
+    )
+    return strategy.experimental_local_results(gathered)[0].numpy()
+
+
 def add_header(magnitude, step, payload):
     """Puts before a payload what all replicas have to know of this one.
 

@@ -12,9 +12,11 @@ from tf_regtopk import exchange
 from tf_regtopk import finiteness
 from tf_regtopk import flat_buffer
 from tf_regtopk import replica_state
+from tf_regtopk import saved_state
 from tf_regtopk import selection
 from tf_regtopk import sparsifiers
 from tf_regtopk import validation
+from tf_regtopk import worker_files
 from tf_regtopk import wrapper
 
 
@@ -44,11 +46,11 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
     Without a strategy, or with a single replica, nothing is exchanged, but
     entries are selected all the same.
 
-    The residual errors and what the sparsifier remembers are not saved. Loading
-    a model (`load_model`) or a file of weights (`load_weights`) starts both
-    afresh on every replica, and gradient that had not been sent is lost;
-    `tf.train.Checkpoint.restore` and `model.set_weights` leave both as they
-    are.  All else is saved and loaded as usual.
+    The residual errors and what the sparsifier remembers are saved and loaded
+    with the model, by Keras and by `tf.train.Checkpoint`, and training goes on
+    to the bit. Another number of replicas gets the same total of errors. Of
+    several workers each saves its own, see `Backup` and `worker_path`.
+    `model.set_weights` leaves both as they are.
 
     Args:
         inner_optimizer: The `keras.optimizers.Optimizer` to wrap. Created in
@@ -214,8 +216,54 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
             )
         )
 
-    def _reset_state(self):
-        self._state.reset()
+    def save_state(self):
+        """The state of this process's replicas, as a `SavedState`."""
+        replicas = self._state.replicas
+        return saved_state.SavedState(
+            layout=self._layout,
+            moment=self.moment,
+            num_replicas=self._state.num_replicas,
+            replicas=dict(
+                zip(replicas, self._state.local_arrays(), strict=True)
+            ),
+        )
+
+    def load_state(self, saved):
+        """Loads a `SavedState`, or raises and changes nothing."""
+        saved_state.check_layout(saved, self._layout)
+        replicas, num_replicas = self._state.replicas, self._state.num_replicas
+        self._state.assign_local(
+            saved_state.state_of_replicas(
+                worker_files.complete(saved, replicas, num_replicas),
+                replicas,
+                num_replicas,
+                self._state.initial_arrays(),
+            )
+        )
+
+    @property
+    def moment(self):
+        """Tells steps and runs apart: all workers agree in it."""
+        return {
+            "step": int(self._iterations.numpy()),
+            "weights": saved_state.checksum(
+                variable.numpy() for variable in self._trainable_variables
+            ),
+        }
+
+    @property
+    def _layout(self):
+        """What a saved state must agree in with this optimizer."""
+        sparse = [
+            self._trainable_variables[slot] for slot in self._sparse_slots
+        ]
+        return {
+            "variables": saved_state.canonical_names([v.path for v in sparse]),
+            "shapes": [list(shape) for shape in self._buffer.shapes],
+            "dtype": self._buffer.dtype.name,
+            "scope": self.scope,
+            "sparsifier": repr(self.sparsifier),
+        }
 
     def _partition(self, variables):
         """The slots of variables exchanged sparsely, and of those densely."""

@@ -2,6 +2,8 @@
 
 import tensorflow as tf
 
+from tf_regtopk import strategy
+
 
 class ReplicaState:
     """A structure of tensors that differs from replica to replica.
@@ -50,24 +52,44 @@ class ReplicaState:
 
         return tf.nest.map_structure(local_variable, self._variables)
 
-    def reset(self):
-        """Puts all replicas of this process back to where they started."""
+    @property
+    def replicas(self):
+        """The numbers of this process's replicas among all of the strategy."""
+        variable = tf.nest.flatten(self._variables)[0]
+        num_local = len(self._strategy.experimental_local_results(variable))
+        first = strategy.worker_number(self._strategy)[0] * num_local
+        return range(first, first + num_local)
 
-        def reset_local(variable, value):
-            for local in self._strategy.experimental_local_results(variable):
-                local.assign(value)
+    @property
+    def num_replicas(self):
+        """Number of replicas of the strategy, on all workers."""
+        return self._strategy.num_replicas_in_sync
 
-        tf.nest.map_structure(reset_local, self._variables, self._initial())
+    def initial_arrays(self):
+        """List of NumPy arrays that a replica starts with, the error first."""
+        return [value.numpy() for value in tf.nest.flatten(self._initial())]
 
-    def local_values(self):
-        """One structure of tensors for each replica of this process."""
+    def local_arrays(self):
+        """For each replica of this process its list of arrays."""
         flat = [
             self._strategy.experimental_local_results(variable)
             for variable in tf.nest.flatten(self._variables)
         ]
         return [
-            tf.nest.pack_sequence_as(
-                self._variables, [tf.convert_to_tensor(v) for v in values]
-            )
+            [local.numpy() for local in values]
             for values in zip(*flat, strict=True)
         ]
+
+    def assign_local(self, values):
+        """Sets the state of the replicas of this process.
+
+        Args:
+            values: For each replica of this process its list of arrays.
+        """
+        variables = [
+            self._strategy.experimental_local_results(variable)
+            for variable in tf.nest.flatten(self._variables)
+        ]
+        for replica, arrays in enumerate(values):
+            for local, array in zip(variables, arrays, strict=True):
+                local[replica].assign(array)

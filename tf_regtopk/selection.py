@@ -129,7 +129,7 @@ class _SamplingPlan(NamedTuple):
 
 
 def _sampling_plan(size, k):
-    num_samples = min(max(size // 512, 1 << 14), 1 << 16) // 32 * 32
+    num_samples = min(max(size // 256, 1 << 14), 1 << 16) // 32 * 32
     # 4 standard deviations to either side of a Poisson count.
     expected = num_samples * k / size
     rank = math.ceil(expected + 4 * math.sqrt(expected) + 1)

@@ -13,6 +13,18 @@ _REDUCIBLE = (
 )
 
 
+def worker_number(strategy):
+    """`(number of this worker, number of workers)` of a `tf.distribute` one."""
+    resolver = getattr(strategy, "cluster_resolver", None)
+    spec = resolver.cluster_spec().as_dict() if resolver else {}
+    # The chief, if there is one by that name, is the first replica.
+    counts = {job: len(spec.get(job, ())) for job in ("chief", "worker")}
+    if sum(counts.values()) < 2:
+        return 0, 1
+    before = counts["chief"] if resolver.task_type == "worker" else 0
+    return before + resolver.task_id, sum(counts.values())
+
+
 class MultiWorkerMirroredStrategy(tf.distribute.MultiWorkerMirroredStrategy):
     """`tf.distribute.MultiWorkerMirroredStrategy` that Keras 3 can train under.
 
@@ -27,9 +39,10 @@ class MultiWorkerMirroredStrategy(tf.distribute.MultiWorkerMirroredStrategy):
             `tf.distribute.cluster_resolver.ClusterResolver`. Defaults to the
             cluster that the environment variable `TF_CONFIG` describes.
         communication_options: Optional
-            `tf.distribute.experimental.CommunicationOptions`. Give it a
-            `timeout_seconds`: a worker that stops taking part then ends the
-            others with an error, where they would wait for ever.
+            `tf.distribute.experimental.CommunicationOptions`. Defaults to
+            those with a `timeout_seconds` of 600: when a worker has not taken
+            part for so long, the others end with a `DeadlineExceededError`.
+            Upstream they wait for ever, as with options without it.
 
     Example:
 
@@ -51,6 +64,15 @@ class MultiWorkerMirroredStrategy(tf.distribute.MultiWorkerMirroredStrategy):
     shows as the mean of its entries while an epoch runs and in what
     `train_on_batch()` returns; its value at the end of an epoch is right.
     """
+
+    def __init__(self, cluster_resolver=None, communication_options=None):
+        super().__init__(
+            cluster_resolver=cluster_resolver,
+            communication_options=communication_options
+            or tf.distribute.experimental.CommunicationOptions(
+                timeout_seconds=600.0
+            ),
+        )
 
     def reduce(self, reduce_op, value, axis):
         """Reduces `value` across replicas, as upstream does and beyond.

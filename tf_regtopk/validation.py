@@ -169,6 +169,17 @@ def _refuse_base_setting(name, value):
     )
 
 
+def check_loaded_shapes(variables, values):
+    """Raises unless each of an optimizer's variables can have its value."""
+    expected = [tuple(variable.shape) for variable in variables]
+    received = [tuple(value.shape) for value in values]
+    if expected != received:
+        raise ValueError(
+            "The saved optimizer must have variables of the shapes "
+            f"{expected}. Received: {received}"
+        )
+
+
 def check_scores(scores, accumulated):
     """Raises unless a sparsifier's scores fit the accumulated gradient."""
     if scores.shape != accumulated.shape or scores.dtype != accumulated.dtype:

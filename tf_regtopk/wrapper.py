@@ -8,7 +8,9 @@ import tensorflow as tf
 
 from tf_regtopk import conditional
 from tf_regtopk import keras_internals
+from tf_regtopk import saved_state
 from tf_regtopk import validation
+from tf_regtopk import worker_files
 
 
 class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
@@ -39,8 +41,12 @@ class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
         """Creates what the aggregation keeps between steps, in the scope."""
 
     @abc.abstractmethod
-    def _reset_state(self):
-        """Puts what the aggregation keeps back to where it started."""
+    def save_state(self):
+        """What the aggregation keeps, as a `saved_state.SavedState`."""
+
+    @abc.abstractmethod
+    def load_state(self, saved):
+        """Loads a `saved_state.SavedState`, or raises and changes nothing."""
 
     @abc.abstractmethod
     def _exchange(self, gradients):
@@ -87,6 +93,7 @@ class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
 
     def _build(self, variables):
         self.inner_optimizer.build(variables)
+        _leave_saving_to_wrapper(self.inner_optimizer)
         keras_internals.take_aggregated_gradients(self.inner_optimizer)
         super().build(variables)
         self._skipped_steps = self.add_variable(
@@ -96,6 +103,8 @@ class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
             name="skipped_steps",
         )
         self._create_state(variables)
+        # `tf.train.Checkpoint` tracks it, and restores at once what it has.
+        setattr(self, worker_files.CHECKPOINT_KEY, _CheckpointedState(self))
 
     def apply(self, grads, trainable_variables=None):
         """Aggregates the gradients and lets the inner optimizer apply them.
@@ -246,10 +255,26 @@ class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
         for variable, weight in zip(self.variables, weights, strict=True):
             variable.assign(weight)
 
-    def load_own_variables(self, store):
-        super().load_own_variables(store)
+    def save_own_variables(self, store):
         if self.built:
-            self._reset_state()
+            arrays = saved_state.to_arrays(
+                self.save_state(), [v.numpy() for v in self.variables]
+            )
+            for name, array in arrays.items():
+                store[name] = array
+
+    def load_own_variables(self, store):
+        arrays = {name: store[name] for name in store.keys()}  # noqa: SIM118
+        if not self.built:
+            numbered = {n: a for n, a in arrays.items() if n.isdigit()}
+            super().load_own_variables(numbered)  # Warns, and loads nothing.
+            return
+        # All is checked before anything is assigned.
+        saved, values = saved_state.from_arrays(arrays)
+        validation.check_loaded_shapes(self.variables, values)
+        self.load_state(saved)
+        for variable, value in zip(self.variables, values, strict=True):
+            variable.assign(value)
 
     def get_config(self):
         # Not the base class's: its arguments belong to the inner optimizer.
@@ -269,6 +294,29 @@ class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
                     value, custom_objects=custom_objects
                 )
         return cls(**config)
+
+
+class _CheckpointedState(tf.train.experimental.PythonState):
+    """Saves and restores a wrapper's state with `tf.train.Checkpoint`."""
+
+    def __init__(self, wrapper):
+        self._wrapper = wrapper
+
+    def serialize(self):
+        return saved_state.to_bytes(self._wrapper.save_state())
+
+    def deserialize(self, string_value):
+        self._wrapper.load_state(saved_state.from_bytes(string_value))
+
+
+def _leave_saving_to_wrapper(inner_optimizer):
+    """Makes Keras pass over the variables, which the wrapper saves and loads.
+
+    Else it would store them twice, and load them even where the wrapper has
+    refused what was saved.
+    """
+    for part in (inner_optimizer, *getattr(inner_optimizer, "optimizers", ())):
+        part.save_own_variables = part.load_own_variables = lambda store: None
 
 
 def build_once_for_all_replicas(optimizer, build):

@@ -1,0 +1,291 @@
+"""Saving a run so that it can be stopped, resumed and resized."""
+
+import contextlib
+import os
+import re
+import shutil
+
+from absl import logging
+import h5py
+import keras
+
+from tf_regtopk import exchange
+from tf_regtopk import saved_state
+from tf_regtopk import strategy as strategy_lib
+from tf_regtopk import worker_files
+from tf_regtopk import wrapper
+
+_PARTIAL = "partial."
+_REST = "tf_regtopk"
+
+
+@contextlib.contextmanager
+def load_scope(path, strategy, model=None):
+    """Finds what all workers have saved for `path`, and loads all or nothing.
+
+    For what was saved to `worker_path(path, strategy)`, by as many workers as
+    there are now or by others, or by one alone to `path`. Gives the path that
+    this worker is to load.
+
+    Args:
+        path: Path of a file, a folder or a checkpoint, the same on every
+            worker.
+        strategy: The `tf.distribute.Strategy` that the model trains under.
+        model: The `keras.Model` that is loaded into, with a built optimizer. If
+            loading fails it is put back to what it was.
+
+    Raises:
+        FileNotFoundError: If nothing was saved, or the files of some workers
+            are missing.
+        ValueError: If nothing was loaded, or it is not what was saved.
+
+    Example:
+
+    ```python
+    with tf_regtopk.load_scope("m.weights.h5", strategy, model) as own_path:
+        model.load_weights(own_path)
+    ```
+    """
+    files = worker_files.find_files(path, strategy)
+    if not files:
+        raise FileNotFoundError(
+            "There must be a file of one worker, or of each worker of a run. "
+            f"Received: path={os.fspath(path)!r}"
+        )
+    number, _ = strategy_lib.worker_number(strategy)
+    with put_back_on_error(model), worker_files.reading(files) as loaded:
+        yield files[number % len(files)]
+        _check_loaded(loaded, model)
+
+
+def _check_loaded(loaded, model):
+    if not loaded:
+        raise ValueError(
+            "The residual errors must be loaded within `load_scope`. Received: "
+            "an optimizer that was not built, or files without them. Call "
+            "`optimizer.build(model.trainable_variables)` before"
+        )
+    if model is not None:
+        moment = _wrapper_of(model).moment
+        if moment not in [saved.moment for saved in loaded]:
+            raise ValueError(
+                "The weights must be those that were saved. Received: "
+                f"{moment} after loading {loaded[0].moment}"
+            )
+
+
+@contextlib.contextmanager
+def put_back_on_error(model):
+    """Puts a model and its optimizer back if the block raises."""
+    if model is None:
+        yield
+        return
+    optimizer = _wrapper_of(model)
+    variables = [*model.variables, *model.optimizer.variables]
+    values = [variable.numpy() for variable in variables]
+    state = optimizer.save_state()
+    try:
+        yield
+    except BaseException:
+        for variable, value in zip(variables, values, strict=True):
+            variable.assign(value)
+        optimizer.load_state(state)
+        raise
+
+
+def _wrapper_of(model):
+    optimizer = model.optimizer
+    while not isinstance(optimizer, wrapper.OptimizerWrapper):
+        if not hasattr(optimizer, "inner_optimizer"):
+            raise ValueError(
+                "The optimizer of `model` must be a `SparsifiedOptimizer`. "
+                f"Received: {optimizer!r}"
+            )
+        optimizer = optimizer.inner_optimizer
+    if not optimizer.built:
+        model.optimizer.build(model.trainable_variables)
+    return optimizer
+
+
+class Backup(keras.callbacks.Callback):
+    """Backs up the whole training after every epoch, and resumes it.
+
+    `fit` then goes on to the bit as if it had not been interrupted: weights,
+    optimizer, every replica's residual error, and the random states of dropout
+    and the like, which no other way of saving keeps. Every worker gives the same
+    folder, whether or not they share a disk, and writes its own files; the
+    workers agree on the newest epoch that all of them can load. Another number
+    of workers or replicas can go on, if it can read the files of all. A file
+    gets its name once it is complete, and the epoch before stays.
+
+    Args:
+        directory: Path of a folder, the same on every worker.
+
+    Example:
+
+    ```python
+    backup = tf_regtopk.Backup("backup")
+    first_epoch = backup.restore(model)  # 0 if there is nothing to resume.
+    model.fit(
+        batches_from(first_epoch),
+        initial_epoch=first_epoch,
+        epochs=10,
+        callbacks=[backup],
+    )
+    backup.delete()
+    ```
+
+    The order of the data is up to the data set: to resume to the bit, it has to
+    give in epoch n what it gave in epoch n before.
+    """
+
+    def __init__(self, directory):
+        super().__init__()
+        self.directory = os.fspath(directory)
+        self._restored = None
+
+    def restore(self, model):
+        """Loads the newest backup, if there is any. To be called before `fit`.
+
+        Args:
+            model: The compiled `keras.Model`, built and in the scope of its
+                strategy.
+
+        Returns:
+            Number of the epoch to go on with, for `initial_epoch`.
+
+        Raises:
+            FileNotFoundError: If the backups of some workers are missing.
+        """
+        _wrapper_of(model)  # Builds it.
+        strategy = model.distribute_strategy
+        os.makedirs(self.directory, exist_ok=True)
+        for name in os.listdir(self.directory):
+            if name.startswith(_PARTIAL):  # Cut short.
+                _remove(os.path.join(self.directory, name))
+        epoch = self._newest_of_all(strategy)
+        if epoch:
+            logging.info("Resuming %s after epoch %d", self.directory, epoch)
+            with load_scope(self._path(epoch), strategy, model) as path:
+                model.load_weights(path)
+                _load_rest(model, path)
+        self._restored = model
+        return epoch
+
+    def on_train_begin(self, logs=None):
+        if self._restored is not self.model:
+            raise ValueError(
+                "`Backup.restore(model)` must be called before `fit`, and its "
+                "result be given as `initial_epoch`"
+            )
+
+    def on_epoch_end(self, epoch, logs=None):
+        path = worker_files.worker_path(
+            self._path(epoch + 1), self.model.distribute_strategy
+        )
+        directory, name = os.path.split(path)
+        partial = os.path.join(directory, _PARTIAL + name)
+        self.model.save_weights(partial)
+        _save_rest(self.model, partial)
+        _flush(partial)
+        os.replace(partial, path)
+        _flush(directory)
+        # All workers have saved the epoch before: they met since.
+        for found, old in self._files():
+            if found < epoch:
+                _remove(old)
+
+    def delete(self):
+        """Deletes the backups, all at once, when all workers are done.
+
+        To be called by every worker. It waits for the others.
+        """
+        exchange.gather_from_workers([0], self._restored.distribute_strategy)
+        away = f"{self.directory}.deleted-{os.getpid()}"
+        with contextlib.suppress(FileNotFoundError):  # A shared folder.
+            os.rename(self.directory, away)
+            shutil.rmtree(away)
+
+    def _path(self, epoch):
+        return os.path.join(self.directory, f"epoch-{epoch:06d}.weights.h5")
+
+    def _files(self):
+        """Epoch and path of every backup here, of any worker."""
+        for name in os.listdir(self.directory):
+            match = re.match(r"epoch-(\d+)\.", name)
+            if match:
+                yield int(match.group(1)), os.path.join(self.directory, name)
+
+    def _newest_of_all(self, strategy):
+        """The newest epoch that every worker can load, the same on each."""
+        here = sorted({epoch for epoch, _ in self._files()})
+        loadable = [
+            epoch
+            for epoch in here
+            if worker_files.find_files(self._path(epoch), strategy)
+        ]
+        # Two at most: the workers are never more than one epoch apart.
+        newest = ([0, 0] + loadable)[-2:]
+        of_all = exchange.gather_from_workers([len(here), *newest], strategy)
+        common = set.intersection(*(set(row[1:].tolist()) for row in of_all))
+        epoch = max(common, default=0)
+        # One file without its peers is a first backup cut short: no loss.
+        if not epoch and max(row[0] for row in of_all) > 1:
+            raise FileNotFoundError(
+                "The backups must be there of every worker for one of the last "
+                f"two epochs. Received: in {self.directory!r} those of epochs "
+                f"{here}, of which this worker can load {loadable}. Give all "
+                "workers the folders back, or delete these to start anew"
+            )
+        return epoch
+
+
+def _save_rest(model, path):
+    """Adds to a file what Keras leaves out: random states, and a checksum."""
+    with h5py.File(path, "a") as file:
+        group = file.create_group(_REST)
+        for i, variable in enumerate(_random_states(model)):
+            group[str(i)] = variable.numpy()
+        group.attrs["checksum"] = _checksum(model)
+
+
+def _load_rest(model, path):
+    with h5py.File(path, "r") as file:
+        group = file[_REST]
+        states = _random_states(model)
+        if len(group) != len(states):
+            raise ValueError(
+                f"The model must have {len(group)} random states, as when it "
+                f"was saved. Received: {len(states)}"
+            )
+        for i, variable in enumerate(states):
+            variable.assign(group[str(i)][()])
+        if group.attrs["checksum"] != _checksum(model):
+            raise ValueError(
+                "The file must be as it was written. Received: weights with "
+                f"another checksum in {path!r}"
+            )
+
+
+def _random_states(model):
+    """The states of the model's `keras.random.SeedGenerator`s."""
+    weights = {id(variable) for variable in model.weights}
+    return [v for v in model.variables if id(v) not in weights]
+
+
+def _checksum(model):
+    return saved_state.checksum(v.numpy() for v in model.variables)
+
+
+def _remove(path):
+    with contextlib.suppress(FileNotFoundError):  # A shared folder.
+        os.remove(path)
+
+
+def _flush(path):
+    """Makes sure that a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,262 @@
+"""What is saved of the replicas' state, and how it comes back.
+
+The residual error is gradient that has not been applied yet. So as many
+replicas as there were get back exactly what they had, and any other number N'
+of them gets the same total:
+
+    e_n = (sum over the N saved replicas m of e_m) / N'     for n = 1 .. N'
+"""
+
+import io
+import json
+import re
+from typing import NamedTuple
+import warnings
+import zlib
+
+import numpy as np
+
+_DESCRIPTION = "replica_state"
+
+
+class SavedState(NamedTuple):
+    """The state of some or all replicas of a run.
+
+    Args:
+        layout: JSON-like dict; state fits only where the layout is the same.
+        moment: JSON-like dict that tells when it was saved; the same for all
+            workers that saved in the same step.
+        num_replicas: Number of replicas in the whole run.
+        replicas: Dict from a replica's number to its list of arrays, the
+            residual error `[J]` first.
+    """
+
+    layout: dict
+    moment: dict
+    num_replicas: int
+    replicas: dict
+
+
+def to_arrays(saved, variables=()):
+    """A `SavedState` as a dict from names to NumPy arrays.
+
+    Args:
+        saved: `SavedState`.
+        variables: Arrays to store beside it, by the names "0", "1", ...
+
+    Returns:
+        Dict of arrays, with a checksum of each.
+    """
+    arrays = {str(i): np.asarray(array) for i, array in enumerate(variables)}
+    for n, parts in saved.replicas.items():
+        for i, part in enumerate(parts):
+            arrays[_name(n, i)] = np.asarray(part)
+    description = {
+        "layout": saved.layout,
+        "moment": saved.moment,
+        "num_replicas": saved.num_replicas,
+        "replicas": {str(n): len(parts) for n, parts in saved.replicas.items()},
+        "checksums": {name: checksum([a]) for name, a in arrays.items()},
+    }
+    text = json.dumps(description).encode()
+    return {_DESCRIPTION: np.frombuffer(text, np.uint8), **arrays}
+
+
+def from_arrays(arrays):
+    """The inverse of `to_arrays`.
+
+    Args:
+        arrays: Mapping from names to arrays.
+
+    Returns:
+        `(saved, variables)`: `SavedState` and list of arrays.
+
+    Raises:
+        ValueError: If anything is missing or damaged.
+    """
+    if _DESCRIPTION not in arrays:
+        raise ValueError(
+            "The state must have been saved by a `SparsifiedOptimizer`. "
+            f"Received: arrays of the names {sorted(arrays)[:5]}. To go on "
+            "from the weights of a model that another optimizer has trained, "
+            "load them before `compile`"
+        )
+    try:
+        text = np.asarray(arrays[_DESCRIPTION], np.uint8).tobytes()
+        description = json.loads(text)
+        checksums = description["checksums"]
+        damaged = [
+            name
+            for name in checksums
+            if checksum([arrays[name]]) != checksums[name]
+        ]
+        saved = SavedState(
+            description["layout"],
+            description["moment"],
+            description["num_replicas"],
+            {
+                int(n): [
+                    np.asarray(arrays[_name(n, i)]) for i in range(num_parts)
+                ]
+                for n, num_parts in description["replicas"].items()
+            },
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise ValueError(
+            "The saved state of the optimizer must be complete. Received: "
+            f"{type(e).__name__}: {e}"
+        ) from e
+    if damaged:
+        raise ValueError(
+            "The saved state of the optimizer must be as it was written. "
+            f"Received: {damaged} with another checksum"
+        )
+    num_variables = sum(name.isdigit() for name in checksums)
+    return saved, [arrays[str(i)] for i in range(num_variables)]
+
+
+def to_bytes(saved):
+    """A `SavedState` as the bytes of an .npz file."""
+    file = io.BytesIO()
+    np.savez(file, **to_arrays(saved))
+    return file.getvalue()
+
+
+def from_bytes(data):
+    """The inverse of `to_bytes`."""
+    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+        return from_arrays(arrays)[0]
+
+
+def is_saved_in(names):
+    """Whether the arrays of these names are those of `to_arrays`."""
+    return _DESCRIPTION in names
+
+
+def checksum(arrays):
+    """CRC-32 of the bytes of some arrays, one after the other."""
+    value = 0
+    for array in arrays:
+        value = zlib.crc32(np.ascontiguousarray(array).tobytes(), value)
+    return value
+
+
+def canonical_names(names):
+    """Names of variables that stay the same when a program is run again.
+
+    What is `dense_3` and `dense_5` in one program may be `dense` and `dense_1`
+    in the next: only the order of the numbers after a word counts. And whether
+    the model's name comes before them depends on how the model was built: only
+    the names of the layer and of the variable count.
+
+    Args:
+        names: List of strings, the paths of Keras variables.
+
+    Returns:
+        List of strings.
+
+    Example:
+
+    >>> canonical_names(["model/dense_3/kernel", "model/dense_5/kernel"])
+    ['dense_0/kernel_0', 'dense_1/kernel_0']
+    >>> canonical_names(["dense/kernel", "dense_1/kernel"])
+    ['dense_0/kernel_0', 'dense_1/kernel_0']
+    """
+    names = ["/".join(name.split("/")[-2:]) for name in names]
+    word = re.compile(r"([^/]*?)(?:_(\d+))?(?=/|$)")
+    numbers = {}
+    for name in names:
+        for base, number in word.findall(name):
+            numbers.setdefault(base, set()).add(int(number or 0))
+    rank = {base: sorted(found) for base, found in numbers.items()}
+
+    def renumber(match):
+        base, number = match.groups()
+        return base and f"{base}_{rank[base].index(int(number or 0))}"
+
+    return [word.sub(renumber, name) for name in names]
+
+
+def check_layout(saved, layout):
+    """Raises unless the saved state fits the optimizer that loads it."""
+    for key in sorted({*layout, *saved.layout}):
+        expected, received = layout.get(key), saved.layout.get(key)
+        if expected != received:
+            raise ValueError(
+                "The saved residual errors must be of an optimizer with "
+                f"{key}={expected}. Received: {key}={received}"
+            )
+
+
+def combine(saved, others):
+    """`saved` with the replicas that other workers have saved at its moment.
+
+    Args:
+        saved: `SavedState`.
+        others: List of `SavedState`, of any moments and optimizers.
+
+    Returns:
+        `SavedState` of all replicas.
+
+    Raises:
+        ValueError: If some replicas are in none of them.
+    """
+    replicas = dict(saved.replicas)
+    for other in others:
+        if other[:3] == saved[:3]:
+            replicas.update(other.replicas)
+    missing = sorted(set(range(saved.num_replicas)) - set(replicas))
+    if missing:
+        raise ValueError(
+            f"The workers' files must hold all {saved.num_replicas} replicas "
+            f"of the run as they were at step {saved.moment['step']}. "
+            f"Received: none with the replicas {missing}"
+        )
+    return saved._replace(replicas=replicas)
+
+
+def needs_others(saved, replicas, num_replicas):
+    """Whether `state_of_replicas` needs replicas that other workers saved."""
+    if num_replicas == saved.num_replicas:
+        return not set(replicas) <= set(saved.replicas)
+    return len(saved.replicas) < saved.num_replicas
+
+
+def state_of_replicas(saved, replicas, num_replicas, initial):
+    """What the replicas of a process are to go on with.
+
+    Args:
+        saved: `SavedState`.
+        replicas: The numbers of the replicas to load.
+        num_replicas: Number of replicas in the run that loads.
+        initial: List of arrays, what a replica starts with.
+
+    Returns:
+        List of lists of arrays, one for each of `replicas`.
+
+    Raises:
+        ValueError: If it needs replicas that `saved` does not hold.
+    """
+    if needs_others(saved, replicas, num_replicas):
+        raise ValueError(
+            f"Of {saved.num_replicas} replicas this file must hold those that "
+            f"are to go on. Received: a file with {sorted(saved.replicas)}. "
+            "What several workers have saved is loaded in "
+            "`tf_regtopk.load_scope(path, strategy)`"
+        )
+    if num_replicas == saved.num_replicas:
+        return [saved.replicas[n] for n in replicas]
+    errors = [parts[0] for parts in saved.replicas.values()]
+    total = np.sum(errors, axis=0, dtype=np.float64)
+    share = (total / num_replicas).astype(errors[0].dtype)
+    warnings.warn(
+        f"Saved by {saved.num_replicas} replicas, loaded by {num_replicas}: "
+        "the total of the residual errors is kept and spread evenly; what the "
+        "sparsifier remembers of the last step is dropped.",
+        stacklevel=2,
+    )
+    return [[share, *initial[1:]] for _ in replicas]
+
+
+def _name(replica, part):
+    return f"replica_{replica}_part_{part}"
