@@ -105,7 +105,7 @@ def processes():
             process.end()
 
 
-def run_workers(script, num_workers, directory, timeout):
+def run_workers(script, num_workers, directory, timeout, args=()):
     """Runs `script` on every worker of a cluster until all have ended.
 
     Args:
@@ -113,6 +113,7 @@ def run_workers(script, num_workers, directory, timeout):
         num_workers: The number of workers.
         directory: Where files can be written.
         timeout: Seconds after which all workers are ended.
+        args: Further arguments of the script.
 
     Returns:
         The results of the workers.
@@ -125,7 +126,7 @@ def run_workers(script, num_workers, directory, timeout):
             for i, result in enumerate(results):
                 workers.append(
                     Process(
-                        [script, result],
+                        [script, result, *args],
                         directory / f"output_{i}.txt",
                         TF_CONFIG=tf_config(addresses, i),
                     )

@@ -89,38 +89,6 @@ def test_model_file(trained_on, loaded_on, mirrored, tmp_path):
     assert loaded.optimizer.iterations.numpy() == 9
 
 
-def test_errors_start_afresh_after_loading(mirrored, tmp_path):
-    model = train(mirrored(2))
-    state = model.optimizer._state
-    assert any(np.any(error.numpy()) for error, _ in state.local_values())
-    model.save(tmp_path / "m.keras")
-    with mirrored(2).scope():
-        loaded = keras.saving.load_model(tmp_path / "m.keras")
-    # Files of weights hold the optimizer's state as well.
-    model.save_weights(tmp_path / "m.weights.h5")
-    model.load_weights(tmp_path / "m.weights.h5")
-    for optimizer in (loaded.optimizer, model.optimizer):
-        for error, _ in optimizer._state.local_values():
-            np.testing.assert_array_equal(error, np.zeros(4))
-
-
-def test_loading_resets_errors_and_memory(mirrored):
-    def optimizer():
-        return tf_regtopk.SparsifiedOptimizer(
-            keras.optimizers.SGD(0.1), tf_regtopk.RegTopK(0.5)
-        )
-
-    model = train(mirrored(2), optimizer)
-    store = {}
-    model.optimizer.save_own_variables(store)
-    model.optimizer.load_own_variables(store)
-    initial = model.optimizer.sparsifier.initial_memory(2, tf.float32)
-    for error, memory in model.optimizer._state.local_values():
-        np.testing.assert_array_equal(error, np.zeros(5))
-        for value, initial_value in zip(memory, initial, strict=True):
-            np.testing.assert_array_equal(value, initial_value)
-
-
 def test_loading_before_the_optimizer_is_built(tmp_path):
     train(tf.distribute.get_strategy()).save_weights(tmp_path / "m.weights.h5")
     model = train(tf.distribute.get_strategy(), epochs=0)

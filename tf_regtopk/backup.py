@@ -37,7 +37,8 @@ def load_scope(path, strategy, model=None):
     Raises:
         FileNotFoundError: If nothing was saved, or the files of some workers
             are missing.
-        ValueError: If nothing was loaded, or it is not what was saved.
+        ValueError: If loading failed, nothing was loaded, or it is not what
+            was saved.
 
     Example:
 
@@ -53,9 +54,16 @@ def load_scope(path, strategy, model=None):
             f"Received: path={os.fspath(path)!r}"
         )
     number, _ = strategy_lib.worker_number(strategy)
-    with put_back_on_error(model), worker_files.reading(files) as loaded:
-        yield files[number % len(files)]
-        _check_loaded(loaded, model)
+    own_path = files[number % len(files)]
+    try:
+        with put_back_on_error(model), worker_files.reading(files) as loaded:
+            yield own_path
+            _check_loaded(loaded, model)
+    except Exception as e:
+        raise ValueError(
+            "`path` must hold what can be loaded here. Received: "
+            f"{own_path!r}, with which loading ended in {type(e).__name__}: {e}"
+        ) from e
 
 
 def _check_loaded(loaded, model):
@@ -112,8 +120,8 @@ class Backup(keras.callbacks.Callback):
 
     `fit` then goes on to the bit as if it had not been interrupted: weights,
     optimizer, every replica's residual error, and the random states of dropout
-    and the like, which no other way of saving keeps. Every worker gives the same
-    folder, whether or not they share a disk, and writes its own files; the
+    and the like, which Keras's ways of saving leave out. Every worker gives the
+    same folder, whether or not they share a disk, and writes its own files; the
     workers agree on the newest epoch that all of them can load. Another number
     of workers or replicas can go on, if it can read the files of all. A file
     gets its name once it is complete, and the epoch before stays.

@@ -1,0 +1,358 @@
+"""Files that cannot be loaded, or not as they are: an error, and no change."""
+
+import types
+
+import h5py
+import keras
+import numpy as np
+import pytest
+import resume_program
+import tensorflow as tf
+
+import tf_regtopk
+from tf_regtopk import saved_state
+from tf_regtopk import worker_files
+
+FILES = ("m.keras", "m.weights.h5", "checkpoint")
+
+
+def make(strategy, sparsifier=None, scope="global", units=5, layers=("a", "b")):
+    with strategy.scope():
+        model = keras.Sequential(
+            [
+                keras.Input((4,)),
+                *(keras.layers.Dense(units, name=name) for name in layers),
+                keras.layers.BatchNormalization(),
+                keras.layers.Dense(1),
+            ]
+        )
+        model.compile(
+            tf_regtopk.SparsifiedOptimizer(
+                keras.optimizers.SGD(0.1, momentum=0.9),
+                sparsifier or tf_regtopk.RegTopK(0.2),
+                scope=scope,
+            ),
+            "mse",
+        )
+        model.optimizer.build(model.trainable_variables)
+    fill(model, seed=0)
+    return model
+
+
+def fill(model, seed):
+    """As if it had been trained, which takes longer."""
+    rng = np.random.default_rng(seed)
+    for v in [*model.variables, *model.optimizer.variables]:
+        v.assign(rng.uniform(1, 9, v.shape))
+    state = model.optimizer.save_state()
+    for arrays in state.replicas.values():
+        arrays[0] = rng.standard_normal(arrays[0].shape).astype("float32")
+    model.optimizer.load_state(state)
+
+
+def save(model, directory):
+    model.save(directory / "m.keras")
+    model.save_weights(directory / "m.weights.h5")
+    checkpoint = tf.train.Checkpoint(model=model, optimizer=model.optimizer)
+    checkpoint.write(str(directory / "checkpoint"))
+
+
+def load(model, path):
+    """Loads a file in the only way that promises all or nothing."""
+    strategy = model.distribute_strategy
+    with tf_regtopk.load_scope(path, strategy, model) as own_path:
+        resume_program.load(path.name, model, own_path)
+
+
+@pytest.fixture
+def files(mirrored, tmp_path):
+    save(make(mirrored(2)), tmp_path)
+    return tmp_path
+
+
+def assert_refused(model, path, match):
+    fill(model, seed=1)
+    before = resume_program.fingerprint(model)
+    with pytest.raises(ValueError, match=f"(?s)`path` must hold.*({match})"):
+        load(model, path)
+    assert resume_program.fingerprint(model) == before
+
+
+OTHERS = {
+    "sparsifier": (
+        {"sparsifier": tf_regtopk.TopK(0.2)},
+        r"sparsifier=TopK.*Received: sparsifier=RegTopK",
+    ),
+    "density": (
+        {"sparsifier": tf_regtopk.RegTopK(0.3)},
+        "sparsifier=RegTopK",
+    ),
+    "scope": (
+        {"scope": "per_variable"},
+        "scope=per_variable. Received: scope=global",
+    ),
+    "order": ({"layers": ("b", "a")}, "variables="),
+}
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_optimizer(name, file, files, mirrored):
+    arguments, match = OTHERS[name]
+    assert_refused(make(mirrored(2), **arguments), files / file, match)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_another_model(file, files, mirrored):
+    for arguments in ({"units": 6}, {"layers": ("a", "b", "c")}):
+        model = make(mirrored(2), **arguments)
+        assert_refused(model, files / file, "")
+
+
+def test_the_optimizer_itself_changes_nothing(files, mirrored):
+    """Also where Keras is called as it is, and has loaded the layers."""
+    model = make(mirrored(2), tf_regtopk.TopK(0.2))
+    before = resume_program.fingerprint(model)
+    with pytest.raises(ValueError, match="Received: sparsifier=RegTopK"):
+        model.load_weights(files / "m.weights.h5")
+    after = resume_program.fingerprint(model)
+    for name in ("optimizer", "replicas"):
+        assert after[name] == before[name]
+
+
+def damaged(path, where):
+    data = bytearray(path.read_bytes())
+    if where == "end":
+        del data[-len(data) // 3 :]
+    elif where == "junk":
+        data[:] = b"not what it says it is" * 40
+    else:
+        start = data.find(where)
+        assert start >= 0
+        data[start] ^= 0x10
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("where", ["end", "junk"])
+@pytest.mark.parametrize("file", FILES)
+def test_damaged_file(file, where, files, mirrored):
+    model = make(mirrored(2))
+    path = files / file
+    if file == "checkpoint":
+        damaged(path.with_name("checkpoint.index"), where)
+    else:
+        damaged(path, where)
+    assert_refused(model, path, "")
+
+
+def test_truncated_data_of_a_checkpoint(files, mirrored):
+    damaged(files / "checkpoint.data-00000-of-00001", "end")
+    assert_refused(make(mirrored(2)), files / "checkpoint", "")
+
+
+@pytest.mark.parametrize("kind", ["error", "momentum", "weights"])
+def test_one_bit_of_a_weights_file(kind, files, mirrored):
+    model = make(mirrored(2))
+    value = {
+        "error": lambda: model.optimizer.save_state().replicas[1][0],
+        "momentum": lambda: model.optimizer.variables[5].numpy(),
+        "weights": lambda: model.layers[1].kernel.numpy(),
+    }[kind]()
+    fill(model, seed=1)
+    damaged(files / "m.weights.h5", value.tobytes())
+    assert_refused(model, files / "m.weights.h5", "checksum|those that were")
+
+
+def test_foreign_file(mirrored, tmp_path):
+    with mirrored(2).scope():
+        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+        model.compile("sgd", "mse")
+    model.save_weights(tmp_path / "m.weights.h5")
+    with mirrored(2).scope():
+        ours = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+        ours.compile(
+            tf_regtopk.SparsifiedOptimizer(keras.optimizers.SGD()), "mse"
+        )
+        ours.optimizer.build(ours.trainable_variables)
+    assert_refused(
+        ours, tmp_path / "m.weights.h5", "saved by a `SparsifiedOptimizer`"
+    )
+
+
+def test_a_checkpoint_without_the_optimizer(mirrored, tmp_path):
+    model = make(mirrored(2))
+    checkpoint = tf.train.Checkpoint(layer=model.layers[0])
+    checkpoint.write(str(tmp_path / "checkpoint"))
+    before = resume_program.fingerprint(model)
+    with (
+        pytest.raises(ValueError, match="must be loaded within `load_scope`"),
+        tf_regtopk.load_scope(
+            tmp_path / "checkpoint", mirrored(2), model
+        ) as path,
+    ):
+        for v in model.variables:
+            v.assign(v + 1)
+        tf.train.Checkpoint(layer=model.layers[0]).read(path)
+    assert resume_program.fingerprint(model) == before
+
+
+def test_nothing_there(mirrored, tmp_path):
+    with (
+        pytest.raises(FileNotFoundError, match="Received: path="),
+        tf_regtopk.load_scope(tmp_path / "m.keras", mirrored(2)),
+    ):
+        pass
+
+
+def test_load_scope_needs_the_wrapper(mirrored, files):
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    with (
+        pytest.raises(ValueError, match="must be a `SparsifiedOptimizer`"),
+        tf_regtopk.load_scope(files / "m.keras", mirrored(0), model),
+    ):
+        pass
+
+
+# ----- The parts -----
+
+
+def cluster(number, num_workers, chief=False):
+    """What looks like the strategy of one worker."""
+    names = {"worker": [f"host{i}:1" for i in range(num_workers - chief)]}
+    if chief:
+        names["chief"] = ["host:1"]
+    task = ("worker", number - chief) if number or not chief else ("chief", 0)
+    return types.SimpleNamespace(
+        cluster_resolver=tf.distribute.cluster_resolver.SimpleClusterResolver(
+            tf.train.ClusterSpec(names), task_type=task[0], task_id=task[1]
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    "path, expected",
+    [
+        ("a.b/m.keras", "a.b/m.worker-1-of-3.keras"),
+        ("m.weights.h5", "m.worker-1-of-3.weights.h5"),
+        ("m-{epoch:02d}.h5", "m-{epoch:02d}.worker-1-of-3.h5"),
+        ("folder/ckpt.1", "folder/ckpt.1.worker-1-of-3"),
+    ],
+)
+def test_worker_path(path, expected, mirrored):
+    assert tf_regtopk.worker_path(path, cluster(1, 3)) == expected
+    assert tf_regtopk.worker_path(path, cluster(1, 3, chief=True)) == expected
+    first = tf_regtopk.worker_path(path, cluster(0, 3, chief=True))
+    assert first == expected.replace("-1-", "-0-")
+    for strategy in (mirrored(0), mirrored(2), cluster(0, 1)):
+        assert tf_regtopk.worker_path(path, strategy) == path
+
+
+def test_the_newest_run_counts(tmp_path):
+    def touch(seconds, number, num_workers):
+        path = tf_regtopk.worker_path(
+            tmp_path / "m.keras", cluster(number, num_workers)
+        )
+        with open(path, "w"):
+            pass
+        worker_files.os.utime(path, (seconds, seconds))
+
+    def find(number, num_workers):
+        files = worker_files.find_files(
+            tmp_path / "m.keras", cluster(number, num_workers)
+        )
+        return [worker_files.os.path.basename(file) for file in files]
+
+    assert find(0, 2) == []
+    touch(1, 0, 3)
+    touch(2, 2, 3)
+    # Not all, but this worker's own; the others' may be elsewhere.
+    assert find(0, 2) == [] and find(1, 3) == []
+    assert len(find(0, 3)) == len(find(2, 3)) == 3
+    touch(3, 1, 3)
+    assert (
+        find(0, 2)
+        == find(4, 5)
+        == [f"m.worker-{i}-of-3.keras" for i in range(3)]
+    )
+    touch(4, 0, 1)
+    assert find(0, 2) == find(0, 3) == ["m.keras"]
+    touch(5, 0, 2)
+    touch(5, 1, 2)
+    assert find(0, 3) == [f"m.worker-{i}-of-2.keras" for i in range(2)]
+
+
+def state(replicas, num_replicas=3, step=1):
+    return saved_state.SavedState(
+        {"scope": "global"},
+        {"step": step},
+        num_replicas,
+        {n: [np.full(2, n, "float32"), np.arange(3)] for n in replicas},
+    )
+
+
+def test_state_round_trip():
+    saved = state([0, 2])
+    arrays = saved_state.to_arrays(saved, [np.ones(3), np.float32(2)])
+    back, variables = saved_state.from_arrays(arrays)
+    assert back[:3] == saved[:3] and list(back.replicas) == [0, 2]
+    for n in (0, 2):
+        for a, b in zip(back.replicas[n], saved.replicas[n], strict=True):
+            np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(variables[0], np.ones(3))
+    assert variables[1] == 2
+    assert saved_state.from_bytes(saved_state.to_bytes(saved))[:3] == saved[:3]
+
+
+@pytest.mark.parametrize("name", ["replica_2_part_1", "1", "replica_state"])
+def test_state_with_a_missing_or_changed_array(name):
+    arrays = saved_state.to_arrays(state([0, 2]), [np.ones(3), np.ones(2)])
+    changed = arrays | {name: arrays[name][::-1] + 1}
+    del arrays[name]
+    for bad in (arrays, changed):
+        with pytest.raises(ValueError, match="must (be|have been)"):
+            saved_state.from_arrays(bad)
+
+
+def test_combining_workers():
+    other_step = state([0, 1, 2], step=2)
+    combined = saved_state.combine(state([1]), [other_step, state([2, 0])])
+    assert combined.moment == {"step": 1} and set(combined.replicas) == {
+        0,
+        1,
+        2,
+    }
+    with pytest.raises(ValueError, match=r"at step 1.*replicas \[0\]"):
+        saved_state.combine(state([1]), [other_step, state([2])])
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2, 4, 7])
+def test_total_is_spread_evenly(num_replicas):
+    rng = np.random.default_rng(num_replicas)
+    errors = rng.standard_normal((3, 50)).astype("float32")
+    errors[:, 0] = [3e38, 3e38, -3e38]  # The sum of two is too large.
+    saved = state([])._replace(replicas={n: [e] for n, e in enumerate(errors)})
+    with pytest.warns(UserWarning, match="spread evenly") as caught:
+        parts = saved_state.state_of_replicas(
+            saved, range(num_replicas), num_replicas, [np.zeros(50), "fresh"]
+        )
+    assert len(caught) == 1
+    assert all(memory == "fresh" for _, memory in parts)
+    total = np.sum([error for error, _ in parts], axis=0, dtype="float64")
+    expected = errors.astype("float64").sum(axis=0)
+    np.testing.assert_allclose(total, expected, rtol=1e-6)
+    assert parts[0][0].dtype == np.float32
+
+
+def test_weights_file_can_be_read_without_a_model(files):
+    [saved] = worker_files.read_states(str(files / "m.weights.h5"))
+    for file in ("m.keras", "checkpoint"):
+        [other] = worker_files.read_states(str(files / file))
+        assert other[:3] == saved[:3]
+        for n in range(2):
+            for a, b in zip(saved.replicas[n], other.replicas[n], strict=True):
+                np.testing.assert_array_equal(a, b)
+    with h5py.File(files / "m.weights.h5") as file:
+        # Nothing is stored twice.
+        assert len(file["optimizer/vars"]) > 3
+        assert len(file.get("optimizer/inner_optimizer/vars", ())) == 0
