@@ -19,8 +19,10 @@ python examples/multi_worker.py
 
 The first worker (the chief) shows the progress and writes the results.
 
-When a worker is lost, all of them end with an error, so that whatever started
-them can start them again.
+After every epoch each worker backs its part of the training up. When a worker
+is lost, the others notice within `--timeout_seconds` and end with an error that
+says which; the same command then goes on from the last backup, to the bit as if
+nothing had happened. So whatever started the workers can start them again.
 """
 
 import contextlib
@@ -39,6 +41,7 @@ from absl import app
 from absl import flags
 import example_utils
 import keras
+import numpy as np
 import sklearn.datasets
 import sklearn.model_selection
 import tensorflow as tf
@@ -81,6 +84,12 @@ def define_flags():
     flags.DEFINE_string(
         "output_dir", "results/multi_worker", "Where the results go."
     )
+    flags.DEFINE_string(
+        "backup_dir",
+        None,
+        "Where the backups go, until training has ended. By default into "
+        "`backup` in --output_dir. The workers may share it or not.",
+    )
     flags.DEFINE_integer(
         "timeout_seconds",
         60,
@@ -113,21 +122,43 @@ def load_data():
     return (x_train, y_train), (x_test, y_test)
 
 
-def make_dataset(x, y, batch_size, seed=None):
-    """Makes a data set of global batches, of which each worker takes its part.
+def make_training_dataset(x, y, batch_size, epochs, seed):
+    """Makes a data set of global batches in an order that each epoch has.
+
+    The order depends on the seed and the epoch alone: it is the same on every
+    worker, so that their parts of a batch do not overlap, and the same when
+    training goes on after a break.
 
     Args:
         x: Images.
         y: Labels.
         batch_size: Images per global batch.
-        seed: Seed of the order. `None` leaves them in the order given.
+        epochs: Range of the numbers of the epochs.
+        seed: Seed of the order.
     """
+    num_batches = len(x) // batch_size
+    order = np.concatenate(
+        [
+            np.random.default_rng([seed, epoch]).permutation(len(x))[
+                : num_batches * batch_size
+            ]
+            for epoch in epochs
+        ]
+    )
+    dataset = tf.data.Dataset.from_tensor_slices(
+        order.reshape([-1, batch_size])
+    ).map(lambda indices: (tf.gather(x, indices), tf.gather(y, indices)))
+    return share_out(dataset)
+
+
+def make_test_dataset(x, y, batch_size):
+    """Makes a data set of global batches in the order given."""
     dataset = tf.data.Dataset.from_tensor_slices((x, y))
-    if seed is not None:
-        # The same seed everywhere: parts of one order do not overlap.
-        dataset = dataset.shuffle(len(x), seed=seed)
-    # Only the training data lose their last, smaller batch.
-    dataset = dataset.batch(batch_size, drop_remainder=seed is not None)
+    return share_out(dataset.batch(batch_size))
+
+
+def share_out(dataset):
+    """Lets each worker take its part of every batch."""
     options = tf.data.Options()
     options.experimental_distribute.auto_shard_policy = (
         tf.data.experimental.AutoShardPolicy.DATA
@@ -158,8 +189,12 @@ def build_model(learning_rate, density):
     return model
 
 
-def train(strategy, data, args, verbose):
-    """Trains as the flags say and returns the history of the metrics."""
+def train(strategy, data, args, backup_dir, verbose):
+    """Trains as the flags say, from the last backup on.
+
+    Returns:
+        `(model, backup, results)`, of which the last is a dictionary.
+    """
     if args.batch_size % strategy.num_replicas_in_sync:
         raise ValueError(
             "`batch_size` must be a multiple of the number of replicas, which "
@@ -175,17 +210,42 @@ def train(strategy, data, args, verbose):
     keras.utils.set_random_seed(args.seed)
     with strategy.scope():
         model = build_model(args.learning_rate, args.density)
-    history = model.fit(
-        make_dataset(x_train, y_train, args.batch_size, args.seed),
-        validation_data=make_dataset(x_test, y_test, args.batch_size),
-        epochs=args.epochs,
-        shuffle=False,  # Done by the data set.
-        verbose=verbose,
+    test_dataset = make_test_dataset(x_test, y_test, args.batch_size)
+    backup = tf_regtopk.Backup(backup_dir)
+    first_epoch = backup.restore(model)
+    history = {}
+    if first_epoch < args.epochs:
+        if first_epoch and verbose:
+            print(f"Resuming after epoch {first_epoch}, from {backup_dir}")
+        history = model.fit(
+            make_training_dataset(
+                x_train,
+                y_train,
+                args.batch_size,
+                range(first_epoch, args.epochs),
+                args.seed,
+            ),
+            validation_data=test_dataset,
+            initial_epoch=first_epoch,
+            epochs=args.epochs,
+            steps_per_epoch=len(x_train) // args.batch_size,
+            callbacks=[backup],
+            shuffle=False,  # Done by the data set.
+            verbose=verbose,
+        ).history
+    final = model.evaluate(test_dataset, verbose=0, return_dict=True)
+    return (
+        model,
+        backup,
+        {
+            "final": {name: float(value) for name, value in final.items()},
+            "first_epoch": first_epoch,
+            "history": {
+                name: [float(value) for value in values]
+                for name, values in history.items()
+            },
+        },
     )
-    return {
-        name: [float(value) for value in values]
-        for name, values in history.history.items()
-    }
 
 
 # ----- One worker -----
@@ -301,14 +361,24 @@ def run_worker(args, tf_config):
         # Building the model broadcasts its weights, which no timeout applies
         # to. So first see that everybody has come this far.
         strategy.reduce("SUM", tf.constant(1.0), axis=None)
-        verbose = 1 if cluster.is_chief else 0
-        history = train(strategy, data, args, verbose)
+        model, backup, results = train(
+            strategy,
+            data,
+            args,
+            args.backup_dir or os.path.join(args.output_dir, "backup"),
+            verbose=1 if cluster.is_chief else 0,
+        )
         if cluster.is_chief:
-            report(cluster, args, history)
+            model.save(os.path.join(args.output_dir, "model.keras"))
+            report(cluster, args, results)
+        backup.delete()
     except (Exception, KeyboardInterrupt) as e:
         if isinstance(e, _LOST_ERRORS):
             status = LOST_A_WORKER
-            message = f"lost another worker. {describe_peers(cluster.peers)}"
+            message = (
+                f"lost another worker. {describe_peers(cluster.peers)} Start "
+                "all workers again to go on from the last backup."
+            )
         elif "Could not start gRPC server" in str(e):
             status = PORT_TAKEN
             message = f"could not listen on {cluster.address}."
@@ -323,19 +393,22 @@ def run_worker(args, tf_config):
         os._exit(status)
 
 
-def report(cluster, args, history):
+def report(cluster, args, results):
     """Prints and writes the results."""
-    final = {name: values[-1] for name, values in history.items()}
-    print(f"Accuracy on the test images: {final['val_accuracy']:.3f}")
+    history = results["history"]
+    print(f"Accuracy on the test images: {results['final']['accuracy']:.3f}")
 
     def draw(axes):
-        epochs = range(1, len(history["loss"]) + 1)
+        epochs = range(results["first_epoch"] + 1, args.epochs + 1)
         for name, ax, color in (
             ("loss", axes, "C0"),
             ("accuracy", axes.twinx(), "C1"),
         ):
-            ax.plot(epochs, history[name], color, ls=":", label="training")
-            ax.plot(epochs, history[f"val_{name}"], color, label="test")
+            for key, style in ((name, ":"), (f"val_{name}", "-")):
+                label = "test" if style == "-" else "training"
+                # Nothing was left to train if the run was cut short just here.
+                values = history.get(key, [np.nan] * len(epochs))
+                ax.plot(epochs, values, color, ls=style, label=label)
             ax.set_ylabel(name, color=color)
         axes.set_xlabel("epoch")
         axes.legend(loc="center right")
@@ -348,8 +421,7 @@ def report(cluster, args, history):
                 **example_utils.config(),
                 "num_workers": cluster.size,
             },
-            "final": final,
-            "history": history,
+            **results,
         },
         draw,
     )

@@ -173,12 +173,14 @@ def test_one_process_goes_on_from_workers(
     assert_total_is_kept([as_json(loaded)], half_ways(workers))
 
 
-def test_a_file_of_one_worker_alone_is_refused(workers, directory, mirrored):
-    """And says how to load those of all."""
+def test_a_file_of_one_worker_alone(workers, directory, mirrored):
+    """Is good for inference, and says how to load those of all."""
     path = directory / "workers_2" / "workers" / "alone.keras"
-    model = resume_program.make_model(mirrored(0))
-    with pytest.raises(ValueError, match=r"a file with \[0\].*load_scope"):
-        model.load_weights(path)
+    with pytest.warns(UserWarning, match=r"replicas \[1\] .*load_scope"):
+        model = keras.saving.load_model(path)
+    np.testing.assert_allclose(
+        resume_program.total_error(model), half_ways(workers)[0]["total"]
+    )
     with (
         pytest.raises(ValueError, match="none with the replicas"),
         tf_regtopk.load_scope(path, mirrored(0)) as own_path,

@@ -234,27 +234,34 @@ def state_of_replicas(saved, replicas, num_replicas, initial):
     Returns:
         List of lists of arrays, one for each of `replicas`.
 
-    Raises:
-        ValueError: If it needs replicas that `saved` does not hold.
+    Example:
+
+    >>> saved = SavedState({}, {}, 1, {0: [np.array([1.0, 2.0])]})
+    >>> state_of_replicas(saved, [0], num_replicas=1, initial=[np.zeros(2)])
+    [[array([1., 2.])]]
     """
+    missing = sorted(set(range(saved.num_replicas)) - set(saved.replicas))
     if needs_others(saved, replicas, num_replicas):
-        raise ValueError(
-            f"Of {saved.num_replicas} replicas this file must hold those that "
-            f"are to go on. Received: a file with {sorted(saved.replicas)}. "
-            "What several workers have saved is loaded in "
-            "`tf_regtopk.load_scope(path, strategy)`"
+        warnings.warn(
+            f"The residual errors of the replicas {missing} are not in this "
+            "file of one worker, and count as 0. To go on training with what "
+            "all workers have saved, load it in "
+            "`tf_regtopk.load_scope(path, strategy)`.",
+            stacklevel=2,
         )
     if num_replicas == saved.num_replicas:
-        return [saved.replicas[n] for n in replicas]
+        return [saved.replicas.get(n, initial) for n in replicas]
     errors = [parts[0] for parts in saved.replicas.values()]
     total = np.sum(errors, axis=0, dtype=np.float64)
     share = (total / num_replicas).astype(errors[0].dtype)
-    warnings.warn(
-        f"Saved by {saved.num_replicas} replicas, loaded by {num_replicas}: "
-        "the total of the residual errors is kept and spread evenly; what the "
-        "sparsifier remembers of the last step is dropped.",
-        stacklevel=2,
-    )
+    if not missing:
+        warnings.warn(
+            f"Saved by {saved.num_replicas} replicas, loaded by "
+            f"{num_replicas}: the total of the residual errors is kept and "
+            "spread evenly; what the sparsifier remembers of the last step is "
+            "dropped.",
+            stacklevel=2,
+        )
     return [[share, *initial[1:]] for _ in replicas]
 
 
