@@ -146,6 +146,8 @@ def train_and_save(strategy, directory):
     if _is_first(strategy):
         # Must not wait for the others.
         model.save(directory / "alone.keras")
+        model.save_weights(directory / "alone.weights.h5")
+        checkpoint.write(str(directory / "alone"))
     half_way = {
         "total": total_error(model).tolist(),
         "weights": model.optimizer.moment["weights"],

@@ -50,21 +50,25 @@ class Watch(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         steps = (epoch + 1) * STEPS_PER_EPOCH
         if steps % 1000 == 0:
-            self.records.append(
-                in_use()
-                | {
-                    "traced": sum(
-                        f.experimental_get_tracing_count()
-                        for f in (
-                            self.model.train_function,
-                            type(self._optimizer)._select_entries,
-                            type(self._optimizer)._add_entries,
-                        )
-                        if hasattr(f, "experimental_get_tracing_count")
-                    )
-                }
-            )
+            traced = [self.model.num_traced]
+            for function in (
+                self._optimizer._select_entries,
+                self._optimizer._add_entries,
+            ):
+                traced.append(function.experimental_get_tracing_count())
+            assert all(traced), traced
+            self.records.append(in_use() | {"traced": sum(traced)})
             print(steps, self.records[-1], flush=True)
+
+
+class Model(keras.Sequential):
+    """Counts how often its training step is traced."""
+
+    num_traced = 0
+
+    def train_step(self, data):
+        self.num_traced += 1
+        return super().train_step(data)
 
 
 def make_dataset(batch_size):
@@ -91,7 +95,7 @@ def main(argv):
         cross_device_ops=tf.distribute.ReductionToOneDevice(),
     )
     with strategy.scope():
-        model = keras.Sequential(
+        model = Model(
             [
                 keras.Input((32,)),
                 keras.layers.Dense(256, activation="relu"),

@@ -14,6 +14,7 @@ import hashlib
 import os
 import pathlib
 import random
+import re
 import shutil
 import signal
 import sys
@@ -32,6 +33,7 @@ LOST_A_WORKER, PORT_TAKEN = 3, 4
 # Python and TensorFlow start before the example's own timeout runs, and
 # TensorFlow's heartbeat takes up to 15 s.
 GRACE_SECONDS = 30
+WHILE_WRITING = " while it wrote"
 
 flags.DEFINE_integer("faults", 20, "Faults to cause.", lower_bound=1)
 flags.DEFINE_integer("workers", 3, "Number of workers.", lower_bound=2)
@@ -74,16 +76,40 @@ def fingerprint(directory):
         return hashlib.sha256(archive.read("model.weights.h5")).hexdigest()
 
 
+def complete_epoch(directory):
+    """The newest epoch that all workers have backed up, 0 if there is none."""
+    folder = directory / "output" / "backup"
+    names = os.listdir(folder) if folder.exists() else []
+    epochs = [name.split(".")[0] for name in names if name[:6] == "epoch-"]
+    return max(
+        (
+            int(epoch[6:])
+            for epoch in epochs
+            if epochs.count(epoch) == flags.FLAGS.workers
+        ),
+        default=0,
+    )
+
+
+def check_resumed(workers, first_epoch):
+    """Raises if the first worker has begun to train from before."""
+    output = workers[0].output
+    resumed = re.findall(r"Resuming after epoch (\d+)", output)
+    if first_epoch and "Epoch " in output:
+        assert resumed and int(resumed[0]) >= first_epoch, output[:3000]
+
+
 def wait_for_write(directory, workers, number, seconds):
-    """Waits until a worker writes a backup, or it has ended."""
+    """Waits until a worker writes a backup. Says whether it does."""
     name = f".worker-{number}-of-{len(workers)}."
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and workers[number].popen.poll() is None:
         folder = directory / "output" / "backup"
         names = os.listdir(folder) if folder.exists() else []
         if any(n.startswith("partial") and name in n for n in names):
-            return
+            return True
         time.sleep(0.0002)
+    return False
 
 
 def cause_fault(directory, number, rng, seconds):
@@ -91,16 +117,19 @@ def cause_fault(directory, number, rng, seconds):
     args = flags.FLAGS
     victim = rng.randrange(args.workers)
     sign = rng.choice([signal.SIGKILL, signal.SIGSTOP])
+    first_epoch = complete_epoch(directory)
     workers = start(directory)
     try:
+        is_writing = False
         if number % 3 == 0:
-            wait_for_write(directory, workers, victim, seconds)
+            is_writing = wait_for_write(directory, workers, victim, seconds)
         else:
             time.sleep(rng.uniform(0, seconds))
         if any(w.popen.poll() == PORT_TAKEN for w in workers):
             return "port taken"
         if any(w.popen.poll() == 0 for w in workers):
             wait_for_success(workers, args.timeout_seconds + GRACE_SECONDS)
+            check_resumed(workers, first_epoch)
             return "finished"
         others = [w for i, w in enumerate(workers) if i != victim]
         assert all(w.popen.poll() is None for w in workers), workers
@@ -115,7 +144,12 @@ def cause_fault(directory, number, rng, seconds):
                 assert status == LOST_A_WORKER, other.output[-3000:]
                 assert "lost another worker" in other.output
         ended = time.monotonic() - begin
-        return f"{sign.name} to worker {victim}: ended in {ended:.1f} s"
+        check_resumed(workers, first_epoch)
+        return (
+            f"{sign.name} to worker {victim}"
+            f"{WHILE_WRITING if is_writing else ''}, after epoch {first_epoch} "
+            f"or later: the others ended in {ended:.1f} s"
+        )
     finally:
         for worker in workers:
             worker.popen.kill()
@@ -139,19 +173,28 @@ def main(argv):
         print(f"Without faults: {seconds:.0f} s, weights {expected[:12]}")
 
         faults = 0
+        writes_hit = 0
         with tqdm.tqdm(total=args.faults, desc="faults") as bar:
             while faults < args.faults:
                 event = cause_fault(directory, faults, rng, seconds)
                 bar.write(event)
+                writes_hit += WHILE_WRITING in event
                 if event == "finished":
                     assert fingerprint(directory) == expected
                     shutil.rmtree(directory / "output")
                 elif event != "port taken":
                     faults += 1
                     bar.update()
-        wait_for_success(start(directory), 600)
+        first_epoch = complete_epoch(directory)
+        workers = start(directory)
+        wait_for_success(workers, 600)
+        check_resumed(workers, first_epoch)
         assert fingerprint(directory) == expected
-        print(f"The same weights after {faults} faults.")
+        print(
+            f"The same weights after {faults} faults, of which {writes_hit} "
+            "in the middle of a write."
+        )
+        assert writes_hit or args.faults < 6
     finally:
         shutil.rmtree(root)
 

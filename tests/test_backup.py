@@ -54,6 +54,7 @@ def back_up(backup, model, num_epochs):
     backup.on_train_begin()
     saved = []
     for epoch in range(num_epochs):
+        backup.on_epoch_begin(epoch)
         change(model, epoch)
         backup.on_epoch_end(epoch)
         saved.append(resume_program.fingerprint(model))
@@ -80,6 +81,58 @@ def test_restore_comes_first(mirrored, tmp_path):
     model, backup = make(mirrored(2)), tf_regtopk.Backup(tmp_path)
     with pytest.raises(ValueError, match="must be called before `fit`"):
         model.fit(np.ones((8, 4)), np.ones((8, 1)), callbacks=[backup])
+
+
+def test_goes_on_where_it_was(mirrored, tmp_path):
+    model, backup = make(mirrored(0)), tf_regtopk.Backup(tmp_path)
+    backup.restore(model)
+    back_up(backup, model, 2)
+    backup = tf_regtopk.Backup(tmp_path)
+    assert backup.restore(model) == 2
+    with pytest.raises(ValueError, match="2. Received: initial_epoch=0"):
+        model.fit(np.ones((8, 4)), np.ones((8, 1)), callbacks=[backup])
+
+
+def test_what_not_all_workers_have_is_removed(mirrored, tmp_path, monkeypatch):
+    """Else another attempt at that epoch might be mixed with it."""
+    model, backup = make(mirrored(0)), tf_regtopk.Backup(tmp_path)
+    backup.restore(model)
+    saved = back_up(backup, model, 3)
+    # As if another worker had epoch 2 only.
+    monkeypatch.setattr(tf_regtopk.Backup, "_newest_of_all", lambda *_: 2)
+    assert tf_regtopk.Backup(tmp_path).restore(model) == 2
+    assert resume_program.fingerprint(model) == saved[1]
+    assert os.listdir(tmp_path) == ["epoch-000002.weights.h5"]
+
+
+def test_workers_with_different_weights_are_refused(
+    mirrored, tmp_path, monkeypatch
+):
+    model = make(mirrored(0))
+    backup = tf_regtopk.Backup(tmp_path)
+    backup.restore(model)
+    back_up(backup, model, 1)
+
+    def gather(numbers, _):
+        other = list(numbers)
+        if len(numbers) == 2:
+            other[1] += 1
+        return np.array([numbers, other])
+
+    monkeypatch.setattr(exchange, "gather_from_workers", gather)
+    with pytest.raises(ValueError, match="must be of the same run"):
+        tf_regtopk.Backup(tmp_path).restore(model)
+
+
+def test_delete_needs_a_restore_and_cleans_up(mirrored, tmp_path):
+    backup = tf_regtopk.Backup(tmp_path / "backup")
+    with pytest.raises(ValueError, match="must be called first"):
+        backup.delete()
+    # A run that was ended while it deleted.
+    os.makedirs(tmp_path / "backup.deleted-x" / "backup")
+    backup.restore(make(mirrored(0)))
+    backup.delete()
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_write_that_is_cut_short(mirrored, tmp_path, monkeypatch):

@@ -30,7 +30,7 @@ def started():
 def start(started, tmp_path, *flags, script=multi_worker.__file__, **env):
     """Starts the example and puts it in `started`."""
     process = multi_worker_launcher.Process(
-        [script, *flags],
+        [script, f"--output_dir={tmp_path / 'output'}", *flags],
         tmp_path / f"output_{len(started)}.txt",
         **env,
     )
@@ -123,6 +123,25 @@ def test_launcher_ends_when_a_worker_is_killed(started, tmp_path):
     assert "worker 1 was ended by SIGKILL." in launcher.output
     for worker in workers:
         assert_gone(worker)
+
+
+def test_the_same_command_goes_on(started, tmp_path):
+    """After a kill it resumes from the last backup of all workers."""
+    flags = [
+        "--num_local_workers=2",
+        "--epochs=12",
+    ]
+    launcher = start(started, tmp_path, *flags)
+    workers = worker_numbers(launcher.wait_for("Epoch 4/", TIMEOUT))
+    os.kill(workers[0], signal.SIGKILL)
+    assert launcher.wait(TIMEOUT) == 1, launcher.output
+    again = start(started, tmp_path, *flags)
+    assert again.wait(TIMEOUT) == 0, again.output
+    summary = json.loads((tmp_path / "output/summary.json").read_text())
+    assert summary["first_epoch"] >= 2
+    assert f"Resuming after epoch {summary['first_epoch']}" in again.output
+    assert len(summary["history"]["loss"]) == 12 - summary["first_epoch"]
+    assert not (tmp_path / "output/backup").exists()
 
 
 def test_launcher_takes_its_workers_along(started, tmp_path):

@@ -136,6 +136,17 @@ def test_float64(mirrored):
     assert optimizer.skipped_steps.numpy() == 1
 
 
+def test_a_sum_beyond_float16_is_clipped():
+    """What replicas have saved up in float32 may be more than it holds."""
+    variable = keras.Variable(np.zeros(2), dtype="float16")
+    optimizer = tf_regtopk.SparsifiedOptimizer(
+        keras.optimizers.SGD(1e-3), tf_regtopk.TopK(0.5)
+    )
+    for _ in range(3):
+        optimizer.apply([tf.constant([6e4, 5e4], "float16")], [variable])
+    assert np.isfinite(variable.numpy()).all() and variable.numpy().all()
+
+
 def test_skipped_steps_outlive_saving(tmp_path):
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     model.compile(

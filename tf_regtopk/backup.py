@@ -1,13 +1,17 @@
 """Saving a run so that it can be stopped, resumed and resized."""
 
 import contextlib
+import glob
 import os
 import re
 import shutil
+import tempfile
 
 from absl import logging
 import h5py
 import keras
+import numpy as np
+import tensorflow as tf
 
 from tf_regtopk import exchange
 from tf_regtopk import saved_state
@@ -15,8 +19,15 @@ from tf_regtopk import strategy as strategy_lib
 from tf_regtopk import worker_files
 from tf_regtopk import wrapper
 
-_PARTIAL = "partial."
+_PARTIAL, _DELETED = "partial.", ".deleted-"
 _REST = "tf_regtopk"
+# What TensorFlow raises in a collective that other workers have left.
+_LOST_ERRORS = (
+    tf.errors.AbortedError,
+    tf.errors.CancelledError,
+    tf.errors.DeadlineExceededError,
+    tf.errors.UnavailableError,
+)
 
 
 @contextlib.contextmanager
@@ -59,6 +70,8 @@ def load_scope(path, strategy, model=None):
         with put_back_on_error(model), worker_files.reading(files) as loaded:
             yield own_path
             _check_loaded(loaded, model)
+    except _LOST_ERRORS:
+        raise
     except Exception as e:
         raise ValueError(
             "`path` must hold what can be loaded here. Received: "
@@ -89,7 +102,14 @@ def put_back_on_error(model):
         yield
         return
     optimizer = _wrapper_of(model)
-    variables = [*model.variables, *model.optimizer.variables]
+    # Of each replica: batch normalisation keeps averages of its own on each.
+    variables = [
+        local
+        for variable in [*model.variables, *model.optimizer.variables]
+        for local in model.distribute_strategy.experimental_local_results(
+            variable.value
+        )
+    ]
     values = [variable.numpy() for variable in variables]
     state = optimizer.save_state()
     try:
@@ -110,6 +130,11 @@ def _wrapper_of(model):
                 f"Received: {optimizer!r}"
             )
         optimizer = optimizer.inner_optimizer
+    if not model.built:
+        raise ValueError(
+            "`model` must be built, as by `model.build(input_shape)`. "
+            f"Received: {model!r}"
+        )
     if not optimizer.built:
         model.optimizer.build(model.trainable_variables)
     return optimizer
@@ -124,7 +149,8 @@ class Backup(keras.callbacks.Callback):
     same folder, whether or not they share a disk, and writes its own files; the
     workers agree on the newest epoch that all of them can load. Another number
     of workers or replicas can go on, if it can read the files of all. A file
-    gets its name once it is complete, and the epoch before stays.
+    gets its name once it is complete, and the epoch before stays. Callbacks
+    that change the training at the end of an epoch come before this one.
 
     Args:
         directory: Path of a folder, the same on every worker.
@@ -151,6 +177,7 @@ class Backup(keras.callbacks.Callback):
         super().__init__()
         self.directory = os.fspath(directory)
         self._restored = None
+        self._next_epoch = None
 
     def restore(self, model):
         """Loads the newest backup, if there is any. To be called before `fit`.
@@ -164,20 +191,23 @@ class Backup(keras.callbacks.Callback):
 
         Raises:
             FileNotFoundError: If the backups of some workers are missing.
+            ValueError: If they cannot be loaded, or differ in their weights.
         """
         _wrapper_of(model)  # Builds it.
         strategy = model.distribute_strategy
-        os.makedirs(self.directory, exist_ok=True)
-        for name in os.listdir(self.directory):
-            if name.startswith(_PARTIAL):  # Cut short.
-                _remove(os.path.join(self.directory, name))
+        self._clean_up()
         epoch = self._newest_of_all(strategy)
         if epoch:
             logging.info("Resuming %s after epoch %d", self.directory, epoch)
             with load_scope(self._path(epoch), strategy, model) as path:
                 model.load_weights(path)
                 _load_rest(model, path)
-        self._restored = model
+        _check_workers_agree(model)
+        for found, path in self._files():
+            if found > epoch:  # Some workers had saved it, and not all.
+                logging.warning("Removing %s, which not all have", path)
+                _remove(path)
+        self._restored, self._next_epoch = model, epoch
         return epoch
 
     def on_train_begin(self, logs=None):
@@ -185,6 +215,14 @@ class Backup(keras.callbacks.Callback):
             raise ValueError(
                 "`Backup.restore(model)` must be called before `fit`, and its "
                 "result be given as `initial_epoch`"
+            )
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch != self._next_epoch:
+            raise ValueError(
+                "`initial_epoch` must be what `Backup.restore` has returned, "
+                f"or the number of epochs trained since, {self._next_epoch}. "
+                f"Received: initial_epoch={epoch}"
             )
 
     def on_epoch_end(self, epoch, logs=None):
@@ -202,17 +240,32 @@ class Backup(keras.callbacks.Callback):
         for found, old in self._files():
             if found < epoch:
                 _remove(old)
+        self._next_epoch = epoch + 1
 
     def delete(self):
         """Deletes the backups, all at once, when all workers are done.
 
         To be called by every worker. It waits for the others.
         """
+        if self._restored is None:
+            raise ValueError("`Backup.restore(model)` must be called first")
         exchange.gather_from_workers([0], self._restored.distribute_strategy)
-        away = f"{self.directory}.deleted-{os.getpid()}"
+        away = tempfile.mkdtemp(
+            prefix=f"{os.path.basename(self.directory)}{_DELETED}",
+            dir=os.path.dirname(os.path.abspath(self.directory)),
+        )
         with contextlib.suppress(FileNotFoundError):  # A shared folder.
-            os.rename(self.directory, away)
-            shutil.rmtree(away)
+            os.rename(self.directory, os.path.join(away, "backup"))
+        shutil.rmtree(away)
+
+    def _clean_up(self):
+        """Removes what an earlier run was about to write or to delete."""
+        os.makedirs(self.directory, exist_ok=True)
+        for name in os.listdir(self.directory):
+            if name.startswith(_PARTIAL):
+                _remove(os.path.join(self.directory, name))
+        for folder in glob.glob(f"{glob.escape(self.directory)}{_DELETED}*"):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _path(self, epoch):
         return os.path.join(self.directory, f"epoch-{epoch:06d}.weights.h5")
@@ -243,9 +296,26 @@ class Backup(keras.callbacks.Callback):
                 "The backups must be there of every worker for one of the last "
                 f"two epochs. Received: in {self.directory!r} those of epochs "
                 f"{here}, of which this worker can load {loadable}. Give all "
-                "workers the folders back, or delete these to start anew"
+                "workers the folders back; or, if the run had ended or is to "
+                "start anew, delete these"
             )
+        if here and not epoch:
+            logging.warning("The first backup was cut short. Starting anew")
         return epoch
+
+
+def _check_workers_agree(model):
+    """Raises unless all workers go on from the same step and weights."""
+    moment = _wrapper_of(model).moment
+    # An int32 takes 31 of the checksum's bits.
+    numbers = [moment["step"], moment["weights"] >> 1]
+    of_all = exchange.gather_from_workers(numbers, model.distribute_strategy)
+    if not np.all(of_all == of_all[0]):
+        raise ValueError(
+            "The workers' backups must be of the same run. Received: steps "
+            f"{of_all[:, 0].tolist()} and weights with the checksums "
+            f"{of_all[:, 1].tolist()}"
+        )
 
 
 def _save_rest(model, path):

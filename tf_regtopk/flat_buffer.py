@@ -116,7 +116,10 @@ class FlatBuffer:
         """
         starts = itertools.accumulate(self.sizes, initial=0)
         return [
-            tf.cast(tf.reshape(tf.slice(flat, [start], [size]), shape), dtype)
+            # A float16 holds less than the sum may be.
+            tf.saturate_cast(
+                tf.reshape(tf.slice(flat, [start], [size]), shape), dtype
+            )
             for start, size, shape, dtype in zip(
                 starts, self.sizes, self.shapes, self.dtypes, strict=False
             )

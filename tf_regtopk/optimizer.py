@@ -258,11 +258,16 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
             self._trainable_variables[slot] for slot in self._sparse_slots
         ]
         return {
-            "variables": saved_state.canonical_names([v.path for v in sparse]),
+            "variables": saved_state.canonical_names(
+                [getattr(v, "path", v.name) for v in sparse]
+            ),
             "shapes": [list(shape) for shape in self._buffer.shapes],
             "dtype": self._buffer.dtype.name,
             "scope": self.scope,
-            "sparsifier": repr(self.sparsifier),
+            "sparsifier": [
+                type(self.sparsifier).__name__,
+                keras.saving.serialize_keras_object(self.sparsifier)["config"],
+            ],
         }
 
     def _partition(self, variables):

@@ -58,8 +58,9 @@ def to_arrays(saved, variables=()):
         "replicas": {str(n): len(parts) for n, parts in saved.replicas.items()},
         "checksums": {name: checksum([a]) for name, a in arrays.items()},
     }
-    text = json.dumps(description).encode()
-    return {_DESCRIPTION: np.frombuffer(text, np.uint8), **arrays}
+    text = np.frombuffer(json.dumps(description).encode(), np.uint8)
+    own_checksum = np.array([checksum([text])], "<u4").view(np.uint8)
+    return {_DESCRIPTION: np.concatenate([own_checksum, text]), **arrays}
 
 
 def from_arrays(arrays):
@@ -82,8 +83,12 @@ def from_arrays(arrays):
             "load them before `compile`"
         )
     try:
-        text = np.asarray(arrays[_DESCRIPTION], np.uint8).tobytes()
-        description = json.loads(text)
+        own_checksum, text = np.split(
+            np.asarray(arrays[_DESCRIPTION], np.uint8), [4]
+        )
+        if own_checksum.view("<u4").tolist() != [checksum([text])]:
+            raise ValueError("a description with another checksum")
+        description = json.loads(text.tobytes())
         checksums = description["checksums"]
         damaged = [
             name

@@ -122,6 +122,11 @@ class Sparsifier(abc.ABC):
         validation.check_number(
             "density", self.density, "in (0, 1]", lambda d: 0 < d <= 1
         )
+        self._store("density", float(self.density))
+
+    def _store(self, name, value):
+        """Stores a plain number, which looks the same once it was saved."""
+        object.__setattr__(self, name, value)
 
     def num_selected(self, num_entries):
         """k = max(1, round(density * J)) for J = `num_entries`."""
@@ -267,6 +272,8 @@ class RegTopK(Sparsifier):
         validation.check_choice(
             "denominator", self.denominator, ("previous", "current")
         )
+        self._store("mu", float(self.mu))
+        self._store("q", float(self.q))
 
     def initial_memory(self, k, dtype):
         # NaN: nothing was sent, so Delta is not defined there.
@@ -315,6 +322,7 @@ class RandomK(Sparsifier):
     def __post_init__(self):
         super().__post_init__()
         validation.check_integer("seed", self.seed, minimum=0)
+        self._store("seed", int(self.seed))
 
     def score(self, a, memory, step):
         del memory

@@ -159,7 +159,7 @@ def read_states(path):
     return [
         saved_state.from_bytes(reader.get_tensor(key))
         for key in reader.get_variable_to_shape_map()
-        if f"/{CHECKPOINT_KEY}/" in key
+        if CHECKPOINT_KEY in key.split("/")
     ]
 
 
