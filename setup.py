@@ -45,6 +45,7 @@ setuptools.setup(
             *examples,
             "hypothesis>=6.100",
             "pytest>=8",
+            "pytest-xdist>=3.5",
             "ruff==0.17.*",
         ],
     },
