@@ -124,7 +124,7 @@ def cause_fault(directory, number, rng, seconds):
         if number % 3 == 0:
             is_writing = wait_for_write(directory, workers, victim, seconds)
         else:
-            time.sleep(rng.uniform(0, seconds))
+            time.sleep(rng.uniform(0, 0.8 * seconds))
         if any(w.popen.poll() == PORT_TAKEN for w in workers):
             return "port taken"
         if any(w.popen.poll() == 0 for w in workers):
