@@ -116,10 +116,7 @@ class FlatBuffer:
         """
         starts = itertools.accumulate(self.sizes, initial=0)
         return [
-            # A float16 holds less than the sum may be.
-            tf.saturate_cast(
-                tf.reshape(tf.slice(flat, [start], [size]), shape), dtype
-            )
+            _narrow(tf.reshape(tf.slice(flat, [start], [size]), shape), dtype)
             for start, size, shape, dtype in zip(
                 starts, self.sizes, self.shapes, self.dtypes, strict=False
             )
@@ -145,3 +142,11 @@ class FlatBuffer:
             ],
             axis=0,
         )
+
+
+def _narrow(values, dtype):
+    # A float16 holds less than the sum may be.  (To the same dtype it would
+    # copy.)
+    if dtype == values.dtype:
+        return values
+    return tf.saturate_cast(values, dtype)
