@@ -22,6 +22,7 @@ import tf_regtopk
 from tf_regtopk import aggregation
 from tf_regtopk import error_feedback
 from tf_regtopk import flat_buffer
+from tf_regtopk import sampling
 from tf_regtopk import selection
 
 
@@ -64,7 +65,7 @@ class Worker:
     def _select(self, g, error, memory, step):
         a = error_feedback.accumulate(error, g)
         scores = self.sparsifier.score(a, memory, step)
-        *_, suffices = selection.sample_candidates(scores, self.group, step)
+        *_, suffices = sampling.candidates(scores, self.group, step)
         indices = selection.select_largest(scores, [self.group], step)
         sent = tf.gather(a, indices)
         error = error_feedback.residual_error(a, indices, sent)

@@ -12,6 +12,9 @@ from tf_regtopk import sequence
 WORD = 32
 # Bits are packed in squares of 32 words.
 SQUARE = WORD * WORD
+# Numbers in a row where rows are searched or summed, a power of 2.
+_ROW = 16
+_BITS = np.arange(WORD, dtype=np.uint32)
 
 
 def pack(*masks):
@@ -78,7 +81,7 @@ def count_bits(words):
 def bits_before(words):
     """Number of set bits in the words before each word, int32."""
     counts = count_bits(words)
-    return cumulative_sum(counts) - counts
+    return cumulative_sum(counts, largest=WORD) - counts
 
 
 def positions(words, num_set):
@@ -91,12 +94,36 @@ def positions(words, num_set):
     >>> positions(tf.constant([5, 0, 1], tf.uint32), 3).numpy().tolist()
     [0, 2, 64]
     """
-    before = bits_before(words)
-    # Bit r lies in the last word that has at most r bits before it.
-    word = cumulative_sum(histogram(before, num_set)) - 1
+    # Where most words are empty, better search whole rows of them first.
+    in_row = _ROW if 8 * num_set < words.shape[0] else 1
+    padded = tf.pad(words, [[0, -words.shape[0] % in_row]])
+    rows = tf.reshape(padded, [-1, in_row])
+    counts = tf.reduce_sum(count_bits(rows), axis=1)
+    before = cumulative_sum(counts, largest=in_row * WORD) - counts
+    # Bit r lies in the last row that has at most r bits before it.
+    row = cumulative_sum(histogram(before, num_set)) - 1
     # `before[0]` is 0.
-    rank = sequence.range_from(before[0], num_set) - tf.gather(before, word)
-    return word * WORD + _position_in_word(tf.gather(words, word), rank)
+    rank = sequence.range_from(before[0], num_set) - tf.gather(before, row)
+    word, rank, words = _word_in_row(tf.gather(rows, row), rank)
+    word += row * in_row
+    return word * WORD + _position_in_word(words, rank)
+
+
+def _word_in_row(rows, rank):
+    """Which word of a row has its set bit number `rank`, and as which one."""
+    words = tf.unstack(rows, axis=1)
+    word = tf.zeros_like(rank)
+    while len(words) > 1:
+        half = len(words) // 2
+        low = tf.add_n([count_bits(w) for w in words[:half]])
+        in_high_half = rank >= low
+        rank = tf.where(in_high_half, rank - low, rank)
+        word = tf.where(in_high_half, word + half, word)
+        words = [
+            tf.where(in_high_half, *pair)
+            for pair in zip(words[half:], words[:half], strict=True)
+        ]
+    return word, rank, words[0]
 
 
 def _position_in_word(words, rank):
@@ -129,6 +156,68 @@ def lowest(words, num_kept):
     return tf.where(num_kept >= count_bits(words), words, words & below)
 
 
+def compact(words, values, num_set):
+    """The values whose bits are set, in their order.
+
+    Args:
+        words: uint32 tensor `[n]`, in which `num_set` bits are set.
+        values: int32 tensor `[32 n]`.
+        num_set: Python integer.
+
+    Returns:
+        int32 tensor `[num_set]`.
+
+    Example:
+
+    >>> words = tf.constant([6], tf.uint32)
+    >>> compact(words, tf.range(100, 132), 2).numpy().tolist()
+    [101, 102]
+    """
+    one = tf.constant(1, tf.uint32)
+    below = tf.bitwise.left_shift(one, _BITS) - one
+    in_word = count_bits(words[:, tf.newaxis] & below)
+    slot = bits_before(words)[:, tf.newaxis] + in_word
+    # What is not set goes to a slot past the last.
+    slot = tf.where(_unpack(words) == one, slot, num_set)
+    return tf.tensor_scatter_nd_update(
+        tf.zeros([num_set + 1], values.dtype),
+        tf.reshape(slot, [-1, 1]),
+        values,
+    )[:num_set]
+
+
+def spread(words, positions, num_words):
+    """The inverse of `compact`: a bitmap of the positions whose bits are set.
+
+    Args:
+        words: uint32 tensor `[n]`.
+        positions: int32 tensor `[32 n]`, those with a set bit each once.
+        num_words: Length of the result, Python integer.
+
+    Returns:
+        uint32 tensor `[num_words]`.
+
+    Example:
+
+    >>> words = tf.constant([6], tf.uint32)
+    >>> spread(words, tf.range(31, 63), 2).numpy().tolist()
+    [0, 3]
+    """
+    bit = tf.cast(positions & (WORD - 1), tf.uint32)
+    return tf.tensor_scatter_nd_add(
+        tf.zeros([num_words], tf.uint32),
+        tf.bitwise.right_shift(positions, WORD.bit_length() - 1)[:, tf.newaxis],
+        tf.bitwise.left_shift(tf.reshape(_unpack(words), [-1]), bit),
+    )
+
+
+def _unpack(words):
+    """The bits of each word, 0 or 1: uint32 tensor `[n, 32]`."""
+    return tf.bitwise.right_shift(words[:, tf.newaxis], _BITS) & tf.constant(
+        1, tf.uint32
+    )
+
+
 def histogram(values, num_bins):
     """Counts of 0 .. `num_bins` - 1 in `values`; larger values are ignored."""
     # XLA compiles the raw op, and not tf.math.bincount.
@@ -140,18 +229,33 @@ def histogram(values, num_bins):
     )
 
 
-def cumulative_sum(values):
-    """`tf.cumsum` of an int32 vector, in rows of 32.
+def cumulative_sum(values, largest=None):
+    """`tf.cumsum` of an int32 vector, in short rows.
 
     As products with a triangular matrix, which XLA computes several times as
-    fast as a scan.
+    fast as a scan, and faster still in floats.
+
+    Args:
+        values: int32 tensor `[n]`, none negative.
+        largest: Python integer that no value exceeds, if one is known.
+
+    Returns:
+        int32 tensor `[n]`.
+
+    Example:
+
+    >>> cumulative_sum(tf.constant([1, 2, 3])).numpy().tolist()
+    [1, 3, 6]
     """
     size = values.shape[0]
-    if size <= 4 * WORD:
+    if size <= 4 * _ROW:
         return tf.cumsum(values)
-    triangle = tf.constant(np.triu(np.ones([WORD, WORD])), tf.int32)
-    rows = tf.reshape(tf.pad(values, [[0, -size % WORD]]), [-1, WORD])
-    in_row = rows @ triangle
+    # Up to here products are exact even where they are rounded to bfloat16.
+    is_small = largest is not None and largest <= 256
+    dtype = tf.float32 if is_small else tf.int32
+    triangle = tf.constant(np.triu(np.ones([_ROW, _ROW])), dtype)
+    rows = tf.reshape(tf.pad(values, [[0, -size % _ROW]]), [-1, _ROW])
+    in_row = tf.cast(tf.cast(rows, dtype) @ triangle, tf.int32)
     row_sums = in_row[:, -1]
     before = cumulative_sum(row_sums) - row_sums
     return tf.reshape(in_row + before[:, tf.newaxis], [-1])[:size]

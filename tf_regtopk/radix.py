@@ -12,7 +12,7 @@ def kth_largest(histogram_of, ks, dtype, digit_bits):
         histogram_of: Function of a position `shift` and of the higher bits
             `prefix` of each group's result. Returns the `digit_histogram` of
             all keys.
-        ks: The k of each group.
+        ks: The k of each group, integers or scalar int32 tensors.
         dtype: int32 or int64, the type of the keys.
         digit_bits: How many bits to find at a time.
 
@@ -45,7 +45,7 @@ def kth_largest(histogram_of, ks, dtype, digit_bits):
         (
             tf.constant(top_shift, dtype),
             tf.zeros([len(ks)], dtype),
-            tf.constant(ks, tf.int32),
+            tf.convert_to_tensor(ks, tf.int32),
         ),
     )
     return threshold, num_ties
