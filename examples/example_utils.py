@@ -79,6 +79,31 @@ def define_density_flag(default):
     )
 
 
+def define_codec_flags():
+    """Defines the flags `indices` and `values`, see `tf_regtopk.Codec`."""
+    flags.DEFINE_enum(
+        "indices",
+        "auto",
+        ["auto", "int32", "elias_fano", "golomb", "bitmap"],
+        "How the indices of the entries are written.",
+    )
+    flags.DEFINE_enum(
+        "values",
+        "auto",
+        [
+            "auto",
+            "float32",
+            "bfloat16",
+            "float16",
+            "natural",
+            "uniform",
+            "sign",
+            "ternary",
+        ],
+        "How the values of the entries are written; auto: as they are.",
+    )
+
+
 def define_method_flags(mu):
     """Defines the flags for the methods to compare; `mu` is a default."""
     flags.DEFINE_list(
@@ -91,25 +116,36 @@ def define_method_flags(mu):
         lambda methods: methods and set(methods) <= set(METHODS),
         f"must be among {', '.join(METHODS)}",
     )
+    define_codec_flags()
     flags.DEFINE_float("mu", mu, "RegTop-k's mu.")
     flags.DEFINE_enum(
         "denominator", "previous", ["previous", "current"], "RegTop-k's form."
     )
 
 
-def make_optimizer(method, learning_rate, density, mu, denominator):
-    """Gradient descent as it is for "dense", else wrapped for the method."""
-    optimizer = keras.optimizers.SGD(learning_rate)
+def make_optimizer(method, args, density):
+    """Gradient descent as it is for "dense", else wrapped for the method.
+
+    Args:
+        method: One of `METHODS`.
+        args: The flags, `learning_rate` and those of the method.
+        density: The share of entries that are sent.
+    """
+    optimizer = keras.optimizers.SGD(args.learning_rate)
     if method == "dense":
         return optimizer
     sparsifier = {
         "topk": lambda: tf_regtopk.TopK(density),
         "regtopk": lambda: tf_regtopk.RegTopK(
-            density, mu, denominator=denominator
+            density, args.mu, denominator=args.denominator
         ),
         "randomk": lambda: tf_regtopk.RandomK(density),
     }[method]()
-    return tf_regtopk.SparsifiedOptimizer(optimizer, sparsifier)
+    return tf_regtopk.SparsifiedOptimizer(
+        optimizer,
+        sparsifier,
+        codec=tf_regtopk.Codec(args.indices, args.values),
+    )
 
 
 class StepRecorder(keras.callbacks.Callback):

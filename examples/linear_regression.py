@@ -111,11 +111,7 @@ def main(argv):
     for method in args.methods:
         distances = train(
             lambda method=method: example_utils.make_optimizer(
-                method,
-                args.learning_rate,
-                args.density,
-                args.mu,
-                args.denominator,
+                method, args, args.density
             ),
             strategy,
             problem,

@@ -78,6 +78,7 @@ def define_flags():
     )
     flags.DEFINE_float("learning_rate", 0.02, "Learning rate.", lower_bound=0.0)
     example_utils.define_density_flag(0.01)
+    example_utils.define_codec_flags()
     flags.DEFINE_integer(
         "seed", 0, "Seed of the weights and of the order of the images."
     )
@@ -166,7 +167,7 @@ def share_out(dataset):
     return dataset.with_options(options)
 
 
-def build_model(learning_rate, density):
+def build_model(args):
     """Builds and compiles the model. To be called in the strategy's scope."""
     model = keras.Sequential(
         [
@@ -180,8 +181,9 @@ def build_model(learning_rate, density):
     )
     model.compile(
         optimizer=tf_regtopk.SparsifiedOptimizer(
-            keras.optimizers.SGD(learning_rate, momentum=0.9),
-            sparsifier=tf_regtopk.RegTopK(density=density),
+            keras.optimizers.SGD(args.learning_rate, momentum=0.9),
+            sparsifier=tf_regtopk.RegTopK(density=args.density),
+            codec=tf_regtopk.Codec(args.indices, args.values),
         ),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
@@ -209,7 +211,7 @@ def train(strategy, data, args, backup_dir, verbose):
         )
     keras.utils.set_random_seed(args.seed)
     with strategy.scope():
-        model = build_model(args.learning_rate, args.density)
+        model = build_model(args)
     test_dataset = make_test_dataset(x_test, y_test, args.batch_size)
     backup = tf_regtopk.Backup(backup_dir)
     first_epoch = backup.restore(model)

@@ -84,10 +84,8 @@ def main(argv):
         losses[method] = train(
             lambda method=method: example_utils.make_optimizer(
                 method,
-                args.learning_rate,
-                0.5,  # One of two entries.
-                args.mu,
-                args.denominator,
+                args,
+                density=0.5,  # One of two entries.
             ),
             strategy,
             args.rounds,

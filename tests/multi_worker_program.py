@@ -53,6 +53,8 @@ def train(strategy):
             optimizer=tf_regtopk.SparsifiedOptimizer(
                 keras.optimizers.SGD(0.2, momentum=0.9),
                 sparsifier=tf_regtopk.RegTopK(density=0.1),
+                # Payloads of different lengths, rounded by each replica.
+                codec=tf_regtopk.Codec("golomb", "natural"),
             ),
             loss=keras.losses.CategoricalCrossentropy(from_logits=True),
             # The result of the last one is a vector.

@@ -3,22 +3,58 @@
 import tensorflow as tf
 
 
-def all_gather(payload):
+def all_gather(payload, num_used=None):
     """Gives every replica the payloads of all replicas, by one all-gather.
 
     To be called in a replica context.
 
     Args:
         payload: int32 tensor `[length]`, of the same length on every replica.
+        num_used: Scalar int32 tensor: how many words of this payload have to be
+            sent, the others being 0. Defaults to all. May differ from replica
+            to replica.
 
     Returns:
         int32 tensor `[N, length]`, the same on each of the N replicas.
+
+    Raises:
+        tf.errors.InvalidArgumentError: When run, if what arrived are not N such
+            payloads.
     """
     replica = tf.distribute.get_replica_context()
+    num_replicas = replica.num_replicas_in_sync
+    if num_replicas > 1 and num_used is not None:
+        used = tf.concat([num_used[tf.newaxis], payload[:num_used]], axis=0)
+        return _split_used(
+            replica.all_gather(used, axis=0), num_replicas, payload.shape[0]
+        )
     gathered = payload
-    if replica.num_replicas_in_sync > 1:
+    if num_replicas > 1:
         gathered = replica.all_gather(payload, axis=0)
-    return tf.reshape(gathered, [replica.num_replicas_in_sync, *payload.shape])
+    return tf.reshape(gathered, [num_replicas, *payload.shape])
+
+
+def _split_used(gathered, num_replicas, length):
+    """Payloads `[N, length]` of what was used of each, behind its length."""
+    payloads = []
+    for _ in range(num_replicas):
+        # What is missing of the last one reads as a length of -1.
+        num_used = tf.concat([gathered, [-1]], axis=0)[0]
+        gathered = gathered[1:]
+        check = tf.debugging.Assert(
+            (num_used >= 0)
+            & (num_used <= tf.minimum(length, tf.size(gathered))),
+            [
+                "The payloads gathered must be complete. Received length:",
+                num_used,
+            ],
+        )
+        with tf.control_dependencies([check]):
+            num_used = tf.clip_by_value(num_used, 0, length)
+        payload = tf.pad(gathered[:num_used], [[0, length - num_used]])
+        payloads.append(tf.ensure_shape(payload, [length]))
+        gathered = gathered[num_used:]
+    return tf.stack(payloads)
 
 
 def gather_from_workers(numbers, strategy):
@@ -37,20 +73,29 @@ def gather_from_workers(numbers, strategy):
     return strategy.experimental_local_results(gathered)[0].numpy()
 
 
-def add_header(magnitude, step, payload):
+def add_header(magnitude, step, payload, num_used):
     """Puts before a payload what all replicas have to know of this one.
 
     Args:
         magnitude: Float scalar, the largest magnitude this replica has met.
         step: Integer scalar, the number of steps this replica has taken.
         payload: int32 tensor `[length]`.
+        num_used: Scalar int32 tensor, as of `all_gather`.
 
     Returns:
-        int32 tensor, longer by 2 for a float32 magnitude, by 3 for a float64.
+        `(payload, num_used)`, both longer by `header_words`.
     """
     bits = tf.reshape(tf.bitcast(magnitude, tf.int32), [-1])
     step = tf.reshape(tf.cast(step, tf.int32), [1])
-    return tf.concat([step, bits, payload], axis=0)
+    return (
+        tf.concat([step, bits, payload], axis=0),
+        num_used + header_words(magnitude.dtype),
+    )
+
+
+def header_words(dtype):
+    """Number of words of a header with a magnitude of a float dtype."""
+    return 1 + dtype.size // 4
 
 
 def split_header(payloads, step, dtype):
@@ -68,17 +113,46 @@ def split_header(payloads, step, dtype):
         tf.errors.InvalidArgumentError: When run, if the replicas are not at the
             same step.
     """
-    tf.debugging.assert_equal(
+    is_same_step = tf.debugging.assert_equal(
         payloads[:, 0],
         tf.cast(step, tf.int32),
         "The replicas must be at the same step. Were the workers restored from "
         "different checkpoints?",
     )
+    # Else a graph may go on beside a check that fails.
+    with tf.control_dependencies([is_same_step]):
+        payloads = tf.identity(payloads)
     num_words = dtype.size // 4
     bits = payloads[:, 1 : 1 + num_words]
     if num_words == 1:
         bits = bits[:, 0]
     return tf.bitcast(bits, dtype), payloads[:, 1 + num_words :]
+
+
+def check_payloads(is_valid):
+    """Raises where a payload held no k entries of the gradient.
+
+    Args:
+        is_valid: Bool tensor `[N]`, one for each replica.
+
+    Returns:
+        Scalar bool tensor, true, for what must wait for the check.
+
+    Raises:
+        tf.errors.InvalidArgumentError: When run, with the replicas' numbers.
+    """
+    are_valid = tf.reduce_all(is_valid)
+    check = tf.debugging.Assert(
+        are_valid,
+        [
+            "Every payload must hold different, rising indices of the "
+            "gradient. Do all workers run the same model and optimizer? "
+            "Received valid payloads of the replicas:",
+            is_valid,
+        ],
+    )
+    with tf.control_dependencies([check]):
+        return tf.identity(are_valid)
 
 
 def all_reduce_sum(gradients):

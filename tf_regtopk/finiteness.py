@@ -3,25 +3,29 @@
 import tensorflow as tf
 
 
-def largest_magnitude(values):
-    """The largest |value|; NaN if any of them is NaN.
+def largest_magnitude(*tensors):
+    """The largest |value| of all tensors; NaN if any of them is NaN.
 
     By bit patterns, because what the maximum of a NaN is depends on the device.
 
     Args:
-        values: float32 or float64 tensor of any shape.
+        *tensors: float32 or float64 tensors of any shapes and one dtype.
 
     Returns:
-        Scalar tensor of the dtype of `values`.
+        Scalar tensor of their dtype.
 
     Example:
 
     >>> largest_magnitude(tf.constant([-3.0, 2.0])).numpy()
     np.float32(3.0)
     """
-    integer = tf.int64 if values.dtype == tf.float64 else tf.int32
-    patterns = tf.bitcast(values, integer) & integer.max
-    return tf.bitcast(tf.reduce_max(patterns), values.dtype)
+    dtype = tensors[0].dtype
+    integer = tf.int64 if dtype == tf.float64 else tf.int32
+    largest = [
+        tf.reduce_max(tf.bitcast(values, integer) & integer.max)
+        for values in tensors
+    ]
+    return tf.bitcast(tf.reduce_max(largest), dtype)
 
 
 def is_sum_finite(magnitudes):

@@ -8,15 +8,16 @@ import tensorflow as tf
 from tf_regtopk import sequence
 
 
-def hash_bits(size, seed, step):
+def hash_bits(size, seed, step, replica=0):
     r"""One 32-bit hash for each position, fresh for each seed and step.
 
-        hash_j = mix(mix(j + mix(step)) + mix(seed))
+        hash_j = mix(mix(j + mix(step xor mix(replica))) + mix(seed))
 
     Args:
         size: Number of positions.
         seed: Python integer.
         step: Scalar integer tensor.
+        replica: As step, where replicas are to draw different numbers.
 
     Returns:
         uint32 tensor `[size]`.
@@ -28,7 +29,8 @@ def hash_bits(size, seed, step):
     """
     # Integer arithmetic wraps around.
     seed = tf.constant(seed % 2**32, tf.uint32)
-    start = tf.bitcast(_mix_bits(tf.cast(step, tf.uint32)), tf.int32)
+    stream = tf.cast(step, tf.uint32) ^ _mix_bits(tf.cast(replica, tf.uint32))
+    start = tf.bitcast(_mix_bits(stream), tf.int32)
     mixed = _mix_bits(tf.bitcast(sequence.range_from(start, size), tf.uint32))
     return _mix_bits(mixed + _mix_bits(seed))
 

@@ -6,8 +6,8 @@ import keras
 import tensorflow as tf
 
 from tf_regtopk import aggregation
-from tf_regtopk import codec
-from tf_regtopk import error_feedback
+from tf_regtopk import codec as codec_lib
+from tf_regtopk import error_feedback as error_feedback_lib
 from tf_regtopk import exchange
 from tf_regtopk import finiteness
 from tf_regtopk import flat_buffer
@@ -16,6 +16,7 @@ from tf_regtopk import saved_state
 from tf_regtopk import selection
 from tf_regtopk import sparsifiers
 from tf_regtopk import validation
+from tf_regtopk import wire
 from tf_regtopk import worker_files
 from tf_regtopk import wrapper
 
@@ -28,8 +29,9 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
 
         a_n   = e_n + g_n                       accumulate
         s_n   = the k largest scores of a_n     score, select
-        agg   = sum over n of s_n * a_n         exchange, sum
-        e_n   = a_n - s_n * a_n
+        sent_n = decode(encode(s_n * a_n))      s_n * a_n, if encoded as it is
+        agg   = sum over n of sent_n            exchange, sum
+        e_n   = a_n - sent_n
         inner optimizer's update with agg
 
     The inner optimizer sees `agg` as it would see the sum of the replicas' full
@@ -56,8 +58,12 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         inner_optimizer: The `keras.optimizers.Optimizer` to wrap. Created in
             the scope of the same strategy. For loss scaling put
             `LossScaleOptimizer` of this package around the wrapper.
-        sparsifier: `RegTopK`, `TopK`, `RandomK` or another `Sparsifier`.
-            Defaults to `RegTopK()`.
+        sparsifier: `RegTopK`, `TopK`, `RandomK`, `Dense` or another
+            `Sparsifier`. Defaults to `RegTopK()`.
+        codec: `Codec`, how entries are written. Defaults to `Codec()`, which
+            rounds nothing.
+        error_feedback: `Accumulate` or `NoFeedback`, what becomes of what is
+            not sent or rounded away. Defaults to `Accumulate()`.
         scope: `"global"` selects k entries of the concatenation of all
             gradients, in the order of the trainable variables;
             `"per_variable"` selects in each variable separately. A gradient
@@ -94,6 +100,8 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         inner_optimizer,
         sparsifier=None,
         *,
+        codec=None,
+        error_feedback=None,
         scope="global",
         dense_below=0,
         name=None,
@@ -107,10 +115,26 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
                 "`sparsifier` must be a `Sparsifier` such as "
                 f"`RegTopK(density=0.001)`. Received: sparsifier={sparsifier!r}"
             )
+        codec = codec_lib.Codec() if codec is None else codec
+        if not isinstance(codec, codec_lib.Codec):
+            raise TypeError(
+                '`codec` must be a `Codec` such as `Codec(values="bfloat16")`. '
+                f"Received: codec={codec!r}"
+            )
+        if error_feedback is None:
+            error_feedback = error_feedback_lib.Accumulate()
+        if not isinstance(error_feedback, error_feedback_lib.ErrorFeedback):
+            raise TypeError(
+                "`error_feedback` must be an `ErrorFeedback` such as "
+                "`NoFeedback()`. Received: "
+                f"error_feedback={error_feedback!r}"
+            )
         validation.check_choice("scope", scope, ("global", "per_variable"))
         validation.check_integer("dense_below", dense_below, minimum=0)
         super().__init__(inner_optimizer, name=name)
         self.sparsifier = sparsifier
+        self.codec = codec
+        self.error_feedback = error_feedback
         self.scope = scope
         self.dense_below = dense_below
 
@@ -135,28 +159,38 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
             return is_finite, (exchanged, ())
         error, memory = self._state.local()
         step = self._iterations.value
-        payload, *local = self._select_entries(
+        replica = tf.convert_to_tensor(
+            tf.distribute.get_replica_context().replica_id_in_sync_group
+        )
+        payload, num_used, *local = self._select_entries(
             self._buffer.densify(sparse),
             error.read_value(),
             _read(memory),
-            step,
+            (step, replica),
         )
-        payloads = exchange.all_gather(payload)
+        payloads = exchange.all_gather(
+            payload, num_used if self._payload_codec.is_variable else None
+        )
         magnitudes, payloads = exchange.split_header(
             payloads, step, self._buffer.dtype
         )
-        is_finite &= finiteness.is_sum_finite(magnitudes)
-        return is_finite, (exchanged, (payloads, *local))
+        indices, values, is_valid, are_finite = self._decode(payloads)
+        is_finite &= (
+            exchange.check_payloads(is_valid)
+            & are_finite
+            & finiteness.is_sum_finite(magnitudes)
+        )
+        return is_finite, (exchanged, (indices, values, *local))
 
     def _aggregate(self, exchanged, has_gradient):
         """Sum -> remember -> clear the error: the second half of a step."""
         exchanged, entries = exchanged
         aggregate = [exchanged.get(slot) for slot in range(len(has_gradient))]
         if entries:
-            payloads, indices, sent, a = entries
+            *entries, indices, sent, a = entries
             error, memory = self._state.local()
             error.assign(a)
-            total = self._add_entries(payloads, indices, sent, error, memory)
+            total = self._add_entries(*entries, indices, sent, error, memory)
             for slot, part in zip(
                 self._sparse_slots, self._buffer.split(total), strict=True
             ):
@@ -164,40 +198,50 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         return aggregate
 
     @tf.function(jit_compile=True, autograph=False)
-    def _select_entries(self, gradients, error, memory, step):
+    def _select_entries(self, gradients, error, memory, stream):
         """Accumulate -> score -> select -> encode, on one replica."""
+        step, _ = stream
         g = self._buffer.flatten(gradients)
         # Where there is no gradient nothing is sent, and the error stays.
-        a = error_feedback.accumulate(
+        a = self.error_feedback.accumulate(
             self._buffer.clear_missing(error, gradients), g
         )
         scores = self.sparsifier.score(a, memory, step)
         validation.check_scores(scores, a)
         indices = selection.select_largest(scores, self._groups, step)
         a = self.sparsifier.restore(a, scores, memory, indices)
-        payload, sent = codec.encode(indices, tf.gather(a, indices))
+        values = selection.take(a, indices)
+        payload, sent = self._payload_codec.encode(indices, values, stream)
         magnitude = finiteness.largest_magnitude(
-            sent if self.sparsifier.selects_non_finite else a
+            values if self.sparsifier.selects_non_finite else a, sent
         )
-        payload = exchange.add_header(magnitude, step, payload)
+        num_used = self._payload_codec.num_used(payload)
+        payload, num_used = exchange.add_header(
+            magnitude, step, payload, num_used
+        )
         a = self._buffer.keep_missing(error, a, gradients)
-        return payload, indices, sent, a
+        return payload, num_used, indices, sent, a
 
     @tf.function(jit_compile=True, autograph=False)
-    def _add_entries(self, payloads, indices, sent, error, memory):
-        """Decode -> sum -> remember what became of this replica's entries."""
+    def _decode(self, payloads):
+        """The entries of all replicas, on each replica."""
+        indices, values, is_valid = self._payload_codec.decode(payloads)
+        return indices, values, is_valid, finiteness.are_finite([values])
+
+    @tf.function(jit_compile=True, autograph=False)
+    def _add_entries(self, all_indices, values, indices, sent, error, memory):
+        """Sum -> remember what became of this replica's entries."""
         aggregate = aggregation.sum_entries(
-            *codec.decode(payloads, indices.shape[0], sent.dtype),
-            self._buffer.size,
+            all_indices, values, self._buffer.size
         )
         remembered = self.sparsifier.remember(
-            indices, sent, tf.gather(aggregate, indices)
+            indices, sent, selection.take(aggregate, indices)
         )
         for variable, value in zip(memory, remembered, strict=True):
             variable.assign(value)
         # Last, and in place, because only now nothing else needs a.
         a = error.read_value()
-        error.assign(error_feedback.residual_error(a, indices, sent))
+        error.assign(self.error_feedback.residual_error(a, indices, sent))
         return aggregate
 
     def _create_state(self, variables):
@@ -209,11 +253,46 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
             self.scope, self.sparsifier.num_selected
         )
         k = sum(group.k for group in self._groups)
+        self._payload_codec = None
+        if k:
+            self._payload_codec = self.codec.payload(
+                k, self._buffer.size, self._buffer.dtype
+            )
         self._state = replica_state.ReplicaState(
             lambda: (
                 tf.zeros([self._buffer.size], self._buffer.dtype),
                 self.sparsifier.initial_memory(k, self._buffer.dtype),
             )
+        )
+
+    def wire_report(self):
+        """What each replica sends a step, as a `WireReport` to print.
+
+        From the shapes of the variables and a payload of random entries; so it
+        can be asked for before training, as soon as the optimizer is built.
+
+        Raises:
+            ValueError: If the optimizer is not built.
+
+        Example:
+
+        >>> model = keras.Sequential([keras.Input((9,)), keras.layers.Dense(9)])
+        >>> optimizer = SparsifiedOptimizer(
+        ...     keras.optimizers.SGD(), sparsifiers.TopK(density=0.1))
+        >>> optimizer.build(model.trainable_variables)
+        >>> optimizer.wire_report().payload_bytes
+        60
+        """
+        if not self.built:
+            raise ValueError(
+                "The optimizer must be built before `wire_report`. Call "
+                "`optimizer.build(model.trainable_variables)`."
+            )
+        return wire.report(
+            self._payload_codec,
+            self._trainable_variables,
+            self._sparse_slots,
+            self._state.num_replicas,
         )
 
     def save_state(self):
@@ -286,6 +365,10 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         return {
             **super().get_config(),
             "sparsifier": keras.saving.serialize_keras_object(self.sparsifier),
+            "codec": keras.saving.serialize_keras_object(self.codec),
+            "error_feedback": keras.saving.serialize_keras_object(
+                self.error_feedback
+            ),
             "scope": self.scope,
             "dense_below": self.dense_below,
         }

@@ -53,6 +53,9 @@ def select_largest(scores, groups, step=0):
     >>> select_largest(scores, [Group(3, 1), Group(2, 1)]).numpy().tolist()
     [1, 3]
     """
+    if all(group.k == group.size for group in groups):
+        # A start that XLA does not know, see `range_from`.
+        return sequence.range_from(tf.cast(step, tf.int32) * 0, scores.shape[0])
     if len(groups) == 1 and groups[0].size >= _SMALLEST_SAMPLED:
         [group] = groups
         if plan := sampling.plan(*group):
@@ -60,6 +63,24 @@ def select_largest(scores, groups, step=0):
             candidates = sampling.candidates(scores, group, step)
             return select(scores, group.k, candidates, plan.room)
     return _select(keys_lib.order_preserving(scores), groups)
+
+
+def take(a, indices):
+    """The entries of `a` at the positions that were selected.
+
+    Args:
+        a: Tensor `[J]`.
+        indices: int32 tensor `[k]`, from `select_largest`.
+
+    Returns:
+        Tensor `[k]`.
+
+    Example:
+
+    >>> take(tf.constant([0.5, -3.0, 0.1]), tf.constant([1, 2])).numpy()
+    array([-3. ,  0.1], dtype=float32)
+    """
+    return a if indices.shape == a.shape else tf.gather(a, indices)
 
 
 def _select_few(scores, k, candidates, room):

@@ -327,3 +327,32 @@ class RandomK(Sparsifier):
     def score(self, a, memory, step):
         del memory
         return random_k_score(a.shape[0], self.seed, step, a.dtype)
+
+
+@keras.saving.register_keras_serializable(package="tf_regtopk")
+@dataclasses.dataclass(frozen=True)
+class Dense(Sparsifier):
+    """All entries, for codecs that quantise whole gradients.
+
+    As in QSGD, natural compression or CGX. Every replica receives the payloads
+    of all others, so this takes bytes in proportion to their number.
+
+    Example:
+
+    >>> Dense().num_selected(1000)
+    1000
+    """
+
+    selects_non_finite: ClassVar[bool] = True
+
+    density: float = 1.0
+
+    def __post_init__(self):
+        validation.check_number(
+            "density", self.density, "1 for `Dense`", lambda d: d == 1
+        )
+        super().__post_init__()
+
+    def score(self, a, memory, step):
+        del memory, step
+        return top_k_score(a)

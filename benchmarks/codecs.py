@@ -1,0 +1,91 @@
+r"""How long entries take to be written and read, and how many bits they take.
+
+Each code of the indices alone, each code of the values alone, and whole
+payloads: one replica's encoding, and the decoding of one replica's payload.
+
+    python benchmarks/codecs.py --sizes=11200000
+"""
+
+from absl import app
+from absl import flags
+import benchmark_utils
+import numpy as np
+import tensorflow as tf
+
+import tf_regtopk
+from tf_regtopk import index_codecs
+from tf_regtopk import value_codecs
+
+_PAYLOADS = {
+    "raw": ("int32", "float32"),
+    "elias_fano + float32": ("elias_fano", "float32"),
+    "elias_fano + natural": ("elias_fano", "natural"),
+    "golomb + ternary": ("golomb", "ternary"),
+}
+
+
+def methods_for(gradient, density, k, rng):
+    """Name to function, and name to bits an entry."""
+    size = len(gradient)
+    indices = np.sort(rng.choice(size, k, replace=False, shuffle=False))
+    values = tf.constant(gradient[indices])
+    indices = tf.constant(indices, tf.int32)
+    methods = {benchmark_utils.FLOOR: benchmark_utils.floor(gradient)}
+    num_bits = {}
+
+    def add(name, encode, decode, num_words):
+        encode = benchmark_utils.compiled(encode)
+        words = encode()
+        methods[f"{name}, encode"] = encode
+        methods[f"{name}, decode"] = benchmark_utils.compiled(
+            lambda: decode(words)
+        )
+        num_bits[name] = 32 * int(num_words(words)) / k
+
+    for name in index_codecs.CODECS:
+        codec = index_codecs.choose(name, k, size)
+        add(
+            name,
+            lambda codec=codec: codec.encode(indices),
+            codec.decode,
+            codec.num_used,
+        )
+    for name, codec in value_codecs.CODECS.items():
+        add(
+            name,
+            lambda codec=codec: codec.encode(values, (0, 0)),
+            lambda words, codec=codec: codec.decode(words, k, tf.float32),
+            len,
+        )
+    for name, arguments in _PAYLOADS.items():
+        codec = tf_regtopk.Codec(*arguments).payload(k, size)
+        add(
+            name,
+            lambda codec=codec: codec.encode(indices, values, (0, 0))[0],
+            lambda payload, codec=codec: codec.decode(payload[tf.newaxis]),
+            codec.num_used,
+        )
+    bound = index_codecs.entropy_bits(k, size) / k
+    print(f"\nJ = {size}, density {density:g}: bits an entry")
+    print(f"{'bound of the indices':28} {bound:6.2f}")
+    for name, number in num_bits.items():
+        print(f"{name:28} {number:6.2f}")
+    return methods
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"Unknown arguments: {argv[1:]}")
+    rng = np.random.default_rng(flags.FLAGS.seed)
+    results = []
+    for size, density, k in benchmark_utils.cells():
+        gradient = benchmark_utils.make_gradient(size, rng)
+        results += benchmark_utils.measure(
+            methods_for(gradient, density, k, rng), size, density
+        )
+    benchmark_utils.report(results, "Writing and reading entries")
+
+
+if __name__ == "__main__":
+    benchmark_utils.define_flags("results/codecs")
+    app.run(main)

@@ -1,0 +1,300 @@
+"""What the optimizer sends: codecs in a step, hostile payloads, the report."""
+
+import keras
+import numpy as np
+import pytest
+import reference
+import tensorflow as tf
+
+import tf_regtopk
+from tf_regtopk import exchange
+
+SHAPES = [(3, 5), (7,), (12, 7)]
+SIZES = [int(np.prod(shape)) for shape in SHAPES]
+SIZE = sum(SIZES)
+
+
+def make(strategy, dense_below=0, **kwargs):
+    with strategy.scope():
+        variables = [
+            keras.Variable(np.zeros(shape), dtype="float32") for shape in SHAPES
+        ]
+        optimizer = tf_regtopk.SparsifiedOptimizer(
+            keras.optimizers.SGD(1.0), dense_below=dense_below, **kwargs
+        )
+        optimizer.build(variables)
+    return optimizer, variables
+
+
+def step_function(strategy, optimizer, variables):
+    @tf.function
+    def step(flat):
+        def replica_step(flat):
+            parts = tf.split(flat, SIZES)
+            optimizer.apply(
+                [tf.reshape(p, s) for p, s in zip(parts, SHAPES, strict=True)],
+                variables,
+            )
+
+        strategy.run(replica_step, args=(flat,))
+
+    def take(gradients):
+        step(
+            strategy.experimental_distribute_values_from_function(
+                lambda ctx: tf.constant(
+                    gradients[ctx.replica_id_in_sync_group], tf.float32
+                )
+            )
+        )
+
+    return take
+
+
+def flat_weights(variables):
+    return np.concatenate([v.numpy().ravel() for v in variables])
+
+
+def errors(optimizer):
+    """`[N, J]`: the residual error of each replica."""
+    replicas = optimizer.save_state().replicas
+    return np.stack([replicas[n][0] for n in sorted(replicas)])
+
+
+CODECS = {
+    "raw": tf_regtopk.Codec("int32", "float32"),
+    "default": None,
+    "golomb, ternary": tf_regtopk.Codec("golomb", "ternary"),
+    "golomb, natural": tf_regtopk.Codec("golomb", "natural"),
+    "bitmap, bfloat16": tf_regtopk.Codec("bitmap", "bfloat16"),
+    "uniform": tf_regtopk.Codec(
+        "elias_fano", tf_regtopk.Uniform(num_bits=2, bucket_size=5, seed=3)
+    ),
+}
+SPARSIFIERS = {
+    "topk": tf_regtopk.TopK(0.2),
+    "regtopk": tf_regtopk.RegTopK(0.2, mu=1.5),
+    "dense": tf_regtopk.Dense(),
+}
+
+
+@pytest.mark.parametrize(
+    "codec, sparsifier",
+    [
+        *((codec, "topk") for codec in CODECS),
+        ("golomb, natural", "regtopk"),
+        ("uniform", "regtopk"),
+        ("uniform", "dense"),
+        ("default", "dense"),
+    ],
+)
+def test_errors_keep_what_was_not_delivered(codec, sparsifier, mirrored):
+    """Each step: sum of what was delivered + errors = sum of a, entry by entry.
+
+    And what was delivered is what the codec makes of each replica's entries,
+    with rounding that is fresh for each step and replica.
+    """
+    num_replicas = 3
+    optimizer, variables = make(
+        mirrored(num_replicas),
+        sparsifier=SPARSIFIERS[sparsifier],
+        codec=CODECS[codec],
+    )
+    take_step = step_function(mirrored(num_replicas), optimizer, variables)
+    k = SPARSIFIERS[sparsifier].num_selected(SIZE)
+    payload_codec = optimizer.codec.payload(k, SIZE)
+    rng = np.random.default_rng(0)
+    before, weights = errors(optimizer), flat_weights(variables)
+    for step in range(4):
+        g = rng.standard_normal((num_replicas, SIZE)).astype(np.float32)
+        a = before + g
+        take_step(g)
+        after = errors(optimizer)
+        delivered = np.zeros(SIZE)
+        for n in range(num_replicas):
+            [indices] = np.nonzero(after[n] != a[n])
+            if sparsifier == "dense":
+                indices = np.arange(SIZE)
+            elif sparsifier == "topk":
+                expected = reference.largest(np.abs(a[n]), k)
+                assert set(indices) <= set(expected)
+                indices = expected
+            if len(indices) < k:  # Of RegTop-k, some rounded to 0.
+                pytest.fail("cannot tell what was sent")
+            _, sent = payload_codec.encode(
+                tf.constant(indices, tf.int32),
+                tf.constant(a[n][indices]),
+                (step, n),
+            )
+            expected = a[n].copy()
+            expected[indices] -= sent
+            if codec == "golomb, ternary":  # The order of the sum may differ.
+                np.testing.assert_allclose(after[n], expected, atol=1e-6)
+            else:
+                assert after[n].tobytes() == expected.tobytes()
+            delivered[indices] += sent
+        new_weights = flat_weights(variables)
+        np.testing.assert_allclose(
+            weights - new_weights, delivered, rtol=1e-6, atol=1e-6
+        )
+        before, weights = after, new_weights
+
+
+def test_quantised_gradients_without_feedback(mirrored):
+    """QSGD: whole gradients, unbiased, and nothing is remembered."""
+    optimizer, variables = make(
+        mirrored(2),
+        sparsifier=tf_regtopk.Dense(),
+        codec=tf_regtopk.Codec(values="natural"),
+        error_feedback=tf_regtopk.NoFeedback(),
+    )
+    take_step = step_function(mirrored(2), optimizer, variables)
+    g = np.random.default_rng(0).standard_normal((2, SIZE)).astype(np.float32)
+    steps = 300
+    for _ in range(steps):
+        take_step(g)
+    assert not errors(optimizer).any()
+    mean = -flat_weights(variables) / steps
+    # At most 1/8 of the square of each value is variance.
+    bound = 5 * np.sqrt((g**2 / 8).sum(axis=0) / steps)
+    assert (np.abs(mean - g.sum(axis=0)) < bound).all()
+    assert np.abs(mean - g.sum(axis=0)).max() > 1e-4
+
+
+@pytest.mark.parametrize("indices", ["elias_fano", "golomb", "int32"])
+def test_a_corrupted_payload_raises_and_changes_nothing(
+    indices, mirrored, monkeypatch
+):
+    optimizer, variables = make(
+        mirrored(3),
+        sparsifier=tf_regtopk.RegTopK(0.1),
+        codec=tf_regtopk.Codec(indices),
+    )
+    gather = exchange.all_gather
+    is_corrupt = tf.Variable(False)
+
+    def corrupt(*args):
+        payloads = gather(*args)
+        # The last words of the last replica: high indices.
+        noise = tf.one_hot(2, 3, 1, 0, dtype=tf.int32)[:, tf.newaxis]
+        noise *= tf.one_hot(payloads.shape[1] - 1, payloads.shape[1], -1, 0)
+        flipped = tf.bitwise.bitwise_xor(payloads, noise)
+        return tf.where(is_corrupt, flipped, payloads)
+
+    monkeypatch.setattr(exchange, "all_gather", corrupt)
+    take_step = step_function(mirrored(3), optimizer, variables)
+    g = np.random.default_rng(0).standard_normal((3, SIZE))
+    take_step(g)
+    before = errors(optimizer), flat_weights(variables)
+    is_corrupt.assign(True)
+    with pytest.raises(
+        tf.errors.InvalidArgumentError, match="Every payload must hold"
+    ):
+        take_step(g)
+    assert errors(optimizer).tobytes() == before[0].tobytes()
+    assert flat_weights(variables).tobytes() == before[1].tobytes()
+    assert optimizer.iterations.numpy() == 1
+    is_corrupt.assign(False)
+    take_step(g)
+    assert optimizer.iterations.numpy() == 2
+
+
+@pytest.mark.parametrize("change", ["longer", "shorter", "negative", "cut"])
+def test_payloads_of_false_length(change, mirrored, monkeypatch):
+    optimizer, variables = make(
+        mirrored(2),
+        sparsifier=tf_regtopk.TopK(0.1),
+        codec=tf_regtopk.Codec("golomb"),
+    )
+    split = exchange._split_used
+
+    def corrupt(gathered, num_replicas, length):
+        words = {
+            "longer": [10_000],
+            "shorter": [3],
+            "negative": [-1],
+            "cut": gathered[:1],
+        }[change]
+        rest = gathered[1:-2] if change == "cut" else gathered[1:]
+        return split(tf.concat([words, rest], axis=0), num_replicas, length)
+
+    monkeypatch.setattr(exchange, "_split_used", corrupt)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="payload"):
+        step_function(mirrored(2), optimizer, variables)(np.ones((2, SIZE)))
+    assert not flat_weights(variables).any()
+
+
+@pytest.mark.parametrize("name", ["default", "golomb, ternary", "raw"])
+@pytest.mark.parametrize("dense_below", [0, 10])
+def test_report_is_what_is_sent(name, dense_below, mirrored, monkeypatch):
+    optimizer, variables = make(
+        mirrored(3),
+        sparsifier=tf_regtopk.TopK(0.1),
+        codec=CODECS[name],
+        dense_below=dense_below,
+    )
+    report = optimizer.wire_report()
+    num_entries = SIZE - (7 if dense_below else 0)
+    assert report.num_entries == num_entries
+    assert report.num_selected == round(0.1 * num_entries)
+    assert report.num_replicas == 3
+    assert report.dense_bytes == 4 * SIZE
+    assert report.dense_below_bytes == (28 if dense_below else 0)
+    sizes = []
+    original = tf.distribute.ReplicaContext.all_gather
+
+    def record(self, value, axis, options=None):
+        sizes.append(tf.size(value) * value.dtype.size)
+        return original(self, value, axis, options)
+
+    monkeypatch.setattr(tf.distribute.ReplicaContext, "all_gather", record)
+
+    def run(g):
+        sizes.clear()
+        parts = tf.split(g, SIZES)
+        optimizer.apply(
+            [tf.reshape(p, s) for p, s in zip(parts, SHAPES, strict=True)],
+            variables,
+        )
+        return sizes[-1]
+
+    sent = mirrored(3).run(
+        run, args=(tf.random.stateless_normal([SIZE], [0, 0]),)
+    )
+    for number in mirrored(3).experimental_local_results(sent):
+        if "golomb" in name:  # By the indices at hand.
+            assert abs(int(number) - report.payload_bytes) <= 8
+        else:
+            assert int(number) == report.payload_bytes
+
+
+def test_report_of_a_large_model():
+    size = 1_000_000
+    variable = keras.Variable(np.zeros(size), dtype="float32")
+    optimizer = tf_regtopk.SparsifiedOptimizer(
+        keras.optimizers.SGD(),
+        tf_regtopk.RegTopK(0.01),
+        codec=tf_regtopk.Codec(values="natural"),
+    )
+    with pytest.raises(
+        ValueError, match="The optimizer must be built before `wire_report`"
+    ):
+        optimizer.wire_report()
+    optimizer.build([variable])
+    report = optimizer.wire_report()
+    assert report.bits_per_index == pytest.approx(8.58, abs=0.03)
+    assert report.entropy_bits_per_index == pytest.approx(8.08, abs=0.01)
+    assert report.bits_per_value == pytest.approx(8.0, abs=0.01)
+    assert report.payload_bytes == pytest.approx(20725, abs=20)
+    assert report.ratio == pytest.approx(193, abs=1)
+    assert report.sent_bytes == report.dense_sent_bytes == 0  # One replica.
+    for text in ("10,000 of 1,000,000", "8.56 (EliasFano; at least 8.08)"):
+        assert text in str(report)
+    assert optimizer.iterations.numpy() == 0
+
+
+def test_report_where_all_is_dense():
+    optimizer, _ = make(tf.distribute.get_strategy(), dense_below=1000)
+    report = optimizer.wire_report()
+    assert report.payload_bytes == 0
+    assert report.dense_below_bytes == report.dense_bytes == 4 * SIZE
+    assert report.ratio == 1.0

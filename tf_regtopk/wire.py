@@ -1,0 +1,140 @@
+"""What a step sends, counted before training."""
+
+import dataclasses
+
+import numpy as np
+import tensorflow as tf
+
+from tf_regtopk import exchange
+from tf_regtopk import index_codecs
+
+
+@dataclasses.dataclass(frozen=True)
+class WireReport:
+    """Bytes that one replica sends each step, and what they are made of.
+
+    Without what the transport adds (headers of its own, acknowledgements). With
+    a code of variable length, for indices that are spread evenly.
+
+    Args:
+        num_entries: J, the entries of all variables exchanged sparsely.
+        num_selected: k.
+        num_replicas: N.
+        index_code: Name of the code of the indices.
+        value_code: Name of the code of the values.
+        bits_per_index: Bits of an index.
+        entropy_bits_per_index: `log2 C(J, k) / k`, which no code for all sets
+            of indices can undercut.
+        bits_per_value: Bits of a value, with its share of scales.
+        payload_bytes: Bytes of the payload of one replica, header included.
+        dense_below_bytes: Bytes of the gradients of the variables exchanged
+            densely.
+        dense_bytes: Bytes of all gradients, in the variables' dtypes.
+    """
+
+    num_entries: int
+    num_selected: int
+    num_replicas: int
+    index_code: str
+    value_code: str
+    bits_per_index: float
+    entropy_bits_per_index: float
+    bits_per_value: float
+    payload_bytes: int
+    dense_below_bytes: int
+    dense_bytes: int
+
+    @property
+    def ratio(self):
+        """How many times fewer bytes than without the wrapper a replica has."""
+        return self.dense_bytes / (self.payload_bytes + self.dense_below_bytes)
+
+    @property
+    def sent_bytes(self):
+        """Bytes that each replica sends a step, by rings.
+
+        An all-gather passes each payload on N - 1 times, an all-reduce sends
+        2 (N - 1) / N of the data.
+        """
+        n = self.num_replicas
+        reduced = 2 * (n - 1) / n * self.dense_below_bytes
+        return round((n - 1) * self.payload_bytes + reduced)
+
+    @property
+    def dense_sent_bytes(self):
+        """As `sent_bytes`, without the wrapper."""
+        n = self.num_replicas
+        return round(2 * (n - 1) / n * self.dense_bytes)
+
+    def __str__(self):
+        rows = {
+            "entries selected": f"{self.num_selected:,} of "
+            f"{self.num_entries:,}, by each of {self.num_replicas} replicas",
+            "bits per index": f"{self.bits_per_index:.2f} ({self.index_code}; "
+            f"at least {self.entropy_bits_per_index:.2f})",
+            "bits per value": f"{self.bits_per_value:.2f} ({self.value_code})",
+            "payload": f"{self.payload_bytes:,} bytes",
+            "dense_below": f"{self.dense_below_bytes:,} bytes",
+            "all gradients": f"{self.dense_bytes:,} bytes, "
+            f"{self.ratio:.1f} times as many",
+            "sent by a replica": f"{self.sent_bytes:,} bytes a step "
+            f"(all-gather), {self.dense_sent_bytes:,} without the wrapper "
+            "(ring all-reduce)",
+        }
+        return "\n".join(f"{name:18} {text}" for name, text in rows.items())
+
+
+def report(payload_codec, variables, sparse_slots, num_replicas):
+    """Makes the report by encoding a payload.
+
+    Args:
+        payload_codec: `PayloadCodec`, None if no variable is sent sparsely.
+        variables: All trainable variables.
+        sparse_slots: Which of them are exchanged sparsely.
+        num_replicas: N.
+
+    Returns:
+        `WireReport`.
+    """
+    num_bytes = [
+        int(np.prod(v.shape)) * tf.as_dtype(v.dtype).size for v in variables
+    ]
+    dense_bytes = sum(num_bytes)
+    dense_below_bytes = dense_bytes - sum(num_bytes[s] for s in sparse_slots)
+    if payload_codec is None:
+        return WireReport(
+            0, 0, num_replicas, "none", "none", 0.0, 0.0, 0.0, 0,
+            dense_below_bytes, dense_bytes,
+        )  # fmt: skip
+    k, size = payload_codec.indices.k, payload_codec.indices.size
+    num_words = _words_used(payload_codec)
+    value_words = payload_codec.num_value_words
+    header_words = exchange.header_words(payload_codec.dtype)
+    if payload_codec.is_variable:
+        header_words += 1
+    return WireReport(
+        num_entries=size,
+        num_selected=k,
+        num_replicas=num_replicas,
+        index_code=type(payload_codec.indices).__name__,
+        value_code=type(payload_codec.values).__name__,
+        bits_per_index=32 * (num_words - value_words) / k,
+        entropy_bits_per_index=index_codecs.entropy_bits(k, size) / k,
+        bits_per_value=32 * value_words / k,
+        payload_bytes=4 * (header_words + num_words),
+        dense_below_bytes=dense_below_bytes,
+        dense_bytes=dense_bytes,
+    )
+
+
+def _words_used(payload_codec):
+    """Words of a payload of random entries."""
+    k, size = payload_codec.indices.k, payload_codec.indices.size
+    rng = np.random.default_rng(0)
+    indices = np.sort(rng.choice(size, k, replace=False, shuffle=False))
+    payload, _ = payload_codec.encode(
+        tf.constant(indices, tf.int32),
+        tf.constant(rng.standard_normal(k), payload_codec.dtype),
+        stream=(0, 0),
+    )
+    return int(payload_codec.num_used(payload))
