@@ -89,9 +89,8 @@ def define_codec_flags():
     )
     flags.DEFINE_enum(
         "values",
-        "auto",
+        "float32",
         [
-            "auto",
             "float32",
             "bfloat16",
             "float16",
@@ -100,7 +99,7 @@ def define_codec_flags():
             "sign",
             "ternary",
         ],
-        "How the values of the entries are written; auto: as they are.",
+        "How the values of the entries are written; float32: as they are.",
     )
 
 

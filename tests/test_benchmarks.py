@@ -34,6 +34,10 @@ def run(benchmark, output_dir, *args):
             "selection.py",
             {"F", "tf_regtopk", "tf.math.top_k", "np.argpartition"},
         ),
+        (
+            "codecs.py",
+            {"F", "golomb, encode", "natural, decode", "raw, encode"},
+        ),
         ("step.py", {"F", "step, RegTopK", "sum of 8", "flatten", "split"}),
     ],
 )
@@ -57,3 +61,27 @@ def test_exported_programs_do_not_hold_the_gradient(tmp_path):
         assert f"tensor<{program['size']}x" in text
         if program["size"] == max(SIZES):
             assert len(text) < 8 * max(SIZES)  # Hexadecimal, 4 bytes each.
+
+
+def test_bytes_on_a_socket(tmp_path):
+    """The report says what crosses the interface, but for little framing."""
+    subprocess.run(
+        [
+            sys.executable,
+            BENCHMARKS / "wire_bytes.py",
+            "--size=2000000",
+            "--densities=0.05",
+            "--codecs=golomb+ternary",
+            "--steps=2",
+            f"--output_dir={tmp_path}",
+        ],
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
+    summary = json.loads((tmp_path / "summary.json").read_text("utf-8"))
+    [r] = summary["results"]
+    counted = r["counted_bytes"] - r["packet_header_bytes"]
+    assert counted > r["reported_bytes"]
+    if summary["has_own_network"]:
+        assert counted < 1.05 * r["reported_bytes"]

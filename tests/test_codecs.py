@@ -173,7 +173,7 @@ VALUES = {
     "uniform, 8 bits": tf_regtopk.Uniform(num_bits=8, bucket_size=1000),
     "sign, 1": tf_regtopk.ScaledSign(bucket_size=1),
 }
-ROUNDS_TO_NEIGHBOUR = ["bfloat16", "float16", "natural", "float32", "auto"]
+ROUNDS_TO_NEIGHBOUR = ["bfloat16", "float16", "natural", "float32"]
 
 
 def code(codec, values, stream=NO_ROUNDING, dtype=tf.float32):
@@ -229,7 +229,7 @@ def test_decoded_and_error_are_the_value_to_the_bit(name):
     decoded = code(VALUES[name], values)
     assert (decoded + (values - decoded) == values).all()
     assert (np.sign(decoded) == np.sign(values)).all()
-    if name in ("float32", "auto"):
+    if name == "float32":
         assert decoded.tobytes() == values.tobytes()
 
 
@@ -237,18 +237,17 @@ def test_decoded_and_error_are_the_value_to_the_bit(name):
 def test_float64_values(name):
     values = np.random.default_rng(0).standard_normal(333)
     decoded = code(VALUES[name], values, dtype=tf.float64)
-    if name == "auto":
+    if name == "float32":
         assert decoded.tobytes() == values.tobytes()
     else:
         expected = code(VALUES[name], values.astype(np.float32))
         np.testing.assert_array_equal(decoded, expected.astype(np.float64))
 
 
-def test_float64_too_large_for_float32_is_sent_as_far_as_possible():
-    decoded = code(VALUES["float32"], [1e300, -1e300], dtype=tf.float64)
-    np.testing.assert_array_equal(
-        decoded, [3.4028234663852886e38] * 2 * np.array([1, -1])
-    )
+@pytest.mark.parametrize("name", ["bfloat16", "natural", "uniform", "sign"])
+def test_float64_too_large_is_sent_as_far_as_possible(name):
+    decoded = code(VALUES[name], [1e300, -1e300], dtype=tf.float64)
+    np.testing.assert_allclose(decoded, [3.4e38, -3.4e38], rtol=0.51)
 
 
 def test_natural_compression_is_unbiased():
@@ -357,7 +356,7 @@ def test_stc_takes_nine_bits_an_entry():
 
 
 @pytest.mark.parametrize("indices", ["auto", *index_codecs.CODECS])
-@pytest.mark.parametrize("values", ["auto", "natural", "uniform", "ternary"])
+@pytest.mark.parametrize("values", ["float32", "natural", "uniform", "ternary"])
 def test_payloads_of_several_replicas(indices, values):
     size, k, num_replicas = 501, 17, 3
     rng = np.random.default_rng(0)

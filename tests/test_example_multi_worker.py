@@ -75,6 +75,41 @@ def assert_gone(number):
         os.kill(number, 0)
 
 
+def make_args(**kwargs):
+    defaults = dict(
+        batch_size=64,
+        density=0.01,
+        epochs=10,
+        learning_rate=0.02,
+        seed=0,
+        indices="auto",
+        values="float32",
+    )
+    return types.SimpleNamespace(**(defaults | kwargs))
+
+
+def test_natural_compression_costs_no_accuracy(tmp_path, mirrored):
+    """At density 1 %: at most half a point, the mean of two seeds."""
+    data = multi_worker.load_data()
+
+    def accuracy(values, seed):
+        _, _, results = multi_worker.train(
+            mirrored(2),
+            data,
+            make_args(values=values, seed=seed),
+            tmp_path / f"{values}-{seed}",
+            verbose=0,
+        )
+        return results["final"]["accuracy"]
+
+    mean = {
+        values: np.mean([accuracy(values, seed) for seed in range(2)])
+        for values in ("float32", "natural")
+    }
+    assert mean["float32"] > 0.93
+    assert mean["natural"] >= mean["float32"] - 0.005
+
+
 def test_trains(started, tmp_path, mirrored):
     process = start(
         started,
@@ -97,9 +132,7 @@ def test_trains(started, tmp_path, mirrored):
     assert not (tmp_path / "backup").exists()
 
     # Each worker has had its own part of every batch.
-    args = types.SimpleNamespace(
-        batch_size=64, density=0.1, epochs=4, learning_rate=0.02, seed=0
-    )
+    args = make_args(density=0.1, epochs=4)
     data = multi_worker.load_data()
     model, _, expected = multi_worker.train(
         mirrored(2), data, args, tmp_path / "backup", verbose=0

@@ -47,6 +47,8 @@ def test_linear_regression_script(tmp_path):
         rounds=700,
         learning_rate=0.05,
         density=0.6,
+        indices="elias_fano",
+        values="float32",
     )
     final = {
         name: method["final_log10_distance"]

@@ -15,7 +15,6 @@ from tf_regtopk.sparsifiers import Sparsifier
 from tf_regtopk.sparsifiers import TopK
 from tf_regtopk.strategy import MultiWorkerMirroredStrategy
 from tf_regtopk.value_codecs import BFloat16
-from tf_regtopk.value_codecs import Exact
 from tf_regtopk.value_codecs import Float16
 from tf_regtopk.value_codecs import Float32
 from tf_regtopk.value_codecs import Natural
@@ -33,7 +32,6 @@ __all__ = [
     "Codec",
     "Dense",
     "ErrorFeedback",
-    "Exact",
     "Float16",
     "Float32",
     "LossScaleOptimizer",

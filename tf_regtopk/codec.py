@@ -25,9 +25,9 @@ class Codec:
             the shortest of those whose length is fixed. `"golomb"` saves 2 to
             5 % of the indices' bits over `"elias_fano"` if these are spread
             evenly, but replicas must first exchange its length.
-        values: `"float32"`, `"bfloat16"`, `"float16"`, `"natural"` (8 bits),
-            `"uniform"` (4 bits), `"sign"`, `"ternary"` (1 bit), `"auto"`: as
-            they are, 32 bits or 64 if any variable has float64; or one of the
+        values: `"float32"` (as they are, and in 64 bits if any variable has
+            float64), `"bfloat16"`, `"float16"`, `"natural"` (8 bits),
+            `"uniform"` (4 bits), `"sign"`, `"ternary"` (1 bit); or one of the
             value codecs `Natural`, `Uniform` and `ScaledSign` with parameters
             of their own. What a codec rounds away stays in the residual error.
 
@@ -41,7 +41,7 @@ class Codec:
     """
 
     indices: str = "auto"
-    values: str | value_codecs.ValueCodec = "auto"
+    values: str | value_codecs.ValueCodec = "float32"
 
     def __post_init__(self):
         validation.check_choice(
