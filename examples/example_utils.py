@@ -64,7 +64,7 @@ def full_batch_dataset(features, targets):
     return tf.data.Dataset.from_tensors(tuple(merged)).repeat()
 
 
-METHODS = ("dense", "topk", "regtopk", "randomk")
+METHODS = ("dense", "topk", "regtopk", "randomk", "ef21", "shift")
 
 
 def define_density_flag(default):
@@ -133,17 +133,20 @@ def make_optimizer(method, args, density):
     optimizer = keras.optimizers.SGD(args.learning_rate)
     if method == "dense":
         return optimizer
-    sparsifier = {
-        "topk": lambda: tf_regtopk.TopK(density),
-        "regtopk": lambda: tf_regtopk.RegTopK(
-            density, args.mu, denominator=args.denominator
-        ),
-        "randomk": lambda: tf_regtopk.RandomK(density),
-    }[method]()
+    topk = tf_regtopk.TopK(density)
+    regtopk = tf_regtopk.RegTopK(density, args.mu, denominator=args.denominator)
+    sparsifier, error_feedback = {
+        "topk": (topk, tf_regtopk.Accumulate()),
+        "regtopk": (regtopk, tf_regtopk.Accumulate()),
+        "randomk": (tf_regtopk.RandomK(density), tf_regtopk.Accumulate()),
+        "ef21": (topk, tf_regtopk.EF21()),
+        "shift": (topk, tf_regtopk.LearnedShift()),
+    }[method]
     return tf_regtopk.SparsifiedOptimizer(
         optimizer,
         sparsifier,
         codec=tf_regtopk.Codec(args.indices, args.values),
+        error_feedback=error_feedback,
     )
 
 

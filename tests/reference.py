@@ -29,6 +29,7 @@ class Workers:
         scope: "global" or "per_variable".
         mu, q, denominator: RegTop-k's.
         seed: Random-k's.
+        feedback: A rule of error feedback, `Accumulate` if None.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Workers:
         q=1e8,
         denominator="previous",
         seed=0,
+        feedback=None,
     ):
         self.method, self.num_workers = method, num_workers
         self.groups = [sum(sizes)] if scope == "global" else list(sizes)
@@ -50,7 +52,8 @@ class Workers:
         size = sum(sizes)
         self.w = 1.0 / num_workers
         self.t = 0
-        self.e = np.zeros((num_workers, size))
+        self.feedback = feedback or Accumulate()
+        self.feedback.start(num_workers, size, density)
         # a^{t-1}, s^{t-1} and the aggregate of the previous round.
         self.a_prev = np.zeros((num_workers, size))
         self.s_prev = np.zeros((num_workers, size), bool)
@@ -71,9 +74,9 @@ class Workers:
                 delta[j] = difference / divisor
         return np.abs(a) * np.tanh(np.abs(1 + delta) / self.mu)
 
-    def step(self, g):
+    def step(self, g, learning_rate=1.0):
         """The aggregate `[J]` of the gradients g `[N, J]` of one round."""
-        a = self.e + g
+        a = self.feedback.accumulate(g, learning_rate)
         s = np.zeros(a.shape, bool)
         for n in range(self.num_workers):
             scores = self.score(n, a[n])
@@ -85,10 +88,100 @@ class Workers:
                 start += size
         sent = np.where(s, a, 0.0)
         agg = np.sum(self.w * sent, axis=0)
-        self.e = a - sent
+        result = self.feedback.update(a, s, sent, agg)
         self.a_prev, self.s_prev, self.agg_prev = a, s, agg
         self.t += 1
+        return result
+
+
+class Accumulate:
+    """e_n for each worker; with momentum u_n as well."""
+
+    def __init__(
+        self,
+        momentum=0.0,
+        factor_masking=False,
+        clip_norm=None,
+        follow_learning_rate=False,
+    ):
+        self.momentum, self.factor_masking = momentum, factor_masking
+        self.clip_norm = clip_norm
+        self.follow_learning_rate = follow_learning_rate
+        self.last_rate = None
+
+    def start(self, num_workers, size, density):
+        self.e = np.zeros((num_workers, size))
+        self.u = np.zeros((num_workers, size))
+
+    def accumulate(self, g, learning_rate):
+        if self.clip_norm is not None:
+            # The package's gradients carry the weight 1/N.
+            norms = np.linalg.norm(g, axis=1, keepdims=True) / len(g)
+            g = g * np.minimum(1, self.clip_norm / len(g) ** 0.5 / norms)
+        if self.follow_learning_rate and self.last_rate is not None:
+            self.e = self.e * (self.last_rate / learning_rate)
+        self.last_rate = learning_rate
+        self.u = self.momentum * self.u + g
+        return self.e + self.u
+
+    def update(self, a, s, sent, agg):
+        self.e = a - sent
+        if self.factor_masking:
+            self.u = np.where(s, 0.0, self.u)
         return agg
+
+
+class NoFeedback:
+    def start(self, num_workers, size, density):
+        pass
+
+    def accumulate(self, g, learning_rate):
+        return g
+
+    def update(self, a, s, sent, agg):
+        return agg
+
+
+class EF21:
+    """h_n and v_n for each worker; the aggregate is the mean of all h_n."""
+
+    def __init__(self, momentum=1.0):
+        self.momentum = momentum
+
+    def start(self, num_workers, size, density):
+        self.h = np.zeros((num_workers, size))
+        self.v = np.zeros((num_workers, size))
+
+    def accumulate(self, g, learning_rate):
+        self.v = (1 - self.momentum) * self.v + self.momentum * g
+        return self.v - self.h
+
+    def update(self, a, s, sent, agg):
+        self.h = self.h + sent
+        return self.h.mean(axis=0)
+
+
+class LearnedShift:
+    """e_n, h_n and u_n for each worker, and p for all."""
+
+    def __init__(self, rate=None, momentum=0.0):
+        self.rate, self.momentum = rate, momentum
+
+    def start(self, num_workers, size, density):
+        self.e, self.h, self.u = np.zeros((3, num_workers, size))
+        self.p = np.zeros(size)
+        if self.rate is None:
+            self.rate = k_of(density, size) / size
+
+    def accumulate(self, g, learning_rate):
+        self.u = self.momentum * self.u + g - self.h
+        return self.e + self.u
+
+    def update(self, a, s, sent, agg):
+        self.e = a - sent
+        self.p = self.momentum * self.p + self.h.mean(axis=0)
+        self.h = self.h + self.rate * (1 - self.momentum) * sent
+        return agg + self.p
 
 
 def random_scores(size, seed, step):

@@ -414,7 +414,12 @@ def test_total_is_spread_evenly(num_replicas):
     saved = state([])._replace(replicas={n: [e] for n, e in enumerate(errors)})
     with pytest.warns(UserWarning, match="spread evenly") as caught:
         parts = saved_state.state_of_replicas(
-            saved, range(num_replicas), num_replicas, [np.zeros(50), "fresh"]
+            saved,
+            range(num_replicas),
+            num_replicas,
+            [np.zeros(50)],
+            [],
+            ["fresh"],
         )
     assert len(caught) == 1
     assert all(memory == "fresh" for _, memory in parts)

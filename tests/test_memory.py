@@ -35,16 +35,15 @@ def test_no_array_of_the_gradients_size_is_copied(sparsifier):
     size = 2**18
     optimizer, variables = make_optimizer(sparsifier, [(size - 99,), (9, 11)])
     gradients = [tf.zeros(variable.shape) for variable in variables]
-    error, memory = optimizer._state.local()
-    args = (
-        gradients,
-        error.read_value(),
-        tuple(variable.read_value() for variable in memory),
-        optimizer.iterations.value,
-    )
+    state = optimizer._state.local()
+    values = tf.nest.map_structure(lambda v: v.read_value(), state)
+    step = optimizer.iterations.value
+    args = (gradients, *values, tf.zeros([]), (step, tf.constant(0)))
     assert not copies(optimizer._select_entries, size, *args)
-    payload, indices, sent, _ = optimizer._select_entries(*args)
-    args = (payload[tf.newaxis], indices, sent, error, memory)
+    payload, _, indices, sent, _ = optimizer._select_entries(*args)
+    header = payload.shape[0] - optimizer._payload_codec.num_words
+    entries = optimizer._decode(payload[tf.newaxis, header:])[:2]
+    args = (*entries, indices, sent, *state, tf.zeros([]))
     assert not copies(optimizer._add_entries, size, *args)
 
 

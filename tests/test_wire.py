@@ -80,7 +80,9 @@ SPARSIFIERS = {
 @pytest.mark.parametrize(
     "codec, sparsifier",
     [
-        *((codec, "topk") for codec in CODECS),
+        ("golomb, ternary", "topk"),
+        ("bitmap, bfloat16", "topk"),
+        ("default", "topk"),
         ("golomb, natural", "regtopk"),
         ("uniform", "regtopk"),
         ("uniform", "dense"),
@@ -160,7 +162,7 @@ def test_quantised_gradients_without_feedback(mirrored):
     assert np.abs(mean - g.sum(axis=0)).max() > 1e-4
 
 
-@pytest.mark.parametrize("indices", ["elias_fano", "golomb", "int32"])
+@pytest.mark.parametrize("indices", ["elias_fano", "golomb"])
 def test_a_corrupted_payload_raises_and_changes_nothing(
     indices, mirrored, monkeypatch
 ):
@@ -223,8 +225,10 @@ def test_payloads_of_false_length(change, mirrored, monkeypatch):
     assert not flat_weights(variables).any()
 
 
-@pytest.mark.parametrize("name", ["default", "golomb, ternary", "raw"])
-@pytest.mark.parametrize("dense_below", [0, 10])
+@pytest.mark.parametrize(
+    "name, dense_below",
+    [("default", 0), ("golomb, ternary", 10), ("raw", 0)],
+)
 def test_report_is_what_is_sent(name, dense_below, mirrored, monkeypatch):
     optimizer, variables = make(
         mirrored(3),

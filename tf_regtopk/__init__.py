@@ -4,7 +4,9 @@ from tf_regtopk.backup import Backup
 from tf_regtopk.backup import load_scope
 from tf_regtopk.codec import Codec
 from tf_regtopk.error_feedback import Accumulate
+from tf_regtopk.error_feedback import EF21
 from tf_regtopk.error_feedback import ErrorFeedback
+from tf_regtopk.error_feedback import LearnedShift
 from tf_regtopk.error_feedback import NoFeedback
 from tf_regtopk.loss_scale import LossScaleOptimizer
 from tf_regtopk.optimizer import SparsifiedOptimizer
@@ -26,6 +28,7 @@ from tf_regtopk.wire import WireReport
 from tf_regtopk.worker_files import worker_path
 
 __all__ = [
+    "EF21",
     "Accumulate",
     "BFloat16",
     "Backup",
@@ -34,6 +37,7 @@ __all__ = [
     "ErrorFeedback",
     "Float16",
     "Float32",
+    "LearnedShift",
     "LossScaleOptimizer",
     "MultiWorkerMirroredStrategy",
     "Natural",

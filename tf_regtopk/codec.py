@@ -37,7 +37,7 @@ class Codec:
     Example:
 
     >>> Codec(values="bfloat16").payload(k=10, size=1000).num_words
-    10
+    9
     """
 
     indices: str = "auto"

@@ -29,7 +29,7 @@ def entropy_bits(k, size):
     Example:
 
     >>> round(entropy_bits(k=10, size=1000) / 10, 2)
-    7.79
+    7.78
     """
     log_factorials = (
         math.lgamma(size + 1) - math.lgamma(k + 1) - math.lgamma(size - k + 1)

@@ -157,22 +157,22 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         sparse = [gradients[slot] for slot in self._sparse_slots]
         if all(gradient is None for gradient in sparse):
             return is_finite, (exchanged, ())
-        error, memory = self._state.local()
-        step = self._iterations.value
-        replica = tf.convert_to_tensor(
-            tf.distribute.get_replica_context().replica_id_in_sync_group
-        )
-        payload, num_used, *local = self._select_entries(
+        local, shared, memory = self._state.local()
+        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+        stream = (self._iterations.value, tf.convert_to_tensor(replica))
+        payload, num_used, *rest = self._select_entries(
             self._buffer.densify(sparse),
-            error.read_value(),
+            _read(local),
+            _read(shared),
             _read(memory),
-            (step, replica),
+            self._read_learning_rate(),
+            stream,
         )
         payloads = exchange.all_gather(
             payload, num_used if self._payload_codec.is_variable else None
         )
         magnitudes, payloads = exchange.split_header(
-            payloads, step, self._buffer.dtype
+            payloads, stream[0], self._buffer.dtype
         )
         indices, values, is_valid, are_finite = self._decode(payloads)
         is_finite &= (
@@ -180,17 +180,20 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
             & are_finite
             & finiteness.is_sum_finite(magnitudes)
         )
-        return is_finite, (exchanged, (indices, values, *local))
+        return is_finite, (exchanged, (indices, values, *rest))
 
     def _aggregate(self, exchanged, has_gradient):
         """Sum -> remember -> clear the error: the second half of a step."""
         exchanged, entries = exchanged
         aggregate = [exchanged.get(slot) for slot in range(len(has_gradient))]
         if entries:
-            *entries, indices, sent, a = entries
-            error, memory = self._state.local()
-            error.assign(a)
-            total = self._add_entries(*entries, indices, sent, error, memory)
+            *entries, accumulated = entries
+            local, shared, memory = self._state.local()
+            for i, value in accumulated.items():
+                local[i].assign(value)
+            total = self._add_entries(
+                *entries, local, shared, memory, self._read_learning_rate()
+            )
             for slot, part in zip(
                 self._sparse_slots, self._buffer.split(total), strict=True
             ):
@@ -198,14 +201,17 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         return aggregate
 
     @tf.function(jit_compile=True, autograph=False)
-    def _select_entries(self, gradients, error, memory, stream):
+    def _select_entries(
+        self, gradients, local, shared, memory, learning_rate, stream
+    ):
         """Accumulate -> score -> select -> encode, on one replica."""
         step, _ = stream
         g = self._buffer.flatten(gradients)
-        # Where there is no gradient nothing is sent, and the error stays.
-        a = self.error_feedback.accumulate(
-            self._buffer.clear_missing(error, gradients), g
+        a, accumulated = self.error_feedback.accumulate(
+            local, shared, g, self._step_of(learning_rate)
         )
+        # Where there is no gradient nothing is sent.
+        a = self._buffer.clear_missing(a, gradients)
         scores = self.sparsifier.score(a, memory, step)
         validation.check_scores(scores, a)
         indices = selection.select_largest(scores, self._groups, step)
@@ -215,12 +221,18 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         magnitude = finiteness.largest_magnitude(
             values if self.sparsifier.selects_non_finite else a, sent
         )
-        num_used = self._payload_codec.num_used(payload)
         payload, num_used = exchange.add_header(
-            magnitude, step, payload, num_used
+            magnitude, step, payload, self._payload_codec.num_used(payload)
         )
-        a = self._buffer.keep_missing(error, a, gradients)
-        return payload, num_used, indices, sent, a
+        if self.error_feedback.keeps_a:
+            accumulated = (a, *accumulated[1:])
+        # And there the state stays as it is.
+        accumulated = {
+            i: self._buffer.keep_missing(local[i], value, gradients)
+            for i, value in enumerate(accumulated)
+            if value is not None
+        }
+        return payload, num_used, indices, sent, accumulated
 
     @tf.function(jit_compile=True, autograph=False)
     def _decode(self, payloads):
@@ -229,20 +241,49 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         return indices, values, is_valid, finiteness.are_finite([values])
 
     @tf.function(jit_compile=True, autograph=False)
-    def _add_entries(self, all_indices, values, indices, sent, error, memory):
+    def _add_entries(
+        self,
+        all_indices,
+        values,
+        indices,
+        sent,
+        local,
+        shared,
+        memory,
+        learning_rate,
+    ):
         """Sum -> remember what became of this replica's entries."""
-        aggregate = aggregation.sum_entries(
-            all_indices, values, self._buffer.size
+        step = self._step_of(learning_rate)
+        total = aggregation.sum_entries(all_indices, values, self._buffer.size)
+        _assign(
+            memory,
+            self.sparsifier.remember(
+                indices, sent, selection.take(total, indices)
+            ),
         )
-        remembered = self.sparsifier.remember(
-            indices, sent, selection.take(aggregate, indices)
+        aggregate, new_shared = self.error_feedback.aggregate(
+            _read(shared), total, step
         )
-        for variable, value in zip(memory, remembered, strict=True):
-            variable.assign(value)
+        _assign(shared, new_shared)
         # Last, and in place, because only now nothing else needs a.
-        a = error.read_value()
-        error.assign(self.error_feedback.residual_error(a, indices, sent))
+        _assign(
+            local,
+            self.error_feedback.update(_read(local), indices, sent, step),
+        )
         return aggregate
+
+    def _read_learning_rate(self):
+        """The inner optimizer's, where the rule of error feedback needs it."""
+        if not self.error_feedback.needs_learning_rate:
+            return tf.zeros([])
+        return tf.cast(tf.convert_to_tensor(self.learning_rate), tf.float32)
+
+    def _step_of(self, learning_rate):
+        return error_feedback_lib.Step(
+            self._state.num_replicas,
+            self._payload_codec.indices.k / self._buffer.size,
+            learning_rate,
+        )
 
     def _create_state(self, variables):
         self._sparse_slots, self._dense_slots = self._partition(variables)
@@ -260,7 +301,12 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
             )
         self._state = replica_state.ReplicaState(
             lambda: (
-                tf.zeros([self._buffer.size], self._buffer.dtype),
+                self.error_feedback.initial_local(
+                    self._buffer.size, self._buffer.dtype
+                ),
+                self.error_feedback.initial_shared(
+                    self._buffer.size, self._buffer.dtype
+                ),
                 self.sparsifier.initial_memory(k, self._buffer.dtype),
             )
         )
@@ -281,7 +327,7 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         ...     keras.optimizers.SGD(), sparsifiers.TopK(density=0.1))
         >>> optimizer.build(model.trainable_variables)
         >>> optimizer.wire_report().payload_bytes
-        60
+        56
         """
         if not self.built:
             raise ValueError(
@@ -316,7 +362,7 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
                 worker_files.complete(saved, replicas, num_replicas),
                 replicas,
                 num_replicas,
-                self._state.initial_arrays(),
+                *self._state.initial_arrays(),
             )
         )
 
@@ -347,6 +393,10 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
                 type(self.sparsifier).__name__,
                 keras.saving.serialize_keras_object(self.sparsifier)["config"],
             ],
+            "error_feedback": [
+                type(self.error_feedback).__name__,
+                self.error_feedback.get_config(),
+            ],
         }
 
     def _partition(self, variables):
@@ -376,3 +426,10 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
 
 def _read(variables):
     return tf.nest.map_structure(lambda v: v.read_value(), variables)
+
+
+def _assign(variables, values):
+    """Assigns those of the values that are not None."""
+    for variable, value in zip(variables, values, strict=True):
+        if value is not None:
+            variable.assign(value)

@@ -55,10 +55,9 @@ class ReplicaState:
     @property
     def replicas(self):
         """The numbers of this process's replicas among all of the strategy."""
-        variable = tf.nest.flatten(self._variables)[0]
-        num_local = len(self._strategy.experimental_local_results(variable))
-        first = strategy.worker_number(self._strategy)[0] * num_local
-        return range(first, first + num_local)
+        number, num_workers = strategy.worker_number(self._strategy)
+        num_local = self.num_replicas // num_workers
+        return range(number * num_local, (number + 1) * num_local)
 
     @property
     def num_replicas(self):
@@ -66,8 +65,11 @@ class ReplicaState:
         return self._strategy.num_replicas_in_sync
 
     def initial_arrays(self):
-        """List of NumPy arrays that a replica starts with, the error first."""
-        return [value.numpy() for value in tf.nest.flatten(self._initial())]
+        """For each part of the structure the list of its NumPy arrays."""
+        return [
+            [value.numpy() for value in tf.nest.flatten(part)]
+            for part in self._initial()
+        ]
 
     def local_arrays(self):
         """For each replica of this process its list of arrays."""
@@ -76,8 +78,8 @@ class ReplicaState:
             for variable in tf.nest.flatten(self._variables)
         ]
         return [
-            [local.numpy() for local in values]
-            for values in zip(*flat, strict=True)
+            [values[replica].numpy() for values in flat]
+            for replica in range(len(self.replicas))
         ]
 
     def assign_local(self, values):

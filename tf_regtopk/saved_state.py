@@ -1,8 +1,8 @@
 """What is saved of the replicas' state, and how it comes back.
 
-The residual error is gradient that has not been applied yet. So as many
-replicas as there were get back exactly what they had, and any other number N'
-of them gets the same total:
+The residual error is gradient that has not been applied yet (and likewise what
+other rules of error feedback keep). So as many replicas as there were get back
+exactly what they had, and any other number N' of them gets the same total:
 
     e_n = (sum over the N saved replicas m of e_m) / N'     for n = 1 .. N'
 """
@@ -27,8 +27,8 @@ class SavedState(NamedTuple):
         moment: JSON-like dict that tells when it was saved; the same for all
             workers that saved in the same step.
         num_replicas: Number of replicas in the whole run.
-        replicas: Dict from a replica's number to its list of arrays, the
-            residual error `[J]` first.
+        replicas: Dict from a replica's number to its list of arrays: what the
+            rule of error feedback keeps, then what the sparsifier remembers.
     """
 
     layout: dict
@@ -227,14 +227,19 @@ def needs_others(saved, replicas, num_replicas):
     return len(saved.replicas) < saved.num_replicas
 
 
-def state_of_replicas(saved, replicas, num_replicas, initial):
+def state_of_replicas(
+    saved, replicas, num_replicas, local, shared=(), memory=()
+):
     """What the replicas of a process are to go on with.
 
     Args:
         saved: `SavedState`.
         replicas: The numbers of the replicas to load.
         num_replicas: Number of replicas in the run that loads.
-        initial: List of arrays, what a replica starts with.
+        local: List of arrays, what a replica starts with and whose sums over
+            the replicas are kept.
+        shared: Likewise, what is the same on all replicas.
+        memory: Likewise, what means something to the same replicas only.
 
     Returns:
         List of lists of arrays, one for each of `replicas`.
@@ -242,7 +247,7 @@ def state_of_replicas(saved, replicas, num_replicas, initial):
     Example:
 
     >>> saved = SavedState({}, {}, 1, {0: [np.array([1.0, 2.0])]})
-    >>> state_of_replicas(saved, [0], num_replicas=1, initial=[np.zeros(2)])
+    >>> state_of_replicas(saved, [0], num_replicas=1, local=[np.zeros(2)])
     [[array([1., 2.])]]
     """
     missing = sorted(set(range(saved.num_replicas)) - set(saved.replicas))
@@ -255,10 +260,16 @@ def state_of_replicas(saved, replicas, num_replicas, initial):
             stacklevel=2,
         )
     if num_replicas == saved.num_replicas:
+        initial = [*local, *shared, *memory]
         return [saved.replicas.get(n, initial) for n in replicas]
-    errors = [parts[0] for parts in saved.replicas.values()]
-    total = np.sum(errors, axis=0, dtype=np.float64)
-    share = (total / num_replicas).astype(errors[0].dtype)
+    parts = list(zip(*saved.replicas.values(), strict=True))
+
+    def share(values):
+        total = np.sum(values, axis=0, dtype=np.float64)
+        return (total / num_replicas).astype(values[0].dtype)
+
+    state = [share(values) for values in parts[: len(local)]]
+    state += [values[0] for values in parts[len(local) :][: len(shared)]]
     if not missing:
         warnings.warn(
             f"Saved by {saved.num_replicas} replicas, loaded by "
@@ -267,7 +278,7 @@ def state_of_replicas(saved, replicas, num_replicas, initial):
             "dropped.",
             stacklevel=2,
         )
-    return [[share, *initial[1:]] for _ in replicas]
+    return [[*state, *memory] for _ in replicas]
 
 
 def _name(replica, part):

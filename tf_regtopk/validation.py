@@ -59,6 +59,14 @@ def check_integer(name, value, minimum):
         raise ValueError(message)
 
 
+def check_boolean(name, value):
+    """Raises unless `value` is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(
+            f"`{name}` must be a boolean. Received: {name}={value!r}"
+        )
+
+
 def check_choice(name, value, choices):
     """Raises unless `value` is one of the strings `choices`."""
     if not isinstance(value, str) or value not in choices:

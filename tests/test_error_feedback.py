@@ -1,0 +1,276 @@
+"""The rules of error feedback against the NumPy reference."""
+
+import keras
+import numpy as np
+import pytest
+import reference
+import tensorflow as tf
+
+import tf_regtopk
+
+SHAPES = [(3, 5), (7,), (12, 7)]
+SIZES = [int(np.prod(shape)) for shape in SHAPES]
+SIZE = sum(SIZES)
+STEPS = 12
+
+RULES = {
+    "accumulate": ("Accumulate", {}),
+    "local momentum": ("Accumulate", dict(momentum=0.7)),
+    "dgc": ("Accumulate", dict(momentum=0.7, factor_masking=True)),
+    "clipped": ("Accumulate", dict(momentum=0.5, clip_norm=2.0)),
+    "follows": ("Accumulate", dict(follow_learning_rate=True)),
+    "none": ("NoFeedback", {}),
+    "ef21": ("EF21", {}),
+    "ef21-sgdm": ("EF21", dict(momentum=0.3)),
+    "shift": ("LearnedShift", {}),
+    "shift, rate": ("LearnedShift", dict(rate=0.5)),
+    "shift, momentum": ("LearnedShift", dict(momentum=0.6)),
+}
+
+
+def rule_of(module, name):
+    class_name, arguments = RULES[name]
+    return getattr(module, class_name)(**arguments)
+
+
+def make(strategy, name, sparsifier):
+    with strategy.scope():
+        variables = [
+            keras.Variable(np.zeros(shape), dtype="float64") for shape in SHAPES
+        ]
+        optimizer = tf_regtopk.SparsifiedOptimizer(
+            keras.optimizers.SGD(0.5),
+            sparsifier,
+            error_feedback=rule_of(tf_regtopk, name),
+        )
+        optimizer.build(variables)
+
+    @tf.function
+    def step(flat):
+        def replica_step(flat):
+            parts = tf.split(flat, SIZES)
+            optimizer.apply(
+                [tf.reshape(p, s) for p, s in zip(parts, SHAPES, strict=True)],
+                variables,
+            )
+
+        strategy.run(replica_step, args=(flat,))
+
+    def take_step(gradients):
+        step(
+            strategy.experimental_distribute_values_from_function(
+                lambda ctx: tf.constant(gradients[ctx.replica_id_in_sync_group])
+            )
+        )
+
+    return optimizer, variables, take_step
+
+
+def flat_weights(variables):
+    return np.concatenate([v.numpy().ravel() for v in variables])
+
+
+def gradients_of(num_replicas):
+    rng = np.random.default_rng(num_replicas)
+    own = rng.standard_normal((STEPS, num_replicas, SIZE))
+    bias = 2 * rng.standard_normal((1, num_replicas, SIZE))
+    return own + bias - bias.mean(axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_weights_follow_the_reference(name, mirrored):
+    case = list(RULES).index(name)
+    num_replicas = 2 + case % 2
+    method = ["topk", "regtopk"][case // 2 % 2]
+    sparsifier = {
+        "topk": tf_regtopk.TopK(0.2),
+        "regtopk": tf_regtopk.RegTopK(0.2, mu=1.5),
+    }[method]
+    optimizer, variables, take_step = make(
+        mirrored(num_replicas), name, sparsifier
+    )
+    workers = reference.Workers(
+        method,
+        num_replicas,
+        SIZES,
+        0.2,
+        mu=1.5,
+        feedback=rule_of(reference, name),
+    )
+    weights = np.zeros(SIZE)
+    for t, g in enumerate(gradients_of(num_replicas)):
+        rate = 0.5 if t < 5 else 0.125
+        optimizer.learning_rate = rate
+        take_step(g / num_replicas)
+        weights = weights - rate * workers.step(g, rate)
+        np.testing.assert_allclose(
+            flat_weights(variables), weights, atol=1e-9, err_msg=f"step {t}"
+        )
+
+
+def test_the_rules_differ_on_these_gradients():
+    """The comparison above could tell one from another."""
+    totals = []
+    for name in RULES:
+        workers = reference.Workers(
+            "topk", 3, SIZES, 0.2, feedback=rule_of(reference, name)
+        )
+        rates = [0.5] * 5 + [0.125] * (STEPS - 5)
+        totals.append(
+            sum(
+                workers.step(g, rate)
+                for g, rate in zip(gradients_of(3), rates, strict=True)
+            )
+        )
+    for i, total in enumerate(totals):
+        for other in totals[:i]:
+            assert not np.allclose(total, other)
+
+
+@pytest.mark.parametrize(
+    "name, momentum", [("shift", 0.0), ("shift, momentum", 0.6)]
+)
+def test_shift_at_density_one_is_the_optimizer_itself(name, momentum, mirrored):
+    _, variables, take_step = make(mirrored(2), name, tf_regtopk.TopK(1.0))
+    weights, velocity = np.zeros(SIZE), np.zeros(SIZE)
+    for g in gradients_of(2):
+        take_step(g / 2)
+        velocity = momentum * velocity + g.mean(axis=0)
+        weights -= 0.5 * velocity
+        np.testing.assert_allclose(flat_weights(variables), weights, atol=1e-9)
+
+
+def test_shift_loses_nothing(mirrored):
+    """The aggregates of all steps and the errors add up to all gradients."""
+    optimizer, variables, take_step = make(
+        mirrored(3), "shift", tf_regtopk.RegTopK(0.1)
+    )
+    gradients = gradients_of(3) / 3
+    for g in gradients:
+        take_step(g)
+    replicas = optimizer.save_state().replicas
+    errors = sum(parts[0] for parts in replicas.values())
+    applied = -flat_weights(variables) / 0.5
+    # Each step applied H, and each replica took its own h off its gradient.
+    np.testing.assert_allclose(
+        applied + errors, gradients.sum(axis=(0, 1)), atol=1e-9
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["dgc", "ef21-sgdm", "shift, momentum", "none"]
+)
+def test_state_is_saved_and_fits_another_world(name, mirrored):
+    """To the bit on as many replicas, and with the same sums on others."""
+    gradients = gradients_of(2) / 2
+
+    def start():
+        return make(mirrored(2), name, tf_regtopk.RegTopK(0.2, mu=1.5))
+
+    optimizer, variables, take_step = start()
+    for g in gradients[:5]:
+        take_step(g)
+    store = {}
+    optimizer.save_own_variables(store)
+    weights = [v.numpy() for v in variables]
+    again, variables_again, take_step_again = start()
+    again.load_own_variables(store)
+    for variable, value in zip(variables_again, weights, strict=True):
+        variable.assign(value)
+    for g in gradients[5:]:
+        take_step(g)
+        take_step_again(g)
+    assert flat_weights(variables).tobytes() == (
+        flat_weights(variables_again).tobytes()
+    )
+
+    alone, _, _ = make(mirrored(0), name, tf_regtopk.RegTopK(0.2, mu=1.5))
+    rule = alone.error_feedback
+    saved = optimizer.save_state()
+    if rule.num_local or rule.initial_shared(SIZE, tf.float64):
+        with pytest.warns(UserWarning, match="Saved by 2 replicas"):
+            alone.load_state(saved)
+    [parts] = alone.save_state().replicas.values()
+    both = [saved.replicas[n] for n in range(2)]
+    for i in range(rule.num_local):
+        np.testing.assert_allclose(
+            parts[i], both[0][i] + both[1][i], atol=1e-12
+        )
+    for i in range(len(rule.initial_shared(SIZE, tf.float64))):
+        i += rule.num_local
+        assert parts[i].tobytes() == both[0][i].tobytes()
+        assert both[0][i].tobytes() == both[1][i].tobytes()
+    other_rule, _, _ = make(
+        mirrored(2), "accumulate", tf_regtopk.RegTopK(0.2, mu=1.5)
+    )
+    with pytest.raises(ValueError, match="error_feedback="):
+        other_rule.load_state(saved)
+
+
+@pytest.mark.parametrize("name", ["dgc", "ef21-sgdm", "shift, momentum"])
+def test_steps_that_are_not_finite_change_nothing(name, mirrored):
+    optimizer, variables, take_step = make(
+        mirrored(2), name, tf_regtopk.TopK(0.2)
+    )
+    gradients = gradients_of(2)
+    take_step(gradients[0])
+
+    def everything():
+        replicas = optimizer.save_state().replicas
+        return [flat_weights(variables).tobytes()] + [
+            part.tobytes() for n in (0, 1) for part in replicas[n]
+        ]
+
+    before = everything()
+    bad = gradients[1].copy()
+    bad[1, 33] = np.nan
+    take_step(bad)
+    assert everything() == before
+    assert optimizer.skipped_steps.numpy() == 1
+    take_step(gradients[1])
+    assert everything() != before
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rules_are_saved_with_the_optimizer(name):
+    rule = rule_of(tf_regtopk, name)
+    optimizer = tf_regtopk.SparsifiedOptimizer(
+        keras.optimizers.SGD(), error_feedback=rule
+    )
+    again = keras.optimizers.deserialize(keras.optimizers.serialize(optimizer))
+    assert again.error_feedback == rule
+
+
+@pytest.mark.parametrize(
+    "make_rule, error, message",
+    [
+        (
+            lambda: tf_regtopk.Accumulate(momentum=1.0),
+            ValueError,
+            r"`momentum` must be in \[0, 1\). Received: momentum=1.0",
+        ),
+        (
+            lambda: tf_regtopk.Accumulate(factor_masking=1),
+            TypeError,
+            "`factor_masking` must be a boolean. Received: factor_masking=1",
+        ),
+        (
+            lambda: tf_regtopk.Accumulate(clip_norm=0),
+            ValueError,
+            "`clip_norm` must be positive. Received: clip_norm=0",
+        ),
+        (
+            lambda: tf_regtopk.EF21(momentum=0),
+            ValueError,
+            r"`momentum` must be in \(0, 1\]. Received: momentum=0",
+        ),
+        (
+            lambda: tf_regtopk.LearnedShift(rate=0),
+            ValueError,
+            r"`rate` must be in \(0, 1\]. Received: rate=0",
+        ),
+    ],
+)
+def test_bad_arguments(make_rule, error, message):
+    with pytest.raises(error, match=message):
+        make_rule()
