@@ -15,7 +15,7 @@ from tf_regtopk import bits
 from tf_regtopk import index_codecs
 from tf_regtopk import value_codecs
 
-NO_ROUNDING = (0, 0)  # A step and a replica, where they change nothing.
+STREAM = (0, 0)  # A step and a replica.
 
 
 def compiled(function):
@@ -171,12 +171,13 @@ VALUES = {
     "natural, seed": tf_regtopk.Natural(seed=7),
     "uniform, 1 bit": tf_regtopk.Uniform(num_bits=1, bucket_size=5),
     "uniform, 8 bits": tf_regtopk.Uniform(num_bits=8, bucket_size=1000),
+    "uniform, all": tf_regtopk.Uniform(bucket_size=10**9),
     "sign, 1": tf_regtopk.ScaledSign(bucket_size=1),
 }
 ROUNDS_TO_NEIGHBOUR = ["bfloat16", "float16", "natural", "float32"]
 
 
-def code(codec, values, stream=NO_ROUNDING, dtype=tf.float32):
+def code(codec, values, stream=STREAM, dtype=tf.float32):
     """The values as decoded, by compiled and by eager code alike."""
     values = tf.constant(values, dtype)
     k = values.shape[0]
@@ -196,6 +197,7 @@ EXTREMES = {
     "one": [2.5],
     "constant": [-3.25] * 9,
     "large": [3e38, -3.4e38, 1.0, 3.4028235e38],
+    "largest": [3.4028235e38, -3.4028235e38],
     "small": [1e-38, -2e-38, 1e-45, -1e-40, 3e-38],
     "wide": [1e-30, 1e30, -1e-10, 1.0, -1.0, 0.0, 7.0],
     "spike": [0.0] * 50 + [1e20],
@@ -350,7 +352,7 @@ def test_stc_takes_nine_bits_an_entry():
     payload, _ = codec.encode(
         tf.constant(np.sort(rng.choice(size, k, replace=False)), tf.int32),
         tf.constant(rng.standard_normal(k), tf.float32),
-        NO_ROUNDING,
+        STREAM,
     )
     assert 32 * int(codec.num_used(payload)) / k == pytest.approx(9.1, abs=0.1)
 
@@ -397,7 +399,7 @@ def test_hostile_payloads(name, size, k):
     valid, _ = codec.encode(
         tf.constant(np.arange(k) * (size // k), tf.int32),
         tf.ones([k]),
-        NO_ROUNDING,
+        STREAM,
     )
 
     @settings(max_examples=60, deadline=None)
@@ -431,7 +433,7 @@ def check_decoded(codec, decode, payloads):
     assert (np.diff(indices[is_valid], axis=1) > 0).all()
     # What is valid is what its own indices are written as.
     for row, payload in zip(indices[is_valid], payloads[is_valid], strict=True):
-        again, _ = codec.encode(tf.constant(row), tf.ones([k]), NO_ROUNDING)
+        again, _ = codec.encode(tf.constant(row), tf.ones([k]), STREAM)
         decoded, _, _ = decode(
             tf.constant(
                 np.concatenate(
@@ -453,7 +455,7 @@ def test_wrong_payloads_are_recognised(name):
 
     def is_valid(change):
         payload = codec.encode(
-            tf.constant(indices, tf.int32), tf.ones([k]), NO_ROUNDING
+            tf.constant(indices, tf.int32), tf.ones([k]), STREAM
         )[0].numpy()
         change(payload)
         return codec.decode(tf.constant(payload[np.newaxis]))[2].numpy()[0]

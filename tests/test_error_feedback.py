@@ -7,6 +7,7 @@ import reference
 import tensorflow as tf
 
 import tf_regtopk
+from tf_regtopk import error_feedback
 
 SHAPES = [(3, 5), (7,), (12, 7)]
 SIZES = [int(np.prod(shape)) for shape in SHAPES]
@@ -187,9 +188,9 @@ def test_state_is_saved_and_fits_another_world(name, mirrored):
     alone, _, _ = make(mirrored(0), name, tf_regtopk.RegTopK(0.2, mu=1.5))
     rule = alone.error_feedback
     saved = optimizer.save_state()
-    if rule.num_local or rule.initial_shared(SIZE, tf.float64):
-        with pytest.warns(UserWarning, match="Saved by 2 replicas"):
-            alone.load_state(saved)
+    with pytest.warns(UserWarning, match="Saved by 2 replicas"):
+        alone.load_state(saved)
+    assert np.isnan(alone.save_state().replicas[0][-1]).all()
     [parts] = alone.save_state().replicas.values()
     both = [saved.replicas[n] for n in range(2)]
     for i in range(rule.num_local):
@@ -200,6 +201,11 @@ def test_state_is_saved_and_fits_another_world(name, mirrored):
         i += rule.num_local
         assert parts[i].tobytes() == both[0][i].tobytes()
         assert both[0][i].tobytes() == both[1][i].tobytes()
+    # Of two workers one's file alone.
+    part = saved._replace(replicas={0: saved.replicas[0]})
+    if rule.initial_shared(SIZE, tf.float64):
+        with pytest.raises(ValueError, match=r"none of the replicas \[1\]"):
+            again.load_state(part)
     other_rule, _, _ = make(
         mirrored(2), "accumulate", tf_regtopk.RegTopK(0.2, mu=1.5)
     )
@@ -231,6 +237,45 @@ def test_steps_that_are_not_finite_change_nothing(name, mirrored):
     assert everything() != before
 
 
+@pytest.mark.parametrize("values", ["float32", "ternary"])
+@pytest.mark.parametrize("name", ["dgc", "ef21-sgdm", "shift, momentum"])
+def test_state_of_a_variable_without_gradient_is_kept(name, values):
+    """Even where entries of it are selected, and decode to something else."""
+    variables = [keras.Variable(np.zeros(9)), keras.Variable(np.zeros(7))]
+    optimizer = tf_regtopk.SparsifiedOptimizer(
+        keras.optimizers.SGD(0.5),
+        tf_regtopk.TopK(0.5),
+        error_feedback=rule_of(tf_regtopk, name),
+        codec=tf_regtopk.Codec(values=values),
+        scope="per_variable",
+    )
+    rng = np.random.default_rng(0)
+    rule = optimizer.error_feedback
+    optimizer.build(variables)
+
+    def state():
+        [parts] = optimizer.save_state().replicas.values()
+        return [part[9:].copy() for part in parts if part.shape == (16,)]
+
+    for _ in range(3):
+        optimizer.apply(
+            [tf.constant(rng.standard_normal(n), "float32") for n in (9, 7)],
+            variables,
+        )
+    before, weights = state(), variables[1].numpy()
+    assert len(before) == rule.num_local + len(
+        rule.initial_shared(16, tf.float32)
+    )
+    assert all(part.any() for part in before)
+    for _ in range(3):
+        optimizer.apply(
+            [tf.constant(rng.standard_normal(9), "float32"), None], variables
+        )
+    for old, new in zip(before, state(), strict=True):
+        np.testing.assert_array_equal(old, new)
+    np.testing.assert_array_equal(weights, variables[1].numpy())
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_rules_are_saved_with_the_optimizer(name):
     rule = rule_of(tf_regtopk, name)
@@ -239,6 +284,23 @@ def test_rules_are_saved_with_the_optimizer(name):
     )
     again = keras.optimizers.deserialize(keras.optimizers.serialize(optimizer))
     assert again.error_feedback == rule
+
+
+def test_numbers_of_any_type_are_stored_plainly():
+    rule = tf_regtopk.EF21(momentum=np.float32(0.5))
+    assert type(rule.momentum) is float
+    codec = tf_regtopk.Uniform(num_bits=np.int64(3))
+    assert type(codec.num_bits) is int
+
+
+def test_huge_gradients_are_clipped_as_well():
+    rule = tf_regtopk.Accumulate(clip_norm=2.0)
+    step = error_feedback.Step(4, 0.1, tf.zeros([]))
+    g = tf.constant([3e30, -4e30, 0.0])
+    a, _ = rule.accumulate((tf.zeros([3]),), (), g, step)
+    np.testing.assert_allclose(a, [0.6, -0.8, 0.0], rtol=1e-6)
+    a, _ = rule.accumulate((tf.zeros([3]),), (), tf.zeros([3]), step)
+    assert not a.numpy().any()
 
 
 @pytest.mark.parametrize(
@@ -253,6 +315,11 @@ def test_rules_are_saved_with_the_optimizer(name):
             lambda: tf_regtopk.Accumulate(factor_masking=1),
             TypeError,
             "`factor_masking` must be a boolean. Received: factor_masking=1",
+        ),
+        (
+            lambda: tf_regtopk.Accumulate(factor_masking=True),
+            ValueError,
+            "`factor_masking` must go with `momentum`.* Received: .*momentum=0",
         ),
         (
             lambda: tf_regtopk.Accumulate(clip_norm=0),

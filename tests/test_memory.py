@@ -43,7 +43,7 @@ def test_no_array_of_the_gradients_size_is_copied(sparsifier):
     payload, _, indices, sent, _ = optimizer._select_entries(*args)
     header = payload.shape[0] - optimizer._payload_codec.num_words
     entries = optimizer._decode(payload[tf.newaxis, header:])[:2]
-    args = (*entries, indices, sent, *state, tf.zeros([]))
+    args = (*entries, indices, sent, *state, tf.zeros([]), (True, True))
     assert not copies(optimizer._add_entries, size, *args)
 
 

@@ -154,7 +154,7 @@ def test_quantised_gradients_without_feedback(mirrored):
     steps = 300
     for _ in range(steps):
         take_step(g)
-    assert not errors(optimizer).any()
+    assert optimizer.save_state().replicas == {0: [], 1: []}
     mean = -flat_weights(variables) / steps
     # At most 1/8 of the square of each value is variance.
     bound = 5 * np.sqrt((g**2 / 8).sum(axis=0) / steps)

@@ -175,6 +175,12 @@ class ErrorFeedback(abc.ABC):
         del step
         return total, shared
 
+    def _check(self, name, rule, is_valid):
+        """Checks a number, and stores it as it looks once it was saved."""
+        value = getattr(self, name)
+        validation.check_number(name, value, rule, is_valid)
+        object.__setattr__(self, name, float(value))
+
     def get_config(self):
         return dataclasses.asdict(self)
 
@@ -205,7 +211,8 @@ class Accumulate(ErrorFeedback):
             of N independent ones is clipped to about `clip_norm`.
         follow_learning_rate: Boolean. Whether e is multiplied by the learning
             rate of the last step over that of this one, so that it moves the
-            weights as far as if it had been sent at once.
+            weights as far as if it had been sent at once. (Not in steps in
+            which its variable has no gradient.)
 
     Example:
 
@@ -223,17 +230,18 @@ class Accumulate(ErrorFeedback):
     keeps_a = True
 
     def __post_init__(self):
-        validation.check_number(
-            "momentum", self.momentum, "in [0, 1)", lambda m: 0 <= m < 1
-        )
+        self._check("momentum", "in [0, 1)", lambda m: 0 <= m < 1)
         validation.check_boolean("factor_masking", self.factor_masking)
+        if self.factor_masking and not self.momentum:
+            raise ValueError(
+                "`factor_masking` must go with `momentum`, which it masks. "
+                "Received: factor_masking=True, momentum=0"
+            )
         validation.check_boolean(
             "follow_learning_rate", self.follow_learning_rate
         )
         if self.clip_norm is not None:
-            validation.check_number(
-                "clip_norm", self.clip_norm, "positive", lambda c: c > 0
-            )
+            self._check("clip_norm", "positive", lambda c: c > 0)
 
     @property
     def num_local(self):
@@ -249,9 +257,7 @@ class Accumulate(ErrorFeedback):
 
     def accumulate(self, local, shared, gradient, step):
         if self.clip_norm is not None:
-            gradient = tf.clip_by_norm(
-                gradient, self.clip_norm / step.num_replicas**0.5
-            )
+            gradient = _clip(gradient, self.clip_norm / step.num_replicas**0.5)
         e, *u = local
         if self.follow_learning_rate:
             e *= _ratio(shared[0], tf.cast(step.learning_rate, e.dtype))
@@ -316,9 +322,7 @@ class EF21(ErrorFeedback):
     momentum: float = 1.0
 
     def __post_init__(self):
-        validation.check_number(
-            "momentum", self.momentum, "in (0, 1]", lambda m: 0 < m <= 1
-        )
+        self._check("momentum", "in (0, 1]", lambda m: 0 < m <= 1)
 
     @property
     def num_local(self):
@@ -382,12 +386,8 @@ class LearnedShift(ErrorFeedback):
 
     def __post_init__(self):
         if self.rate is not None:
-            validation.check_number(
-                "rate", self.rate, "in (0, 1]", lambda r: 0 < r <= 1
-            )
-        validation.check_number(
-            "momentum", self.momentum, "in [0, 1)", lambda m: 0 <= m < 1
-        )
+            self._check("rate", "in (0, 1]", lambda r: 0 < r <= 1)
+        self._check("momentum", "in [0, 1)", lambda m: 0 <= m < 1)
 
     @property
     def num_local(self):
@@ -421,6 +421,15 @@ class LearnedShift(ErrorFeedback):
     def _rate(self, step):
         rate = step.density if self.rate is None else self.rate
         return rate * (1 - self.momentum)
+
+
+def _clip(gradient, norm):
+    """`gradient`, scaled down to at most this Euclidean norm."""
+    # The squares of what is not scaled may be too large for a float.
+    largest = tf.reduce_max(tf.abs(gradient))
+    scaled = tf.math.divide_no_nan(gradient, largest)
+    ratio = tf.math.divide_no_nan(norm / tf.norm(scaled), largest)
+    return tf.where(ratio < 1, gradient * ratio, gradient)
 
 
 def _ratio(previous, current):

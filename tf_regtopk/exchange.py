@@ -54,7 +54,12 @@ def _split_used(gathered, num_replicas, length):
         payload = tf.pad(gathered[:num_used], [[0, length - num_used]])
         payloads.append(tf.ensure_shape(payload, [length]))
         gathered = gathered[num_used:]
-    return tf.stack(payloads)
+    check = tf.debugging.Assert(
+        tf.equal(tf.size(gathered), 0),
+        ["The payloads gathered must be complete. Left over:", gathered],
+    )
+    with tf.control_dependencies([check]):
+        return tf.stack(payloads)
 
 
 def gather_from_workers(numbers, strategy):

@@ -27,12 +27,14 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
 
     Each step, replica n of N, with residual error `e_n` and gradient `g_n`:
 
-        a_n   = e_n + g_n                       accumulate
-        s_n   = the k largest scores of a_n     score, select
+        a_n    = e_n + g_n                      accumulate
+        s_n    = the k largest scores of a_n    score, select
         sent_n = decode(encode(s_n * a_n))      s_n * a_n, if encoded as it is
-        agg   = sum over n of sent_n            exchange, sum
-        e_n   = a_n - sent_n
+        agg    = sum over n of sent_n           exchange, sum
+        e_n    = a_n - sent_n
         inner optimizer's update with agg
+
+    The first and the last two lines are those of the default `error_feedback`.
 
     The inner optimizer sees `agg` as it would see the sum of the replicas' full
     gradients, with its own weight decay, moving average and learning-rate
@@ -62,8 +64,9 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
             `Sparsifier`. Defaults to `RegTopK()`.
         codec: `Codec`, how entries are written. Defaults to `Codec()`, which
             rounds nothing.
-        error_feedback: `Accumulate` or `NoFeedback`, what becomes of what is
-            not sent or rounded away. Defaults to `Accumulate()`.
+        error_feedback: `Accumulate`, `EF21`, `LearnedShift`, `NoFeedback` or
+            another `ErrorFeedback`: what becomes of what is not sent or
+            rounded away. Defaults to `Accumulate()`.
         scope: `"global"` selects k entries of the concatenation of all
             gradients, in the order of the trainable variables;
             `"per_variable"` selects in each variable separately. A gradient
@@ -174,13 +177,14 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         magnitudes, payloads = exchange.split_header(
             payloads, stream[0], self._buffer.dtype
         )
-        indices, values, is_valid, are_finite = self._decode(payloads)
-        is_finite &= (
-            exchange.check_payloads(is_valid)
-            & are_finite
-            & finiteness.is_sum_finite(magnitudes)
-        )
-        return is_finite, (exchanged, (indices, values, *rest))
+        is_finite &= finiteness.is_sum_finite(magnitudes)
+        if self._state.num_replicas == 1:
+            indices, sent, _ = rest
+            entries = indices[tf.newaxis], sent[tf.newaxis]
+        else:
+            *entries, is_valid, are_finite = self._decode(payloads)
+            is_finite &= exchange.check_payloads(is_valid) & are_finite
+        return is_finite, (exchanged, (*entries, *rest))
 
     def _aggregate(self, exchanged, has_gradient):
         """Sum -> remember -> clear the error: the second half of a step."""
@@ -191,8 +195,16 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
             local, shared, memory = self._state.local()
             for i, value in accumulated.items():
                 local[i].assign(value)
+            present = tuple(
+                has_gradient[slot] or None for slot in self._sparse_slots
+            )
             total = self._add_entries(
-                *entries, local, shared, memory, self._read_learning_rate()
+                *entries,
+                local,
+                shared,
+                memory,
+                self._read_learning_rate(),
+                present,
             )
             for slot, part in zip(
                 self._sparse_slots, self._buffer.split(total), strict=True
@@ -226,11 +238,9 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         )
         if self.error_feedback.keeps_a:
             accumulated = (a, *accumulated[1:])
-        # And there the state stays as it is.
+        accumulated = self._keep_missing(local, accumulated, gradients)
         accumulated = {
-            i: self._buffer.keep_missing(local[i], value, gradients)
-            for i, value in enumerate(accumulated)
-            if value is not None
+            i: value for i, value in enumerate(accumulated) if value is not None
         }
         return payload, num_used, indices, sent, accumulated
 
@@ -251,26 +261,37 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         shared,
         memory,
         learning_rate,
+        present,
     ):
         """Sum -> remember what became of this replica's entries."""
         step = self._step_of(learning_rate)
-        total = aggregation.sum_entries(all_indices, values, self._buffer.size)
+        total = self._buffer.clear_missing(
+            aggregation.sum_entries(all_indices, values, self._buffer.size),
+            present,
+        )
         _assign(
             memory,
             self.sparsifier.remember(
                 indices, sent, selection.take(total, indices)
             ),
         )
-        aggregate, new_shared = self.error_feedback.aggregate(
-            _read(shared), total, step
-        )
-        _assign(shared, new_shared)
+        old = _read(shared)
+        aggregate, new = self.error_feedback.aggregate(old, total, step)
+        _assign(shared, self._keep_missing(old, new, present))
         # Last, and in place, because only now nothing else needs a.
-        _assign(
-            local,
-            self.error_feedback.update(_read(local), indices, sent, step),
-        )
+        old = _read(local)
+        new = self.error_feedback.update(old, indices, sent, step)
+        _assign(local, self._keep_missing(old, new, present))
         return aggregate
+
+    def _keep_missing(self, old, new, gradients):
+        """State stays as it is where there is no gradient."""
+        return [
+            after
+            if after is None or after.shape != [self._buffer.size]
+            else self._buffer.keep_missing(before, after, gradients)
+            for before, after in zip(old, new, strict=True)
+        ]
 
     def _read_learning_rate(self):
         """The inner optimizer's, where the rule of error feedback needs it."""
@@ -336,8 +357,8 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
             )
         return wire.report(
             self._payload_codec,
-            self._trainable_variables,
-            self._sparse_slots,
+            [self._trainable_variables[slot] for slot in self._sparse_slots],
+            [self._trainable_variables[slot] for slot in self._dense_slots],
             self._state.num_replicas,
         )
 

@@ -252,6 +252,12 @@ def state_of_replicas(
     """
     missing = sorted(set(range(saved.num_replicas)) - set(saved.replicas))
     if needs_others(saved, replicas, num_replicas):
+        if shared:
+            raise ValueError(
+                "With this rule of error feedback the state of all workers is "
+                "needed: load it in `tf_regtopk.load_scope(path, strategy)`. "
+                f"Received: none of the replicas {missing}"
+            )
         warnings.warn(
             f"The residual errors of the replicas {missing} are not in this "
             "file of one worker, and count as 0. To go on training with what "

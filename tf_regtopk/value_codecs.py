@@ -66,6 +66,12 @@ class ValueCodec(abc.ABC):
             Tensor `[k]` of `dtype`.
         """
 
+    def _check(self, name, minimum):
+        """Checks an integer, and stores it as it looks once it was saved."""
+        value = getattr(self, name)
+        validation.check_integer(name, value, minimum)
+        object.__setattr__(self, name, int(value))
+
     def get_config(self):
         return dataclasses.asdict(self)
 
@@ -155,7 +161,7 @@ class Natural(ValueCodec):
     seed: int = 0
 
     def __post_init__(self):
-        validation.check_integer("seed", self.seed, minimum=0)
+        self._check("seed", minimum=0)
 
     def num_words(self, k, dtype):
         del dtype
@@ -205,9 +211,16 @@ class Natural(ValueCodec):
 _NOTHING = 0x7F
 
 
+class _InBuckets(ValueCodec):
+    """Base class of codecs in which `bucket_size` values share something."""
+
+    def _size_of_bucket(self, k):
+        return min(self.bucket_size or k, k)
+
+
 @keras.saving.register_keras_serializable(package="tf_regtopk")
 @dataclasses.dataclass(frozen=True)
-class Uniform(ValueCodec):
+class Uniform(_InBuckets):
     r"""Even levels between the extremes of each bucket, stochastically rounded.
 
         decoded = low + c step,    c in {0, ..., 2^b - 1}
@@ -230,22 +243,22 @@ class Uniform(ValueCodec):
     seed: int = 0
 
     def __post_init__(self):
-        validation.check_integer("num_bits", self.num_bits, minimum=1)
+        self._check("num_bits", minimum=1)
         validation.check_number(
             "num_bits", self.num_bits, "from 1 to 8", lambda b: b <= 8
         )
-        validation.check_integer("bucket_size", self.bucket_size, minimum=1)
-        validation.check_integer("seed", self.seed, minimum=0)
+        self._check("bucket_size", minimum=1)
+        self._check("seed", minimum=0)
 
     def num_words(self, k, dtype):
         del dtype
-        num_buckets = -(-k // self.bucket_size)
+        num_buckets = -(-k // self._size_of_bucket(k))
         return 2 * num_buckets + bits.num_words(k, self.num_bits)
 
     def encode(self, values, stream):
         k = values.shape[0]
         # In halves, because a difference may be too large for a float32.
-        halves = _in_buckets(0.5 * _to_float32(values), self.bucket_size)
+        halves = _in_buckets(0.5 * _to_float32(values), self._size_of_bucket(k))
         low = tf.reduce_min(halves, axis=1)
         most = (1 << self.num_bits) - 1
         step = _round_up((tf.reduce_max(halves, axis=1) - low) / most)
@@ -259,7 +272,10 @@ class Uniform(ValueCodec):
             ),
             tf.float32,
         )
-        level = tf.floor(position + drawn * 2.0**-24)
+        # Not rounded as the sum of both would be.
+        below = tf.floor(position)
+        is_up = drawn * 2.0**-24 < position - below
+        level = below + tf.cast(is_up, tf.float32)
         # Where all values are equal, the step is 0.
         level = tf.where(level > 0, tf.minimum(level, float(most)), 0.0)
         return tf.concat(
@@ -271,14 +287,14 @@ class Uniform(ValueCodec):
         )
 
     def decode(self, words, k, dtype):
-        num_buckets = -(-k // self.bucket_size)
+        num_buckets = -(-k // self._size_of_bucket(k))
         bounds = tf.bitcast(words[: 2 * num_buckets], tf.float32)
         low, step = bounds[:num_buckets], bounds[num_buckets:]
         level = bits.unpack(words[2 * num_buckets :], k, self.num_bits)
         level = tf.cast(tf.bitcast(level, tf.int32), tf.float32)
         # A step of 16 significant bits makes the product exact.
-        half = _of_bucket(low, self.bucket_size, k) + level * _of_bucket(
-            step, self.bucket_size, k
+        half = _of_bucket(low, self._size_of_bucket(k), k) + level * _of_bucket(
+            step, self._size_of_bucket(k), k
         )
         largest = 0.5 * tf.float32.max
         decoded = 2.0 * tf.clip_by_value(half, -largest, largest)
@@ -287,12 +303,12 @@ class Uniform(ValueCodec):
 
 @keras.saving.register_keras_serializable(package="tf_regtopk")
 @dataclasses.dataclass(frozen=True)
-class ScaledSign(ValueCodec):
+class ScaledSign(_InBuckets):
     r"""The sign of each value, times the mean magnitude of its bucket.
 
         decoded = sign(v) mean of |v| over the bucket
 
-    One bit a value, and 32 a bucket.
+    One bit a value, and 32 a bucket. The sign of 0 counts as positive.
 
     Args:
         bucket_size: Positive integer, the number of consecutive values that
@@ -308,17 +324,17 @@ class ScaledSign(ValueCodec):
 
     def __post_init__(self):
         if self.bucket_size is not None:
-            validation.check_integer("bucket_size", self.bucket_size, minimum=1)
+            self._check("bucket_size", minimum=1)
 
     def num_words(self, k, dtype):
         del dtype
-        return -(-k // (self.bucket_size or k)) + bits.num_words(k, 1)
+        return -(-k // self._size_of_bucket(k)) + bits.num_words(k, 1)
 
     def encode(self, values, stream):
         del stream
         k = values.shape[0]
         values = _to_float32(values)
-        bucket_size = self.bucket_size or k
+        bucket_size = self._size_of_bucket(k)
         num_buckets = -(-k // bucket_size)
         padded = tf.pad(values, [[0, num_buckets * bucket_size - k]])
         counts = tf.minimum(
@@ -339,7 +355,7 @@ class ScaledSign(ValueCodec):
         )
 
     def decode(self, words, k, dtype):
-        bucket_size = self.bucket_size or k
+        bucket_size = self._size_of_bucket(k)
         num_buckets = -(-k // bucket_size)
         mean = tf.bitcast(words[:num_buckets], tf.float32)
         magnitude = _of_bucket(mean, bucket_size, k)
@@ -380,5 +396,6 @@ def _of_bucket(numbers, bucket_size, k):
 
 def _round_up(steps):
     """Non-negative float32 `steps` to 16 significant bits, not downwards."""
-    pattern = tf.bitcast(steps, tf.int32)
-    return tf.bitcast((pattern + 0xFF) & ~0xFF, tf.float32)
+    pattern = (tf.bitcast(steps, tf.int32) + 0xFF) & ~0xFF
+    # The largest finite one.
+    return tf.bitcast(tf.minimum(pattern, 0x7F7FFF00), tf.float32)

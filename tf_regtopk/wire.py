@@ -47,7 +47,8 @@ class WireReport:
     @property
     def ratio(self):
         """How many times fewer bytes than without the wrapper a replica has."""
-        return self.dense_bytes / (self.payload_bytes + self.dense_below_bytes)
+        num_bytes = self.payload_bytes + self.dense_below_bytes
+        return self.dense_bytes / max(num_bytes, 1)
 
     @property
     def sent_bytes(self):
@@ -84,23 +85,20 @@ class WireReport:
         return "\n".join(f"{name:18} {text}" for name, text in rows.items())
 
 
-def report(payload_codec, variables, sparse_slots, num_replicas):
+def report(payload_codec, sparse, dense, num_replicas):
     """Makes the report by encoding a payload.
 
     Args:
         payload_codec: `PayloadCodec`, None if no variable is sent sparsely.
-        variables: All trainable variables.
-        sparse_slots: Which of them are exchanged sparsely.
+        sparse: List of the variables that are exchanged sparsely.
+        dense: List of those that are exchanged densely.
         num_replicas: N.
 
     Returns:
         `WireReport`.
     """
-    num_bytes = [
-        int(np.prod(v.shape)) * tf.as_dtype(v.dtype).size for v in variables
-    ]
-    dense_bytes = sum(num_bytes)
-    dense_below_bytes = dense_bytes - sum(num_bytes[s] for s in sparse_slots)
+    dense_below_bytes = _num_bytes(dense)
+    dense_bytes = dense_below_bytes + _num_bytes(sparse)
     if payload_codec is None:
         return WireReport(
             0, 0, num_replicas, "none", "none", 0.0, 0.0, 0.0, 0,
@@ -127,8 +125,16 @@ def report(payload_codec, variables, sparse_slots, num_replicas):
     )
 
 
+def _num_bytes(variables):
+    return sum(
+        int(np.prod(v.shape)) * tf.as_dtype(v.dtype).size for v in variables
+    )
+
+
 def _words_used(payload_codec):
-    """Words of a payload of random entries."""
+    """Words of a payload, of random entries if that matters."""
+    if not payload_codec.is_variable:
+        return payload_codec.num_words
     k, size = payload_codec.indices.k, payload_codec.indices.size
     rng = np.random.default_rng(0)
     indices = np.sort(rng.choice(size, k, replace=False, shuffle=False))
