@@ -1,5 +1,6 @@
 """The rules of error feedback against the NumPy reference."""
 
+import flat_gradients
 import keras
 import numpy as np
 import pytest
@@ -46,29 +47,8 @@ def make(strategy, name, sparsifier):
         )
         optimizer.build(variables)
 
-    @tf.function
-    def step(flat):
-        def replica_step(flat):
-            parts = tf.split(flat, SIZES)
-            optimizer.apply(
-                [tf.reshape(p, s) for p, s in zip(parts, SHAPES, strict=True)],
-                variables,
-            )
-
-        strategy.run(replica_step, args=(flat,))
-
-    def take_step(gradients):
-        step(
-            strategy.experimental_distribute_values_from_function(
-                lambda ctx: tf.constant(gradients[ctx.replica_id_in_sync_group])
-            )
-        )
-
+    take_step = flat_gradients.step_function(strategy, optimizer, variables)
     return optimizer, variables, take_step
-
-
-def flat_weights(variables):
-    return np.concatenate([v.numpy().ravel() for v in variables])
 
 
 def gradients_of(num_replicas):
@@ -105,7 +85,10 @@ def test_weights_follow_the_reference(name, mirrored):
         take_step(g / num_replicas)
         weights = weights - rate * workers.step(g, rate)
         np.testing.assert_allclose(
-            flat_weights(variables), weights, atol=1e-9, err_msg=f"step {t}"
+            flat_gradients.flat_weights(variables),
+            weights,
+            atol=1e-9,
+            err_msg=f"step {t}",
         )
 
 
@@ -138,7 +121,9 @@ def test_shift_at_density_one_is_the_optimizer_itself(name, momentum, mirrored):
         take_step(g / 2)
         velocity = momentum * velocity + g.mean(axis=0)
         weights -= 0.5 * velocity
-        np.testing.assert_allclose(flat_weights(variables), weights, atol=1e-9)
+        np.testing.assert_allclose(
+            flat_gradients.flat_weights(variables), weights, atol=1e-9
+        )
 
 
 def test_shift_loses_nothing(mirrored):
@@ -151,7 +136,7 @@ def test_shift_loses_nothing(mirrored):
         take_step(g)
     replicas = optimizer.save_state().replicas
     errors = sum(parts[0] for parts in replicas.values())
-    applied = -flat_weights(variables) / 0.5
+    applied = -flat_gradients.flat_weights(variables) / 0.5
     # Each step applied H, and each replica took its own h off its gradient.
     np.testing.assert_allclose(
         applied + errors, gradients.sum(axis=(0, 1)), atol=1e-9
@@ -181,8 +166,8 @@ def test_state_is_saved_and_fits_another_world(name, mirrored):
     for g in gradients[5:]:
         take_step(g)
         take_step_again(g)
-    assert flat_weights(variables).tobytes() == (
-        flat_weights(variables_again).tobytes()
+    assert flat_gradients.flat_weights(variables).tobytes() == (
+        flat_gradients.flat_weights(variables_again).tobytes()
     )
 
     alone, _, _ = make(mirrored(0), name, tf_regtopk.RegTopK(0.2, mu=1.5))
@@ -223,7 +208,7 @@ def test_steps_that_are_not_finite_change_nothing(name, mirrored):
 
     def everything():
         replicas = optimizer.save_state().replicas
-        return [flat_weights(variables).tobytes()] + [
+        return [flat_gradients.flat_weights(variables).tobytes()] + [
             part.tobytes() for n in (0, 1) for part in replicas[n]
         ]
 

@@ -1,10 +1,10 @@
 """The wrapper against the NumPy reference, on random gradient sequences."""
 
+import flat_gradients
 import keras
 import numpy as np
 import pytest
 import reference
-import tensorflow as tf
 
 import tf_regtopk
 
@@ -70,27 +70,10 @@ def run_wrapper(strategy, sparsifier, scope, gradients, dtype="float64"):
             scope=scope,
         )
 
-    @tf.function
-    def step(flat):
-        def replica_step(flat):
-            parts = tf.split(flat, SIZES)
-            optimizer.apply(
-                [tf.reshape(p, s) for p, s in zip(parts, SHAPES, strict=True)],
-                variables,
-            )
-
-        strategy.run(replica_step, args=(flat,))
-
+    take_step = flat_gradients.step_function(strategy, optimizer, variables)
     for g in gradients:
         # Keras divides the local losses by the number of replicas.
-        local = g / num_replicas
-        step(
-            strategy.experimental_distribute_values_from_function(
-                lambda ctx: tf.constant(
-                    local[ctx.replica_id_in_sync_group], dtype
-                )
-            )
-        )
+        take_step(g / num_replicas)
         yield np.array(
             [
                 np.concatenate(

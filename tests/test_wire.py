@@ -1,5 +1,6 @@
 """What the optimizer sends: codecs in a step, hostile payloads, the report."""
 
+import flat_gradients
 import keras
 import numpy as np
 import pytest
@@ -24,34 +25,6 @@ def make(strategy, dense_below=0, **kwargs):
         )
         optimizer.build(variables)
     return optimizer, variables
-
-
-def step_function(strategy, optimizer, variables):
-    @tf.function
-    def step(flat):
-        def replica_step(flat):
-            parts = tf.split(flat, SIZES)
-            optimizer.apply(
-                [tf.reshape(p, s) for p, s in zip(parts, SHAPES, strict=True)],
-                variables,
-            )
-
-        strategy.run(replica_step, args=(flat,))
-
-    def take(gradients):
-        step(
-            strategy.experimental_distribute_values_from_function(
-                lambda ctx: tf.constant(
-                    gradients[ctx.replica_id_in_sync_group], tf.float32
-                )
-            )
-        )
-
-    return take
-
-
-def flat_weights(variables):
-    return np.concatenate([v.numpy().ravel() for v in variables])
 
 
 def errors(optimizer):
@@ -101,11 +74,13 @@ def test_errors_keep_what_was_not_delivered(codec, sparsifier, mirrored):
         sparsifier=SPARSIFIERS[sparsifier],
         codec=CODECS[codec],
     )
-    take_step = step_function(mirrored(num_replicas), optimizer, variables)
+    take_step = flat_gradients.step_function(
+        mirrored(num_replicas), optimizer, variables
+    )
     k = SPARSIFIERS[sparsifier].num_selected(SIZE)
     payload_codec = optimizer.codec.payload(k, SIZE)
     rng = np.random.default_rng(0)
-    before, weights = errors(optimizer), flat_weights(variables)
+    before, weights = errors(optimizer), flat_gradients.flat_weights(variables)
     for step in range(4):
         g = rng.standard_normal((num_replicas, SIZE)).astype(np.float32)
         a = before + g
@@ -134,7 +109,7 @@ def test_errors_keep_what_was_not_delivered(codec, sparsifier, mirrored):
             else:
                 assert after[n].tobytes() == expected.tobytes()
             delivered[indices] += sent
-        new_weights = flat_weights(variables)
+        new_weights = flat_gradients.flat_weights(variables)
         np.testing.assert_allclose(
             weights - new_weights, delivered, rtol=1e-6, atol=1e-6
         )
@@ -149,13 +124,13 @@ def test_quantised_gradients_without_feedback(mirrored):
         codec=tf_regtopk.Codec(values="natural"),
         error_feedback=tf_regtopk.NoFeedback(),
     )
-    take_step = step_function(mirrored(2), optimizer, variables)
+    take_step = flat_gradients.step_function(mirrored(2), optimizer, variables)
     g = np.random.default_rng(0).standard_normal((2, SIZE)).astype(np.float32)
     steps = 300
     for _ in range(steps):
         take_step(g)
     assert optimizer.save_state().replicas == {0: [], 1: []}
-    mean = -flat_weights(variables) / steps
+    mean = -flat_gradients.flat_weights(variables) / steps
     # At most 1/8 of the square of each value is variance.
     bound = 5 * np.sqrt((g**2 / 8).sum(axis=0) / steps)
     assert (np.abs(mean - g.sum(axis=0)) < bound).all()
@@ -183,17 +158,19 @@ def test_a_corrupted_payload_raises_and_changes_nothing(
         return tf.where(is_corrupt, flipped, payloads)
 
     monkeypatch.setattr(exchange, "all_gather", corrupt)
-    take_step = step_function(mirrored(3), optimizer, variables)
+    take_step = flat_gradients.step_function(mirrored(3), optimizer, variables)
     g = np.random.default_rng(0).standard_normal((3, SIZE))
     take_step(g)
-    before = errors(optimizer), flat_weights(variables)
+    before = errors(optimizer), flat_gradients.flat_weights(variables)
     is_corrupt.assign(True)
     with pytest.raises(
         tf.errors.InvalidArgumentError, match="Every payload must hold"
     ):
         take_step(g)
     assert errors(optimizer).tobytes() == before[0].tobytes()
-    assert flat_weights(variables).tobytes() == before[1].tobytes()
+    assert (
+        flat_gradients.flat_weights(variables).tobytes() == before[1].tobytes()
+    )
     assert optimizer.iterations.numpy() == 1
     is_corrupt.assign(False)
     take_step(g)
@@ -221,8 +198,10 @@ def test_payloads_of_false_length(change, mirrored, monkeypatch):
 
     monkeypatch.setattr(exchange, "_split_used", corrupt)
     with pytest.raises(tf.errors.InvalidArgumentError, match="payload"):
-        step_function(mirrored(2), optimizer, variables)(np.ones((2, SIZE)))
-    assert not flat_weights(variables).any()
+        flat_gradients.step_function(mirrored(2), optimizer, variables)(
+            np.ones((2, SIZE))
+        )
+    assert not flat_gradients.flat_weights(variables).any()
 
 
 @pytest.mark.parametrize(
