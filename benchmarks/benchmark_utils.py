@@ -12,6 +12,7 @@ import platform
 import statistics
 import time
 
+from absl import app
 from absl import flags
 import matplotlib
 import numpy as np
@@ -43,6 +44,32 @@ def cells():
     for size in map(int, flags.FLAGS.sizes):
         for density in map(float, flags.FLAGS.densities):
             yield size, density, max(1, round(density * size))
+
+
+def run(methods_for, title, output_dir):
+    """Runs a benchmark: every cell, and the report of all.
+
+    Args:
+        methods_for: Function of a gradient, the density, k and a NumPy
+            generator that returns the methods, as for `measure`.
+        title: Of the figure.
+        output_dir: Default of the flag.
+    """
+
+    def main(argv):
+        if len(argv) > 1:
+            raise app.UsageError(f"Unknown arguments: {argv[1:]}")
+        rng = np.random.default_rng(flags.FLAGS.seed)
+        results = []
+        for size, density, k in cells():
+            gradient = make_gradient(size, rng)
+            results += measure(
+                methods_for(gradient, density, k, rng), size, density
+            )
+        report(results, title)
+
+    define_flags(output_dir)
+    app.run(main)
 
 
 def make_gradient(size, rng):

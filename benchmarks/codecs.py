@@ -6,8 +6,6 @@ payloads: one replica's encoding, and the decoding of one replica's payload.
     python benchmarks/codecs.py --sizes=11200000
 """
 
-from absl import app
-from absl import flags
 import benchmark_utils
 import numpy as np
 import tensorflow as tf
@@ -73,19 +71,7 @@ def methods_for(gradient, density, k, rng):
     return methods
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"Unknown arguments: {argv[1:]}")
-    rng = np.random.default_rng(flags.FLAGS.seed)
-    results = []
-    for size, density, k in benchmark_utils.cells():
-        gradient = benchmark_utils.make_gradient(size, rng)
-        results += benchmark_utils.measure(
-            methods_for(gradient, density, k, rng), size, density
-        )
-    benchmark_utils.report(results, "Writing and reading entries")
-
-
 if __name__ == "__main__":
-    benchmark_utils.define_flags("results/codecs")
-    app.run(main)
+    benchmark_utils.run(
+        methods_for, "Writing and reading entries", "results/codecs"
+    )

@@ -7,7 +7,6 @@ magnitudes; ours makes them itself.
     python benchmarks/selection.py --sizes=1000000,11200000
 """
 
-from absl import app
 from absl import flags
 import benchmark_utils
 import numpy as np
@@ -21,8 +20,12 @@ except ImportError:
     torch = None
 
 
-def methods_for(gradient, k):
+flags.DEFINE_boolean("peers", True, "Whether others are timed as well.")
+
+
+def methods_for(gradient, density, k, rng):
     """Name to function, each running to its end; all select the same."""
+    del density, rng
     tensor, magnitudes = tf.constant(gradient), np.abs(gradient)
     groups = [selection.Group(len(gradient), k)]
     ours = benchmark_utils.compiled(
@@ -38,6 +41,11 @@ def methods_for(gradient, k):
     methods = {
         benchmark_utils.FLOOR: benchmark_utils.floor(gradient),
         "tf_regtopk": lambda: ours(tf.constant(next(steps))),
+    }
+    check_selects_the_largest(methods["tf_regtopk"], magnitudes, k)
+    if not flags.FLAGS.peers:
+        return methods
+    methods |= {
         "tf.math.top_k": benchmark_utils.compiled(top_k, jit_compile=False),
         "tf.math.top_k, XLA": benchmark_utils.compiled(top_k),
         "np.argpartition": lambda: np.argpartition(magnitudes, -k)[-k:],
@@ -51,26 +59,13 @@ def methods_for(gradient, k):
     return methods
 
 
-def check_selects_the_largest(methods, gradient):
-    magnitudes = np.abs(gradient)
-    expected = np.sort(magnitudes[methods["np.argpartition"]()])
-    actual = np.sort(magnitudes[methods["tf_regtopk"]().numpy()])
+def check_selects_the_largest(select, magnitudes, k):
+    expected = np.sort(np.partition(magnitudes, -k)[-k:])
+    actual = np.sort(magnitudes[select().numpy()])
     np.testing.assert_array_equal(actual, expected)
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"Unknown arguments: {argv[1:]}")
-    rng = np.random.default_rng(flags.FLAGS.seed)
-    results = []
-    for size, density, k in benchmark_utils.cells():
-        gradient = benchmark_utils.make_gradient(size, rng)
-        methods = methods_for(gradient, k)
-        check_selects_the_largest(methods, gradient)
-        results += benchmark_utils.measure(methods, size, density)
-    benchmark_utils.report(results, "Selecting the k largest of J entries")
-
-
 if __name__ == "__main__":
-    benchmark_utils.define_flags("results/selection")
-    app.run(main)
+    benchmark_utils.run(
+        methods_for, "Selecting the k largest of J entries", "results/selection"
+    )

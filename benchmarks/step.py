@@ -10,8 +10,6 @@ r"""How long each part of a step takes, from the gradients to the aggregate.
     python benchmarks/step.py --sizes=11200000
 """
 
-from absl import app
-from absl import flags
 import benchmark_utils
 import keras
 import numpy as np
@@ -132,19 +130,5 @@ def methods_for(gradient, density, k, rng):
     }
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"Unknown arguments: {argv[1:]}")
-    rng = np.random.default_rng(flags.FLAGS.seed)
-    results = []
-    for size, density, k in benchmark_utils.cells():
-        gradient = benchmark_utils.make_gradient(size, rng)
-        results += benchmark_utils.measure(
-            methods_for(gradient, density, k, rng), size, density
-        )
-    benchmark_utils.report(results, "The parts of a step")
-
-
 if __name__ == "__main__":
-    benchmark_utils.define_flags("results/step")
-    app.run(main)
+    benchmark_utils.run(methods_for, "The parts of a step", "results/step")

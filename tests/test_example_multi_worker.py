@@ -18,6 +18,8 @@ import multi_worker_launcher
 import numpy as np
 import pytest
 
+import tf_regtopk
+
 TIMEOUT = 120
 
 
@@ -93,13 +95,14 @@ def test_natural_compression_costs_no_accuracy(tmp_path, mirrored):
     data = multi_worker.load_data()
 
     def accuracy(values):
-        _, _, results = multi_worker.train(
+        model, _, results = multi_worker.train(
             mirrored(2),
             data,
             make_args(values=values),
             tmp_path / values,
             verbose=0,
         )
+        assert model.optimizer.codec == tf_regtopk.Codec(values=values)
         return results["final"]["accuracy"]
 
     as_it_is = accuracy("float32")

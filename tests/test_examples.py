@@ -4,6 +4,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import types
 
 import example_utils
 import keras
@@ -62,6 +63,37 @@ def test_linear_regression_script(tmp_path):
     assert summary["config"]["num_workers"] == 4
     for name, value in final.items():
         assert f"{name:10} {value:8.2f}" in output
+
+
+def test_methods_are_what_their_flags_say():
+    args = types.SimpleNamespace(
+        learning_rate=0.5,
+        mu=2.0,
+        denominator="current",
+        indices="golomb",
+        values="natural",
+    )
+    topk = tf_regtopk.TopK(0.25)
+    accumulate = tf_regtopk.Accumulate()
+    expected = {
+        "topk": (topk, accumulate),
+        "regtopk": (
+            tf_regtopk.RegTopK(0.25, 2.0, denominator="current"),
+            accumulate,
+        ),
+        "randomk": (tf_regtopk.RandomK(0.25), accumulate),
+        "ef21": (topk, tf_regtopk.EF21()),
+        "shift": (topk, tf_regtopk.LearnedShift()),
+    }
+    assert {"dense", *expected} == set(example_utils.METHODS)
+    for method, (sparsifier, error_feedback) in expected.items():
+        made = example_utils.make_optimizer(method, args, density=0.25)
+        assert made.sparsifier == sparsifier
+        assert made.error_feedback == error_feedback
+        assert made.codec == tf_regtopk.Codec("golomb", "natural")
+        assert float(made.learning_rate) == 0.5
+    dense = example_utils.make_optimizer("dense", args, density=0.25)
+    assert type(dense) is keras.optimizers.SGD
 
 
 def test_linear_regression_follows_the_reference(mirrored):

@@ -35,7 +35,7 @@ def test_no_array_of_the_gradients_size_is_copied(sparsifier):
     size = 2**18
     optimizer, variables = make_optimizer(sparsifier, [(size - 99,), (9, 11)])
     gradients = [tf.zeros(variable.shape) for variable in variables]
-    state = optimizer._state.local()
+    state = optimizer._state.variables()
     values = tf.nest.map_structure(lambda v: v.read_value(), state)
     step = optimizer.iterations.value
     args = (gradients, *values, tf.zeros([]), (step, tf.constant(0)))

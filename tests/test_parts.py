@@ -53,7 +53,7 @@ def test_replica_state(mirrored):
     @tf.function
     def step():
         n = tf.distribute.get_replica_context().replica_id_in_sync_group
-        (error,), (memory,) = state.local()
+        (error,), (memory,) = state.variables()
         error.assign_add(tf.fill([2], tf.cast(n + 1, tf.float32)))
         memory.assign(memory * n)
 

@@ -197,7 +197,9 @@ def test_payloads_of_false_length(change, mirrored, monkeypatch):
         return split(tf.concat([words, rest], axis=0), num_replicas, length)
 
     monkeypatch.setattr(exchange, "_split_used", corrupt)
-    with pytest.raises(tf.errors.InvalidArgumentError, match="payload"):
+    with pytest.raises(
+        tf.errors.InvalidArgumentError, match="The payloads must be complete"
+    ):
         flat_gradients.step_function(mirrored(2), optimizer, variables)(
             np.ones((2, SIZE))
         )

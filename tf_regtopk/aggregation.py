@@ -20,7 +20,8 @@ def sum_entries(indices, values, size):
     scatter works in.
 
     Args:
-        indices: int32 tensor `[N, k]`, in each row every index at most once.
+        indices: int32 tensor `[N, k]`, in each row every index at most once;
+            not read if k = J.
         values: Float tensor `[N, k]`.
         size: J, the number of entries of the gradient.
 
@@ -34,7 +35,7 @@ def sum_entries(indices, values, size):
     >>> sum_entries(indices, values, 4).numpy()
     array([1., 4., 5., 0.], dtype=float32)
     """
-    num_replicas, k = indices.shape
+    num_replicas, k = values.shape
     if k == size:  # All entries, in their order.
         return tf.reduce_sum(values, axis=0)
 

@@ -178,7 +178,7 @@ def compact(words, values, num_set):
     in_word = count_bits(words[:, tf.newaxis] & below)
     slot = bits_before(words)[:, tf.newaxis] + in_word
     # What is not set goes to a slot past the last.
-    slot = tf.where(_unpack(words) == one, slot, num_set)
+    slot = tf.where(unpack(words) == one, slot, num_set)
     return tf.tensor_scatter_nd_update(
         tf.zeros([num_set + 1], values.dtype),
         tf.reshape(slot, [-1, 1]),
@@ -186,32 +186,38 @@ def compact(words, values, num_set):
     )[:num_set]
 
 
-def spread(words, positions, num_words):
-    """The inverse of `compact`: a bitmap of the positions whose bits are set.
+def of_positions(positions, num_words, is_set=None):
+    """The bitmap of some positions.
 
     Args:
-        words: uint32 tensor `[n]`.
-        positions: int32 tensor `[32 n]`, those with a set bit each once.
-        num_words: Length of the result, Python integer.
+        positions: int32 tensor `[n]`, in which each that is set occurs once.
+        num_words: Length of the bitmap, Python integer.
+        is_set: uint32 tensor `[n]`, 1 or 0. Defaults to all 1.
 
     Returns:
         uint32 tensor `[num_words]`.
 
     Example:
 
-    >>> words = tf.constant([6], tf.uint32)
-    >>> spread(words, tf.range(31, 63), 2).numpy().tolist()
-    [0, 3]
+    >>> of_positions(tf.constant([0, 2, 64]), 3).numpy().tolist()
+    [5, 0, 1]
     """
+    if is_set is None:
+        is_set = tf.ones_like(positions, tf.uint32)
     bit = tf.cast(positions & (WORD - 1), tf.uint32)
     return tf.tensor_scatter_nd_add(
         tf.zeros([num_words], tf.uint32),
-        tf.bitwise.right_shift(positions, WORD.bit_length() - 1)[:, tf.newaxis],
-        tf.bitwise.left_shift(tf.reshape(_unpack(words), [-1]), bit),
+        word_of(positions)[:, tf.newaxis],
+        tf.bitwise.left_shift(is_set, bit),
     )
 
 
-def _unpack(words):
+def word_of(positions):
+    """The word that each position lies in."""
+    return tf.bitwise.right_shift(positions, WORD.bit_length() - 1)
+
+
+def unpack(words):
     """The bits of each word, 0 or 1: uint32 tensor `[n, 32]`."""
     return tf.bitwise.right_shift(words[:, tf.newaxis], _BITS) & tf.constant(
         1, tf.uint32

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
+from tf_regtopk import record
 from tf_regtopk import validation
 
 
@@ -84,7 +85,8 @@ class Step(NamedTuple):
     Args:
         num_replicas: N.
         density: k / J.
-        learning_rate: Scalar float tensor, the inner optimizer's.
+        learning_rate: Scalar float tensor, the inner optimizer's; only for
+            rules with `needs_learning_rate`.
     """
 
     num_replicas: int
@@ -92,7 +94,8 @@ class Step(NamedTuple):
     learning_rate: tf.Tensor
 
 
-class ErrorFeedback(abc.ABC):
+@dataclasses.dataclass(frozen=True)
+class ErrorFeedback(record.Record, abc.ABC):
     """Base class: a rule of error feedback.
 
     A subclass is a frozen dataclass of hyper-parameters. To be saved with a
@@ -175,19 +178,6 @@ class ErrorFeedback(abc.ABC):
         del step
         return total, shared
 
-    def _check(self, name, rule, is_valid):
-        """Checks a number, and stores it as it looks once it was saved."""
-        value = getattr(self, name)
-        validation.check_number(name, value, rule, is_valid)
-        object.__setattr__(self, name, float(value))
-
-    def get_config(self):
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_config(cls, config):
-        return cls(**config)
-
 
 @keras.saving.register_keras_serializable(package="tf_regtopk")
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +220,7 @@ class Accumulate(ErrorFeedback):
     keeps_a = True
 
     def __post_init__(self):
-        self._check("momentum", "in [0, 1)", lambda m: 0 <= m < 1)
+        self._check_number("momentum", "in [0, 1)", lambda m: 0 <= m < 1)
         validation.check_boolean("factor_masking", self.factor_masking)
         if self.factor_masking and not self.momentum:
             raise ValueError(
@@ -241,7 +231,7 @@ class Accumulate(ErrorFeedback):
             "follow_learning_rate", self.follow_learning_rate
         )
         if self.clip_norm is not None:
-            self._check("clip_norm", "positive", lambda c: c > 0)
+            self._check_number("clip_norm", "positive", lambda c: c > 0)
 
     @property
     def num_local(self):
@@ -322,7 +312,7 @@ class EF21(ErrorFeedback):
     momentum: float = 1.0
 
     def __post_init__(self):
-        self._check("momentum", "in (0, 1]", lambda m: 0 < m <= 1)
+        self._check_number("momentum", "in (0, 1]", lambda m: 0 < m <= 1)
 
     @property
     def num_local(self):
@@ -386,8 +376,8 @@ class LearnedShift(ErrorFeedback):
 
     def __post_init__(self):
         if self.rate is not None:
-            self._check("rate", "in (0, 1]", lambda r: 0 < r <= 1)
-        self._check("momentum", "in [0, 1)", lambda m: 0 <= m < 1)
+            self._check_number("rate", "in (0, 1]", lambda r: 0 < r <= 1)
+        self._check_number("momentum", "in [0, 1)", lambda m: 0 <= m < 1)
 
     @property
     def num_local(self):

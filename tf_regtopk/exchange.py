@@ -36,27 +36,27 @@ def all_gather(payload, num_used=None):
 
 def _split_used(gathered, num_replicas, length):
     """Payloads `[N, length]` of what was used of each, behind its length."""
-    payloads = []
+    total = tf.size(gathered)
+    payloads, start = [], 0
     for _ in range(num_replicas):
-        # What is missing of the last one reads as a length of -1.
-        num_used = tf.concat([gathered, [-1]], axis=0)[0]
-        gathered = gathered[1:]
+        num_used = tf.reduce_sum(gathered[start : start + 1])
+        start, end = start + 1, start + 1 + num_used
         check = tf.debugging.Assert(
-            (num_used >= 0)
-            & (num_used <= tf.minimum(length, tf.size(gathered))),
-            [
-                "The payloads gathered must be complete. Received length:",
-                num_used,
-            ],
+            (start <= total)
+            & (num_used >= 0)
+            & (num_used <= length)
+            & (end <= total),
+            ["The payloads must be complete. Received length:", num_used],
         )
+        # Else a graph may go on beside a check that fails.
         with tf.control_dependencies([check]):
-            num_used = tf.clip_by_value(num_used, 0, length)
-        payload = tf.pad(gathered[:num_used], [[0, length - num_used]])
+            payload = gathered[start:end]
+        payload = tf.pad(payload, [[0, length - tf.size(payload)]])
         payloads.append(tf.ensure_shape(payload, [length]))
-        gathered = gathered[num_used:]
+        start = end
     check = tf.debugging.Assert(
-        tf.equal(tf.size(gathered), 0),
-        ["The payloads gathered must be complete. Left over:", gathered],
+        tf.equal(start, total),
+        ["The payloads must be complete. Received left over:", total - start],
     )
     with tf.control_dependencies([check]):
         return tf.stack(payloads)
@@ -124,14 +124,12 @@ def split_header(payloads, step, dtype):
         "The replicas must be at the same step. Were the workers restored from "
         "different checkpoints?",
     )
-    # Else a graph may go on beside a check that fails.
     with tf.control_dependencies([is_same_step]):
         payloads = tf.identity(payloads)
-    num_words = dtype.size // 4
-    bits = payloads[:, 1 : 1 + num_words]
-    if num_words == 1:
+    bits = payloads[:, 1 : header_words(dtype)]
+    if dtype.size == 4:
         bits = bits[:, 0]
-    return tf.bitcast(bits, dtype), payloads[:, 1 + num_words :]
+    return tf.bitcast(bits, dtype), payloads[:, header_words(dtype) :]
 
 
 def check_payloads(is_valid):

@@ -35,6 +35,26 @@ def hash_bits(size, seed, step, replica=0):
     return _mix_bits(mixed + _mix_bits(seed))
 
 
+def uniform(size, seed, step, replica=0, dtype=tf.float32):
+    r"""Numbers uniform in [0, 1), from the high bits of `hash_bits`.
+
+        u_j = floor(hash_j / 2^8) / 2^24
+
+    Args:
+        size: Number of positions.
+        seed: Python integer.
+        step: As of `hash_bits`.
+        replica: As of `hash_bits`.
+        dtype: Float dtype of the result.
+
+    Returns:
+        Tensor `[size]` of `dtype`.
+    """
+    hashes = hash_bits(size, seed, step, replica)
+    high_bits = tf.bitwise.right_shift(hashes, tf.constant(8, tf.uint32))
+    return tf.cast(tf.bitcast(high_bits, tf.int32), dtype) * 2.0**-24
+
+
 def _mix_bits(x):
     """The finaliser of MurmurHash3 (Appleby): a permutation of 32-bit words."""
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):

@@ -124,7 +124,7 @@ class Bitmap(IndexCodec):
         return -(-self.size // _WORD)
 
     def encode(self, indices):
-        return _set_bits(indices, self.num_words)
+        return bitmap.of_positions(indices, self.num_words)
 
     def decode(self, words):
         return _positions_of_bits(words, self.k)
@@ -162,7 +162,7 @@ class EliasFano(IndexCodec):
         return tf.concat(
             [
                 _pack_low(indices, self._num_low),
-                _set_bits(unary, self._num_high_words),
+                bitmap.of_positions(unary, self._num_high_words),
             ],
             axis=0,
         )
@@ -221,7 +221,9 @@ class Golomb(IndexCodec):
         return tf.concat(
             [
                 _pack_low(gaps, self._num_low),
-                _set_bits(unary, self.num_words - self._num_low_words),
+                bitmap.of_positions(
+                    unary, self.num_words - self._num_low_words
+                ),
             ],
             axis=0,
         )
@@ -280,18 +282,6 @@ def choose(name, k, size):
     return min(
         (codec for codec in codecs if not codec.is_variable),
         key=lambda codec: codec.num_words,
-    )
-
-
-def _set_bits(positions, num_words):
-    """A bitmap with the bits at these positions, each once."""
-    ones = tf.ones([positions.shape[0]], tf.uint32)
-    bit = tf.cast(positions & (_WORD - 1), tf.uint32)
-    word = tf.bitwise.right_shift(positions, _WORD.bit_length() - 1)
-    return tf.tensor_scatter_nd_add(
-        tf.zeros([num_words], tf.uint32),
-        word[:, tf.newaxis],
-        tf.bitwise.left_shift(ones, bit),
     )
 
 

@@ -1,5 +1,6 @@
 """The optimizer wrapper: one training step, from gradients to the update."""
 
+import dataclasses
 import math
 
 import keras
@@ -113,25 +114,25 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         validation.check_no_base_arguments(kwargs)
         if sparsifier is None:
             sparsifier = sparsifiers.RegTopK()
-        if not isinstance(sparsifier, sparsifiers.Sparsifier):
-            raise TypeError(
-                "`sparsifier` must be a `Sparsifier` such as "
-                f"`RegTopK(density=0.001)`. Received: sparsifier={sparsifier!r}"
-            )
-        codec = codec_lib.Codec() if codec is None else codec
-        if not isinstance(codec, codec_lib.Codec):
-            raise TypeError(
-                '`codec` must be a `Codec` such as `Codec(values="bfloat16")`. '
-                f"Received: codec={codec!r}"
-            )
+        if codec is None:
+            codec = codec_lib.Codec()
         if error_feedback is None:
             error_feedback = error_feedback_lib.Accumulate()
-        if not isinstance(error_feedback, error_feedback_lib.ErrorFeedback):
-            raise TypeError(
-                "`error_feedback` must be an `ErrorFeedback` such as "
-                "`NoFeedback()`. Received: "
-                f"error_feedback={error_feedback!r}"
-            )
+        validation.check_instance(
+            "sparsifier",
+            sparsifier,
+            sparsifiers.Sparsifier,
+            "RegTopK(density=0.001)",
+        )
+        validation.check_instance(
+            "codec", codec, codec_lib.Codec, 'Codec(values="bfloat16")'
+        )
+        validation.check_instance(
+            "error_feedback",
+            error_feedback,
+            error_feedback_lib.ErrorFeedback,
+            "NoFeedback()",
+        )
         validation.check_choice("scope", scope, ("global", "per_variable"))
         validation.check_integer("dense_below", dense_below, minimum=0)
         super().__init__(inner_optimizer, name=name)
@@ -160,7 +161,7 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         sparse = [gradients[slot] for slot in self._sparse_slots]
         if all(gradient is None for gradient in sparse):
             return is_finite, (exchanged, ())
-        local, shared, memory = self._state.local()
+        local, shared, memory = self._state.variables()
         replica = tf.distribute.get_replica_context().replica_id_in_sync_group
         stream = (self._iterations.value, tf.convert_to_tensor(replica))
         payload, num_used, *rest = self._select_entries(
@@ -177,13 +178,12 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         magnitudes, payloads = exchange.split_header(
             payloads, stream[0], self._buffer.dtype
         )
-        is_finite &= finiteness.is_sum_finite(magnitudes)
-        if self._state.num_replicas == 1:
-            indices, sent, _ = rest
-            entries = indices[tf.newaxis], sent[tf.newaxis]
-        else:
-            *entries, is_valid, are_finite = self._decode(payloads)
-            is_finite &= exchange.check_payloads(is_valid) & are_finite
+        *entries, is_valid, are_finite = self._decode(payloads)
+        is_finite &= (
+            exchange.check_payloads(is_valid)
+            & are_finite
+            & finiteness.is_sum_finite(magnitudes)
+        )
         return is_finite, (exchanged, (*entries, *rest))
 
     def _aggregate(self, exchanged, has_gradient):
@@ -192,7 +192,7 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         aggregate = [exchanged.get(slot) for slot in range(len(has_gradient))]
         if entries:
             *entries, accumulated = entries
-            local, shared, memory = self._state.local()
+            local, shared, memory = self._state.variables()
             for i, value in accumulated.items():
                 local[i].assign(value)
             present = tuple(
@@ -248,6 +248,9 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
     def _decode(self, payloads):
         """The entries of all replicas, on each replica."""
         indices, values, is_valid = self._payload_codec.decode(payloads)
+        if values.shape[1] == self._buffer.size:
+            # Nobody reads them, and they take as much memory as the values.
+            indices = indices[:, :0]
         return indices, values, is_valid, finiteness.are_finite([values])
 
     @tf.function(jit_compile=True, autograph=False)
@@ -315,11 +318,6 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
             self.scope, self.sparsifier.num_selected
         )
         k = sum(group.k for group in self._groups)
-        self._payload_codec = None
-        if k:
-            self._payload_codec = self.codec.payload(
-                k, self._buffer.size, self._buffer.dtype
-            )
         self._state = replica_state.ReplicaState(
             lambda: (
                 self.error_feedback.initial_local(
@@ -331,6 +329,18 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
                 self.sparsifier.initial_memory(k, self._buffer.dtype),
             )
         )
+        # Of a single replica nothing is sent, and nothing has to be short.
+        codec = self.codec
+        if self._state.num_replicas == 1:
+            codec = dataclasses.replace(codec, indices="int32")
+        self._payload_codec = self._payload_codec_of(codec)
+
+    def _payload_codec_of(self, codec):
+        """The `PayloadCodec` of a `Codec`; None if nothing is selected."""
+        k = sum(group.k for group in self._groups)
+        if not k:
+            return None
+        return codec.payload(k, self._buffer.size, self._buffer.dtype)
 
     def wire_report(self):
         """What each replica sends a step, as a `WireReport` to print.
@@ -356,7 +366,7 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
                 "`optimizer.build(model.trainable_variables)`."
             )
         return wire.report(
-            self._payload_codec,
+            self._payload_codec_of(self.codec),
             [self._trainable_variables[slot] for slot in self._sparse_slots],
             [self._trainable_variables[slot] for slot in self._dense_slots],
             self._state.num_replicas,

@@ -8,7 +8,7 @@ from tf_regtopk import strategy
 class ReplicaState:
     """A structure of tensors that differs from replica to replica.
 
-    To be created in the scope of the strategy; `local` is to be called in a
+    To be created in the scope of the strategy; `variables` is to be called in a
     replica context.
 
     Args:
@@ -18,7 +18,7 @@ class ReplicaState:
     Example:
 
     >>> state = ReplicaState(lambda: (tf.zeros([2]), ()))
-    >>> variable, _ = state.local()
+    >>> variable, _ = state.variables()
     >>> variable.assign([1.0, 2.0]).numpy()
     array([1., 2.], dtype=float32)
     """
@@ -38,7 +38,7 @@ class ReplicaState:
             initial(),
         )
 
-    def local(self):
+    def variables(self):
         """This replica's structure of `tf.Variable`s."""
 
         def local_variable(variable):

@@ -44,16 +44,16 @@ class Candidates(NamedTuple):
     Args:
         sure: Those at least as large as the upper bound; None if there is none.
         num_sure: Their number.
-        open: Those from the lower to below the upper bound.
-        num_open: Their number.
-        suffice: Whether the k-th largest is an open one, and there are no more
-            of those than there is room for (as with masses of ties).
+        undecided: Those from the lower to below the upper bound.
+        num_undecided: Their number.
+        suffice: Whether the k-th largest is an undecided one, and there are no
+            more of those than there is room for (as with masses of ties).
     """
 
     sure: tf.Tensor
     num_sure: tf.Tensor
-    open: tf.Tensor
-    num_open: tf.Tensor
+    undecided: tf.Tensor
+    num_undecided: tf.Tensor
     suffice: tf.Tensor
 
 
@@ -69,8 +69,8 @@ def plan(size, k):
     if k > _HIGH_DENSITY * size:
         upper_rank = max(0, math.floor(expected - margin))
     # The number of scores between two samples varies as well.
-    num_open = lower_rank - upper_rank
-    room = num_open + _MARGIN * math.sqrt(num_open) + 1
+    num_undecided = lower_rank - upper_rank
+    room = num_undecided + _MARGIN * math.sqrt(num_undecided) + 1
     room = -(-math.ceil(size / num_samples * room) // bitmap.SQUARE)
     room *= bitmap.SQUARE
     if lower_rank >= num_samples or room >= size:
@@ -81,8 +81,8 @@ def plan(size, k):
 def candidates(scores, group, step):
     """Rules out most of a large group in one pass over its scores.
 
-        sure = {j : |score_j| >= upper}
-        open = {j : upper > |score_j| >= lower}
+        sure      = {j : |score_j| >= upper}
+        undecided = {j : upper > |score_j| >= lower}
 
     Args:
         scores: Float tensor `[J]`.
@@ -95,7 +95,7 @@ def candidates(scores, group, step):
     p = plan(*group)
     lower, upper = _bounds(scores, p, step)
     if p.upper_rank:
-        sure, is_open = keys_lib.pack_where(
+        sure, undecided = keys_lib.pack_where(
             scores,
             lambda key: key >= upper,
             lambda key: (key >= lower) & (key < upper),
@@ -103,14 +103,14 @@ def candidates(scores, group, step):
         num_sure = tf.reduce_sum(bitmap.count_bits(sure))
     else:
         sure, num_sure = None, tf.constant(0)
-        [is_open] = keys_lib.pack_where(scores, lambda key: key >= lower)
-    num_open = tf.reduce_sum(bitmap.count_bits(is_open))
+        [undecided] = keys_lib.pack_where(scores, lambda key: key >= lower)
+    num_undecided = tf.reduce_sum(bitmap.count_bits(undecided))
     suffice = (
         (num_sure < group.k)
-        & (group.k <= num_sure + num_open)
-        & (num_open <= p.room)
+        & (group.k <= num_sure + num_undecided)
+        & (num_undecided <= p.room)
     )
-    return Candidates(sure, num_sure, is_open, num_open, suffice)
+    return Candidates(sure, num_sure, undecided, num_undecided, suffice)
 
 
 def _bounds(scores, p, step):

@@ -87,7 +87,7 @@ def _select_few(scores, k, candidates, room):
     """The k largest, of candidates that are little more than k."""
     words, num_candidates = tf.cond(
         candidates.suffice,
-        lambda: (candidates.open, candidates.num_open),
+        lambda: (candidates.undecided, candidates.num_undecided),
         lambda: (_mark_largest_of_many(scores, k), k),
     )
     positions, keys = _keys_at(scores, words, num_candidates, room)
@@ -96,17 +96,19 @@ def _select_few(scores, k, candidates, room):
 
 
 def _select_many(scores, k, candidates, room):
-    """The k largest: those which are sure, and the rest of the open ones."""
+    """The k largest: the sure ones, and the rest of those undecided."""
 
     def mark_largest_candidates():
         positions, keys = _keys_at(
-            scores, candidates.open, candidates.num_open, room
+            scores, candidates.undecided, candidates.num_undecided, room
         )
         marked = keys_lib.mark_largest(
             keys_lib.in_rows(keys, [room]), [k - candidates.num_sure]
         )
-        return candidates.sure | bitmap.spread(
-            marked, positions, candidates.open.shape[0]
+        return candidates.sure | bitmap.of_positions(
+            positions,
+            candidates.undecided.shape[0],
+            tf.reshape(bitmap.unpack(marked), [-1]),
         )
 
     words = tf.cond(
@@ -168,7 +170,6 @@ def _select(keys, groups):
     first_entry = np.cumsum([0] + [g.size for g in groups[:-1]], dtype=np.int32)
     padding_before = keys.first_word * bitmap.WORD - first_entry
     if padding_before.any():
-        word = tf.bitwise.right_shift(positions, bitmap.WORD.bit_length() - 1)
-        group = tf.gather(keys.group_of_word, word)
+        group = tf.gather(keys.group_of_word, bitmap.word_of(positions))
         positions -= tf.gather(padding_before, group)
     return positions

@@ -19,6 +19,7 @@ import keras
 import tensorflow as tf
 
 from tf_regtopk import hashing
+from tf_regtopk import record
 from tf_regtopk import validation
 
 
@@ -83,8 +84,6 @@ def reg_top_k_score(a, indices, one_plus_delta, mu, q):
 def random_k_score(size, seed, step, dtype):
     r"""Random-k: uniform in [0, 1), and the same on every replica.
 
-        score_j = floor(hash_j / 2^8) / 2^24
-
     Args:
         size: J, the number of entries.
         seed: Python integer.
@@ -94,13 +93,11 @@ def random_k_score(size, seed, step, dtype):
     Returns:
         Float tensor `[J]`.
     """
-    hashes = hashing.hash_bits(size, seed, step)
-    high_bits = tf.bitwise.right_shift(hashes, tf.constant(8, tf.uint32))
-    return tf.cast(tf.bitcast(high_bits, tf.int32), dtype) * 2.0**-24
+    return hashing.uniform(size, seed, step, dtype=dtype)
 
 
 @dataclasses.dataclass(frozen=True)
-class Sparsifier(abc.ABC):
+class Sparsifier(record.Record, abc.ABC):
     """Base class: what the optimizer asks of a sparsifier.
 
     A subclass is a frozen dataclass of hyper-parameters that overrides `score`,
@@ -119,14 +116,7 @@ class Sparsifier(abc.ABC):
     density: float = 0.001
 
     def __post_init__(self):
-        validation.check_number(
-            "density", self.density, "in (0, 1]", lambda d: 0 < d <= 1
-        )
-        self._store("density", float(self.density))
-
-    def _store(self, name, value):
-        """Stores a plain number, which looks the same once it was saved."""
-        object.__setattr__(self, name, value)
+        self._check_number("density", "in (0, 1]", lambda d: 0 < d <= 1)
 
     def num_selected(self, num_entries):
         """k = max(1, round(density * J)) for J = `num_entries`."""
@@ -193,13 +183,6 @@ class Sparsifier(abc.ABC):
         del indices, sent, aggregate
         return ()
 
-    def get_config(self):
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_config(cls, config):
-        return cls(**config)
-
 
 @keras.saving.register_keras_serializable(package="tf_regtopk")
 @dataclasses.dataclass(frozen=True)
@@ -259,21 +242,12 @@ class RegTopK(Sparsifier):
 
     def __post_init__(self):
         super().__post_init__()
-        validation.check_number(
-            # A smaller mu would be 0 in float32.
-            "mu",
-            self.mu,
-            "a positive number",
-            lambda mu: mu > 1e-37,
-        )
-        validation.check_number(
-            "q", self.q, "a non-negative number", lambda q: q >= 0
-        )
+        # A smaller mu would be 0 in float32.
+        self._check_number("mu", "a positive number", lambda mu: mu > 1e-37)
+        self._check_number("q", "a non-negative number", lambda q: q >= 0)
         validation.check_choice(
             "denominator", self.denominator, ("previous", "current")
         )
-        self._store("mu", float(self.mu))
-        self._store("q", float(self.q))
 
     def initial_memory(self, k, dtype):
         # NaN: nothing was sent, so Delta is not defined there.
@@ -321,8 +295,7 @@ class RandomK(Sparsifier):
 
     def __post_init__(self):
         super().__post_init__()
-        validation.check_integer("seed", self.seed, minimum=0)
-        self._store("seed", int(self.seed))
+        self._check_integer("seed", minimum=0)
 
     def score(self, a, memory, step):
         del memory
@@ -348,10 +321,7 @@ class Dense(Sparsifier):
     density: float = 1.0
 
     def __post_init__(self):
-        validation.check_number(
-            "density", self.density, "1 for `Dense`", lambda d: d == 1
-        )
-        super().__post_init__()
+        self._check_number("density", "1 for `Dense`", lambda d: d == 1)
 
     def score(self, a, memory, step):
         del memory, step

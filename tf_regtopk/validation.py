@@ -67,6 +67,17 @@ def check_boolean(name, value):
         )
 
 
+def check_instance(name, value, class_, example):
+    """Raises unless `value` is an instance of a class, as `example` is."""
+    if not isinstance(value, class_):
+        article = "an" if class_.__name__[0] in "AEIOU" else "a"
+        raise TypeError(
+            f"`{name}` must be {article} `{class_.__name__}` such as "
+            f"`{example}`. "
+            f"Received: {name}={value!r}"
+        )
+
+
 def check_choice(name, value, choices):
     """Raises unless `value` is one of the strings `choices`."""
     if not isinstance(value, str) or value not in choices:

@@ -23,13 +23,17 @@ import tensorflow as tf
 
 from tf_regtopk import bits
 from tf_regtopk import hashing
+from tf_regtopk import record
 from tf_regtopk import validation
 
+# Of a float32.
 _EXPONENT_SHIFT, _EXPONENT_MASK = 23, 0xFF
+# Of `Natural`: the number of exponents below the largest that stands for 0.
+_NOTHING = 0x7F
 
 
 @dataclasses.dataclass(frozen=True)
-class ValueCodec(abc.ABC):
+class ValueCodec(record.Record, abc.ABC):
     """Base class: k float values as words, and back.
 
     A subclass is a frozen dataclass of its parameters. To be saved with a model
@@ -65,19 +69,6 @@ class ValueCodec(abc.ABC):
         Returns:
             Tensor `[k]` of `dtype`.
         """
-
-    def _check(self, name, minimum):
-        """Checks an integer, and stores it as it looks once it was saved."""
-        value = getattr(self, name)
-        validation.check_integer(name, value, minimum)
-        object.__setattr__(self, name, int(value))
-
-    def get_config(self):
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_config(cls, config):
-        return cls(**config)
 
 
 class _Cast(ValueCodec):
@@ -119,12 +110,7 @@ class Float16(_Cast):
 @keras.saving.register_keras_serializable(package="tf_regtopk")
 @dataclasses.dataclass(frozen=True)
 class Float32(ValueCodec):
-    """Values as they are: 32 bits, or 64 if any variable has float64.
-
-    To round float64 values would undo what float64 was chosen for: in the
-    linear regression RegTop-k then ends at 10^-10 instead of 10^-18, because
-    entries no longer cancel to the bit.
-    """
+    """Values as they are: 32 bits, or 64 if any variable has float64."""
 
     def num_words(self, k, dtype):
         return k * dtype.size // 4
@@ -161,7 +147,7 @@ class Natural(ValueCodec):
     seed: int = 0
 
     def __post_init__(self):
-        self._check("seed", minimum=0)
+        self._check_integer("seed", minimum=0)
 
     def num_words(self, k, dtype):
         del dtype
@@ -171,18 +157,13 @@ class Natural(ValueCodec):
         pattern = tf.bitcast(_to_float32(values), tf.int32)
         exponent = tf.bitwise.right_shift(pattern, _EXPONENT_SHIFT)
         exponent &= _EXPONENT_MASK
-        mantissa = pattern & ((1 << _EXPONENT_SHIFT) - 1)
-        hashes = hashing.hash_bits(values.shape[0], self.seed, *stream)
-        drawn = tf.bitcast(
-            tf.bitwise.right_shift(
-                hashes, tf.constant(32 - _EXPONENT_SHIFT, tf.uint32)
-            ),
-            tf.int32,
+        # |v| / 2^e - 1, exactly.
+        mantissa = tf.cast(pattern & ((1 << _EXPONENT_SHIFT) - 1), tf.float32)
+        is_up = mantissa * 2.0**-_EXPONENT_SHIFT > hashing.uniform(
+            values.shape[0], self.seed, *stream
         )
         # 255 stands for infinity.
-        rounded = tf.minimum(
-            exponent + tf.cast(drawn < mantissa, tf.int32), 254
-        )
+        rounded = tf.minimum(exponent + tf.cast(is_up, tf.int32), 254)
         rounded = tf.where(exponent == 0, 0, rounded)
         largest = tf.reduce_max(rounded)
         below = tf.where(rounded == 0, _NOTHING, largest - rounded)
@@ -205,10 +186,6 @@ class Natural(ValueCodec):
         pattern = tf.bitwise.left_shift(numbers & 0x80, 24)
         pattern |= tf.bitwise.left_shift(exponent, _EXPONENT_SHIFT)
         return tf.cast(tf.bitcast(pattern, tf.float32), dtype)
-
-
-# The number of exponents below the largest that stands for 0.
-_NOTHING = 0x7F
 
 
 class _InBuckets(ValueCodec):
@@ -243,12 +220,12 @@ class Uniform(_InBuckets):
     seed: int = 0
 
     def __post_init__(self):
-        self._check("num_bits", minimum=1)
+        self._check_integer("num_bits", minimum=1)
         validation.check_number(
             "num_bits", self.num_bits, "from 1 to 8", lambda b: b <= 8
         )
-        self._check("bucket_size", minimum=1)
-        self._check("seed", minimum=0)
+        self._check_integer("bucket_size", minimum=1)
+        self._check_integer("seed", minimum=0)
 
     def num_words(self, k, dtype):
         del dtype
@@ -264,17 +241,8 @@ class Uniform(_InBuckets):
         step = _round_up((tf.reduce_max(halves, axis=1) - low) / most)
         position = (halves - low[:, tf.newaxis]) / step[:, tf.newaxis]
         position = tf.reshape(position, [-1])[:k]
-        hashes = hashing.hash_bits(k, self.seed, *stream)
-        drawn = tf.cast(
-            tf.bitcast(
-                tf.bitwise.right_shift(hashes, tf.constant(8, tf.uint32)),
-                tf.int32,
-            ),
-            tf.float32,
-        )
-        # Not rounded as the sum of both would be.
         below = tf.floor(position)
-        is_up = drawn * 2.0**-24 < position - below
+        is_up = position - below > hashing.uniform(k, self.seed, *stream)
         level = below + tf.cast(is_up, tf.float32)
         # Where all values are equal, the step is 0.
         level = tf.where(level > 0, tf.minimum(level, float(most)), 0.0)
@@ -324,7 +292,7 @@ class ScaledSign(_InBuckets):
 
     def __post_init__(self):
         if self.bucket_size is not None:
-            self._check("bucket_size", minimum=1)
+            self._check_integer("bucket_size", minimum=1)
 
     def num_words(self, k, dtype):
         del dtype
@@ -375,11 +343,10 @@ CODECS = {
 
 
 def _to_float32(values):
-    return (
-        values
-        if values.dtype == tf.float32
-        else tf.saturate_cast(values, tf.float32)
-    )
+    # Also a cast to the same dtype would be compiled.
+    if values.dtype == tf.float32:
+        return values
+    return tf.saturate_cast(values, tf.float32)
 
 
 def _in_buckets(values, bucket_size):

@@ -17,9 +17,12 @@ class WireReport:
     a code of variable length, for indices that are spread evenly.
 
     Args:
+        num_replicas: N.
+        dense_below_bytes: Bytes of the gradients of the variables exchanged
+            densely.
+        dense_bytes: Bytes of all gradients, in the variables' dtypes.
         num_entries: J, the entries of all variables exchanged sparsely.
         num_selected: k.
-        num_replicas: N.
         index_code: Name of the code of the indices.
         value_code: Name of the code of the values.
         bits_per_index: Bits of an index.
@@ -27,22 +30,19 @@ class WireReport:
             of indices can undercut.
         bits_per_value: Bits of a value, with its share of scales.
         payload_bytes: Bytes of the payload of one replica, header included.
-        dense_below_bytes: Bytes of the gradients of the variables exchanged
-            densely.
-        dense_bytes: Bytes of all gradients, in the variables' dtypes.
     """
 
-    num_entries: int
-    num_selected: int
     num_replicas: int
-    index_code: str
-    value_code: str
-    bits_per_index: float
-    entropy_bits_per_index: float
-    bits_per_value: float
-    payload_bytes: int
     dense_below_bytes: int
     dense_bytes: int
+    num_entries: int = 0
+    num_selected: int = 0
+    index_code: str = "none"
+    value_code: str = "none"
+    bits_per_index: float = 0.0
+    entropy_bits_per_index: float = 0.0
+    bits_per_value: float = 0.0
+    payload_bytes: int = 0
 
     @property
     def ratio(self):
@@ -86,7 +86,7 @@ class WireReport:
 
 
 def report(payload_codec, sparse, dense, num_replicas):
-    """Makes the report by encoding a payload.
+    """Makes the report.
 
     Args:
         payload_codec: `PayloadCodec`, None if no variable is sent sparsely.
@@ -100,28 +100,25 @@ def report(payload_codec, sparse, dense, num_replicas):
     dense_below_bytes = _num_bytes(dense)
     dense_bytes = dense_below_bytes + _num_bytes(sparse)
     if payload_codec is None:
-        return WireReport(
-            0, 0, num_replicas, "none", "none", 0.0, 0.0, 0.0, 0,
-            dense_below_bytes, dense_bytes,
-        )  # fmt: skip
+        return WireReport(num_replicas, dense_below_bytes, dense_bytes)
     k, size = payload_codec.indices.k, payload_codec.indices.size
     num_words = _words_used(payload_codec)
     value_words = payload_codec.num_value_words
     header_words = exchange.header_words(payload_codec.dtype)
     if payload_codec.is_variable:
-        header_words += 1
+        header_words += 1  # The length.
     return WireReport(
+        num_replicas,
+        dense_below_bytes,
+        dense_bytes,
         num_entries=size,
         num_selected=k,
-        num_replicas=num_replicas,
         index_code=type(payload_codec.indices).__name__,
         value_code=type(payload_codec.values).__name__,
         bits_per_index=32 * (num_words - value_words) / k,
         entropy_bits_per_index=index_codecs.entropy_bits(k, size) / k,
         bits_per_value=32 * value_words / k,
         payload_bytes=4 * (header_words + num_words),
-        dense_below_bytes=dense_below_bytes,
-        dense_bytes=dense_bytes,
     )
 
 
