@@ -2,8 +2,7 @@
 
 A width is a sum of powers of two, and each of them is packed on its own: of a
 9-bit number, 8 bits go to words that hold four such parts, and 1 bit to words
-that hold 32. Part i of a word belongs to the i-th of as many equal stretches of
-the numbers, so that whole vectors are shifted at a time.
+that hold 32, of consecutive numbers from the lowest bits on.
 """
 
 import tensorflow as tf
@@ -38,9 +37,9 @@ def pack(numbers, width):
         low = tf.bitwise.right_shift(numbers, tf.constant(shift, tf.uint32))
         low &= tf.constant((1 << part) - 1, tf.uint32)
         padding = per_word * length - numbers.shape[0]
-        rows = tf.reshape(tf.pad(low, [[0, padding]]), [per_word, length])
+        rows = tf.reshape(tf.pad(low, [[0, padding]]), [length, per_word])
         packed.append(
-            tf.reduce_sum(tf.bitwise.left_shift(rows, _shifts(part)), axis=0)
+            tf.reduce_sum(tf.bitwise.left_shift(rows, _shifts(part)), axis=1)
         )
     return tf.concat(packed, axis=0)
 
@@ -59,7 +58,8 @@ def unpack(words, size, width):
     numbers = tf.zeros([size], tf.uint32)
     for part, shift in _parts(width):
         length = num_words(size, part)
-        rows = tf.bitwise.right_shift(words[:length], _shifts(part))
+        rows = words[:length, tf.newaxis]
+        rows = tf.bitwise.right_shift(rows, _shifts(part))
         rows &= tf.constant((1 << part) - 1, tf.uint32)
         low = tf.reshape(rows, [-1])[:size]
         numbers |= tf.bitwise.left_shift(low, tf.constant(shift, tf.uint32))
@@ -78,4 +78,4 @@ def _parts(width):
 
 
 def _shifts(part):
-    return tf.constant([[s] for s in range(0, 32, part)], tf.uint32)
+    return tf.constant(list(range(0, 32, part)), tf.uint32)
