@@ -64,7 +64,18 @@ def full_batch_dataset(features, targets):
     return tf.data.Dataset.from_tensors(tuple(merged)).repeat()
 
 
-METHODS = ("dense", "topk", "regtopk", "randomk", "ef21", "shift")
+METHODS = (
+    "dense",
+    "topk_no_feedback",
+    "topk",
+    "regtopk",
+    "randomk",
+    "dgc",
+    "ef21",
+    "shift",
+    "shift_regtopk",
+    "shift_regtopk_inner",
+)
 
 
 def define_density_flag(default):
@@ -103,11 +114,11 @@ def define_codec_flags():
     )
 
 
-def define_method_flags(mu):
-    """Defines the flags for the methods to compare; `mu` is a default."""
+def define_method_flags(mu, methods=("dense", "topk", "regtopk")):
+    """Defines the flags for the methods to compare; both are defaults."""
     flags.DEFINE_list(
         "methods",
-        ["dense", "topk", "regtopk"],
+        list(methods),
         f"Methods to compare, of {', '.join(METHODS)}.",
     )
     flags.register_validator(
@@ -122,28 +133,50 @@ def define_method_flags(mu):
     )
 
 
-def make_optimizer(method, args, density):
+def make_optimizer(method, args, learning_rate, density, momentum=0.0):
     """Gradient descent as it is for "dense", else wrapped for the method.
+
+    Momentum is the inner optimizer's, but the workers' own for "dgc", "ef21",
+    "shift" and "shift_regtopk". At density 1 all methods take the same steps
+    (but "dgc", which then has no momentum).
 
     Args:
         method: One of `METHODS`.
-        args: The flags, `learning_rate` and those of the method.
+        args: The flags of `define_method_flags`.
+        learning_rate: Float.
         density: The share of entries that are sent.
+        momentum: Float in [0, 1).
     """
-    optimizer = keras.optimizers.SGD(args.learning_rate)
+
+    def sgd(momentum, scale=1.0):
+        return keras.optimizers.SGD(scale * learning_rate, momentum)
+
     if method == "dense":
-        return optimizer
+        return sgd(momentum)
     topk = tf_regtopk.TopK(density)
     regtopk = tf_regtopk.RegTopK(density, args.mu, denominator=args.denominator)
-    sparsifier, error_feedback = {
-        "topk": (topk, tf_regtopk.Accumulate()),
-        "regtopk": (regtopk, tf_regtopk.Accumulate()),
-        "randomk": (tf_regtopk.RandomK(density), tf_regtopk.Accumulate()),
-        "ef21": (topk, tf_regtopk.EF21()),
-        "shift": (topk, tf_regtopk.LearnedShift()),
+    accumulate = tf_regtopk.Accumulate()
+    dgc = tf_regtopk.Accumulate(momentum, factor_masking=momentum > 0)
+    # It averages gradients where momentum adds them up.
+    ef21, averaging = tf_regtopk.EF21(1 - momentum), 1 / (1 - momentum)
+    shift = tf_regtopk.LearnedShift(momentum=momentum)
+    inner_optimizer, sparsifier, error_feedback = {
+        "topk_no_feedback": (sgd(momentum), topk, tf_regtopk.NoFeedback()),
+        "topk": (sgd(momentum), topk, accumulate),
+        "regtopk": (sgd(momentum), regtopk, accumulate),
+        "randomk": (sgd(momentum), tf_regtopk.RandomK(density), accumulate),
+        "dgc": (sgd(0.0), topk, dgc),
+        "ef21": (sgd(0.0, averaging), topk, ef21),
+        "shift": (sgd(0.0), topk, shift),
+        "shift_regtopk": (sgd(0.0), regtopk, shift),
+        "shift_regtopk_inner": (
+            sgd(momentum),
+            regtopk,
+            tf_regtopk.LearnedShift(),
+        ),
     }[method]
     return tf_regtopk.SparsifiedOptimizer(
-        optimizer,
+        inner_optimizer,
         sparsifier,
         codec=tf_regtopk.Codec(args.indices, args.values),
         error_feedback=error_feedback,
@@ -194,28 +227,34 @@ def train_full_batch(model, features, targets, num_steps, measure, title):
 
 def config():
     """The flags of the script that runs, as a dictionary of their values."""
-    own_modules = [sys.argv[0], __name__]
     return {
         flag.name: flag.value
-        for module in own_modules
-        for flag in flags.FLAGS.flags_by_module_dict().get(module, [])
+        for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])
     }
 
 
-def save_results(output_dir, summary, draw):
+def save_results(output_dir, summary, draw, num_plots=1):
     """Writes `summary.json` and the figure `curves.png`.
 
     Args:
         output_dir: Folder, made if it is missing.
         summary: What goes into the JSON file.
-        draw: Function of a matplotlib `Axes` that draws the figure.
+        draw: Function of a matplotlib `Axes` that draws the figure; of as many
+            as there are plots.
+        num_plots: Number of plots beside each other.
     """
     os.makedirs(output_dir, exist_ok=True)
     summary_path = os.path.join(output_dir, "summary.json")
     with open(summary_path, "w", encoding="utf-8") as f:
         json.dump(summary, f, indent=2)
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    draw(axes)
+    figure, axes = plt.subplots(
+        1,
+        num_plots,
+        figsize=(6 * num_plots, 4),
+        layout="constrained",
+        squeeze=False,
+    )
+    draw(*axes[0])
     figure_path = os.path.join(output_dir, "curves.png")
     figure.savefig(figure_path, dpi=150)
     plt.close(figure)

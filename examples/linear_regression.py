@@ -111,7 +111,7 @@ def main(argv):
     for method in args.methods:
         distances = train(
             lambda method=method: example_utils.make_optimizer(
-                method, args, args.density
+                method, args, args.learning_rate, args.density
             ),
             strategy,
             problem,

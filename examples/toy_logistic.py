@@ -85,6 +85,7 @@ def main(argv):
             lambda method=method: example_utils.make_optimizer(
                 method,
                 args,
+                args.learning_rate,
                 density=0.5,  # One of two entries.
             ),
             strategy,

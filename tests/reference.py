@@ -184,6 +184,34 @@ class LearnedShift:
         return agg + self.p
 
 
+class CompressedDownlink:
+    """E for all, of a sum that is sparsified and made ternary."""
+
+    def __init__(self, error_feedback=None, density=None, values="ternary"):
+        self.inner = error_feedback or Accumulate()
+        self.density, self.values = density, values
+
+    def start(self, num_workers, size, density):
+        self.inner.start(num_workers, size, density)
+        self.error = np.zeros(size)
+        self.k = k_of(self.density or density, size)
+
+    def accumulate(self, g, learning_rate):
+        return self.inner.accumulate(g, learning_rate)
+
+    def update(self, a, s, sent, agg):
+        a = self.error + self.inner.update(a, s, sent, agg)
+        chosen = largest(np.abs(a), self.k)
+        result = np.zeros(len(a))
+        result[chosen] = a[chosen]
+        if self.values == "ternary":
+            # The magnitude travels as a float32.
+            magnitude = np.float32(np.abs(a[chosen]).mean())
+            result[chosen] = np.sign(a[chosen]) * magnitude
+        self.error = a - result
+        return result
+
+
 def random_scores(size, seed, step):
     """Hash of seed, step and position, uniform in [0, 1)."""
     mask = 2**32 - 1

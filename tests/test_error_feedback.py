@@ -27,11 +27,19 @@ RULES = {
     "shift": ("LearnedShift", {}),
     "shift, rate": ("LearnedShift", dict(rate=0.5)),
     "shift, momentum": ("LearnedShift", dict(momentum=0.6)),
+    "downlink": ("CompressedDownlink", dict(density=0.15)),
+    "downlink of ef21": (
+        "CompressedDownlink",
+        dict(error_feedback="ef21", values="float32"),
+    ),
 }
 
 
 def rule_of(module, name):
     class_name, arguments = RULES[name]
+    if "error_feedback" in arguments:
+        inner = rule_of(module, arguments["error_feedback"])
+        arguments = {**arguments, "error_feedback": inner}
     return getattr(module, class_name)(**arguments)
 
 
@@ -144,7 +152,8 @@ def test_shift_loses_nothing(mirrored):
 
 
 @pytest.mark.parametrize(
-    "name", ["dgc", "ef21-sgdm", "shift, momentum", "none"]
+    "name",
+    ["dgc", "ef21-sgdm", "shift, momentum", "none", "downlink of ef21"],
 )
 def test_state_is_saved_and_fits_another_world(name, mirrored):
     """To the bit on as many replicas, and with the same sums on others."""
@@ -280,7 +289,7 @@ def test_numbers_of_any_type_are_stored_plainly():
 
 def test_huge_gradients_are_clipped_as_well():
     rule = tf_regtopk.Accumulate(clip_norm=2.0)
-    step = error_feedback.Step(4, 0.1, tf.zeros([]))
+    step = error_feedback.Step(4, 0.1, tf.zeros([]), tf.constant(0))
     g = tf.constant([3e30, -4e30, 0.0])
     a, _ = rule.accumulate((tf.zeros([3]),), (), g, step)
     np.testing.assert_allclose(a, [0.6, -0.8, 0.0], rtol=1e-6)
@@ -320,6 +329,21 @@ def test_huge_gradients_are_clipped_as_well():
             lambda: tf_regtopk.LearnedShift(rate=0),
             ValueError,
             r"`rate` must be in \(0, 1\]. Received: rate=0",
+        ),
+        (
+            lambda: tf_regtopk.CompressedDownlink(0.5),
+            TypeError,
+            "`error_feedback` must be .* Received: error_feedback=0.5",
+        ),
+        (
+            lambda: tf_regtopk.CompressedDownlink(density=0),
+            ValueError,
+            r"`density` must be in \(0, 1\]. Received: density=0",
+        ),
+        (
+            lambda: tf_regtopk.CompressedDownlink(values="int8"),
+            ValueError,
+            "`values` must be .* Received: values='int8'",
         ),
     ],
 )

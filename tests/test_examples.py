@@ -10,7 +10,9 @@ import example_utils
 import keras
 import linear_regression
 import numpy as np
+import pytest
 import reference
+import tensorflow as tf
 import toy_logistic
 
 import tf_regtopk
@@ -65,35 +67,61 @@ def test_linear_regression_script(tmp_path):
         assert f"{name:10} {value:8.2f}" in output
 
 
+METHOD_ARGS = types.SimpleNamespace(
+    mu=2.0, denominator="current", indices="golomb", values="natural"
+)
+
+
 def test_methods_are_what_their_flags_say():
-    args = types.SimpleNamespace(
-        learning_rate=0.5,
-        mu=2.0,
-        denominator="current",
-        indices="golomb",
-        values="natural",
-    )
     topk = tf_regtopk.TopK(0.25)
+    regtopk = tf_regtopk.RegTopK(0.25, 2.0, denominator="current")
     accumulate = tf_regtopk.Accumulate()
+    local_shift = tf_regtopk.LearnedShift(momentum=0.75)
+    # With the momentum of the inner optimizer, and its learning rate.
     expected = {
-        "topk": (topk, accumulate),
-        "regtopk": (
-            tf_regtopk.RegTopK(0.25, 2.0, denominator="current"),
-            accumulate,
-        ),
-        "randomk": (tf_regtopk.RandomK(0.25), accumulate),
-        "ef21": (topk, tf_regtopk.EF21()),
-        "shift": (topk, tf_regtopk.LearnedShift()),
+        "topk_no_feedback": (topk, tf_regtopk.NoFeedback(), 0.75, 0.5),
+        "topk": (topk, accumulate, 0.75, 0.5),
+        "regtopk": (regtopk, accumulate, 0.75, 0.5),
+        "randomk": (tf_regtopk.RandomK(0.25), accumulate, 0.75, 0.5),
+        "dgc": (topk, tf_regtopk.Accumulate(0.75, True), 0.0, 0.5),
+        "ef21": (topk, tf_regtopk.EF21(momentum=0.25), 0.0, 2.0),
+        "shift": (topk, local_shift, 0.0, 0.5),
+        "shift_regtopk": (regtopk, local_shift, 0.0, 0.5),
+        "shift_regtopk_inner": (regtopk, tf_regtopk.LearnedShift(), 0.75, 0.5),
     }
     assert {"dense", *expected} == set(example_utils.METHODS)
-    for method, (sparsifier, error_feedback) in expected.items():
-        made = example_utils.make_optimizer(method, args, density=0.25)
-        assert made.sparsifier == sparsifier
-        assert made.error_feedback == error_feedback
+    for method, parts in expected.items():
+        made = example_utils.make_optimizer(
+            method, METHOD_ARGS, 0.5, density=0.25, momentum=0.75
+        )
+        inner = made.inner_optimizer
+        assert parts == (
+            made.sparsifier,
+            made.error_feedback,
+            inner.momentum,
+            float(inner.learning_rate),
+        )
         assert made.codec == tf_regtopk.Codec("golomb", "natural")
-        assert float(made.learning_rate) == 0.5
-    dense = example_utils.make_optimizer("dense", args, density=0.25)
+    dense = example_utils.make_optimizer("dense", METHOD_ARGS, 0.5, 0.25, 0.75)
     assert type(dense) is keras.optimizers.SGD
+    assert dense.momentum == 0.75
+
+
+@pytest.mark.parametrize("method", sorted({*example_utils.METHODS} - {"dgc"}))
+def test_methods_agree_at_density_one(method):
+    """Momentum where the method has it, and a learning rate to match."""
+    args = types.SimpleNamespace(
+        mu=1e-3, denominator="previous", indices="auto", values="float32"
+    )
+    rng = np.random.default_rng(0)
+    variable = keras.Variable(np.zeros(6), dtype="float64")
+    optimizer = example_utils.make_optimizer(method, args, 0.5, 1.0, 0.75)
+    weights, velocity = np.zeros(6), np.zeros(6)
+    for g in rng.standard_normal((4, 6)):
+        optimizer.apply([tf.constant(g)], [variable])
+        velocity = 0.75 * velocity + g
+        weights -= 0.5 * velocity
+        np.testing.assert_allclose(variable.numpy(), weights, rtol=1e-6)
 
 
 def test_linear_regression_follows_the_reference(mirrored):
@@ -165,6 +193,6 @@ def test_unknown_method():
         check=False,
     )
     assert result.returncode != 0
-    assert "must be among dense, topk, regtopk, randomk" in (
+    assert "must be among dense, topk_no_feedback, topk" in (
         result.stdout + result.stderr
     )

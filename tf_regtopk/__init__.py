@@ -3,6 +3,7 @@
 from tf_regtopk.backup import Backup
 from tf_regtopk.backup import load_scope
 from tf_regtopk.codec import Codec
+from tf_regtopk.downlink import CompressedDownlink
 from tf_regtopk.error_feedback import Accumulate
 from tf_regtopk.error_feedback import EF21
 from tf_regtopk.error_feedback import ErrorFeedback
@@ -24,6 +25,7 @@ from tf_regtopk.value_codecs import ScaledSign
 from tf_regtopk.value_codecs import Uniform
 from tf_regtopk.value_codecs import ValueCodec
 from tf_regtopk.version import __version__
+from tf_regtopk.warmup import DensityWarmup
 from tf_regtopk.wire import WireReport
 from tf_regtopk.worker_files import worker_path
 
@@ -33,7 +35,9 @@ __all__ = [
     "BFloat16",
     "Backup",
     "Codec",
+    "CompressedDownlink",
     "Dense",
+    "DensityWarmup",
     "ErrorFeedback",
     "Float16",
     "Float32",

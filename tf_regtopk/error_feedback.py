@@ -87,11 +87,13 @@ class Step(NamedTuple):
         density: k / J.
         learning_rate: Scalar float tensor, the inner optimizer's; only for
             rules with `needs_learning_rate`.
+        number: Scalar integer tensor, the number of steps taken before.
     """
 
     num_replicas: int
     density: float
     learning_rate: tf.Tensor
+    number: tf.Tensor
 
 
 @dataclasses.dataclass(frozen=True)

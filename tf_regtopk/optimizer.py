@@ -12,6 +12,7 @@ from tf_regtopk import error_feedback as error_feedback_lib
 from tf_regtopk import exchange
 from tf_regtopk import finiteness
 from tf_regtopk import flat_buffer
+from tf_regtopk import keras_internals
 from tf_regtopk import replica_state
 from tf_regtopk import saved_state
 from tf_regtopk import selection
@@ -161,7 +162,8 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         sparse = [gradients[slot] for slot in self._sparse_slots]
         if all(gradient is None for gradient in sparse):
             return is_finite, (exchanged, ())
-        local, shared, memory = self._state.variables()
+        local, shared = self._feedback_state.variables()
+        memory = self._memory.variables()
         replica = tf.distribute.get_replica_context().replica_id_in_sync_group
         stream = (self._iterations.value, tf.convert_to_tensor(replica))
         payload, num_used, *rest = self._select_entries(
@@ -171,6 +173,7 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
             _read(memory),
             self._read_learning_rate(),
             stream,
+            self.density_changes,
         )
         payloads = exchange.all_gather(
             payload, num_used if self._payload_codec.is_variable else None
@@ -178,9 +181,14 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         magnitudes, payloads = exchange.split_header(
             payloads, stream[0], self._buffer.dtype
         )
-        *entries, is_valid, are_finite = self._decode(payloads)
+        *entries, is_valid, are_finite = self._decode(
+            payloads, self.density_changes
+        )
         is_finite &= (
-            exchange.check_payloads(is_valid)
+            validation.check_traced_density(
+                self.density_changes, self._density_changes.variables()
+            )
+            & exchange.check_payloads(is_valid)
             & are_finite
             & finiteness.is_sum_finite(magnitudes)
         )
@@ -192,7 +200,8 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         aggregate = [exchanged.get(slot) for slot in range(len(has_gradient))]
         if entries:
             *entries, accumulated = entries
-            local, shared, memory = self._state.variables()
+            local, shared = self._feedback_state.variables()
+            memory = self._memory.variables()
             for i, value in accumulated.items():
                 local[i].assign(value)
             present = tuple(
@@ -204,6 +213,7 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
                 shared,
                 memory,
                 self._read_learning_rate(),
+                self._iterations.value,
                 present,
             )
             for slot, part in zip(
@@ -214,13 +224,14 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
 
     @tf.function(jit_compile=True, autograph=False)
     def _select_entries(
-        self, gradients, local, shared, memory, learning_rate, stream
+        self, gradients, local, shared, memory, learning_rate, stream, changes
     ):
         """Accumulate -> score -> select -> encode, on one replica."""
+        del changes  # Another density is another program.
         step, _ = stream
         g = self._buffer.flatten(gradients)
         a, accumulated = self.error_feedback.accumulate(
-            local, shared, g, self._step_of(learning_rate)
+            local, shared, g, self._step_of(learning_rate, step)
         )
         # Where there is no gradient nothing is sent.
         a = self._buffer.clear_missing(a, gradients)
@@ -245,8 +256,9 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         return payload, num_used, indices, sent, accumulated
 
     @tf.function(jit_compile=True, autograph=False)
-    def _decode(self, payloads):
+    def _decode(self, payloads, changes):
         """The entries of all replicas, on each replica."""
+        del changes
         indices, values, is_valid = self._payload_codec.decode(payloads)
         if values.shape[1] == self._buffer.size:
             # Nobody reads them, and they take as much memory as the values.
@@ -264,10 +276,11 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         shared,
         memory,
         learning_rate,
+        number,
         present,
     ):
         """Sum -> remember what became of this replica's entries."""
-        step = self._step_of(learning_rate)
+        step = self._step_of(learning_rate, number)
         total = self._buffer.clear_missing(
             aggregation.sum_entries(all_indices, values, self._buffer.size),
             present,
@@ -302,11 +315,12 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
             return tf.zeros([])
         return tf.cast(tf.convert_to_tensor(self.learning_rate), tf.float32)
 
-    def _step_of(self, learning_rate):
+    def _step_of(self, learning_rate, number):
         return error_feedback_lib.Step(
-            self._state.num_replicas,
+            self._feedback_state.num_replicas,
             self._payload_codec.indices.k / self._buffer.size,
             learning_rate,
+            number,
         )
 
     def _create_state(self, variables):
@@ -314,11 +328,7 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         self._buffer = flat_buffer.FlatBuffer.for_variables(
             [variables[slot] for slot in self._sparse_slots]
         )
-        self._groups = self._buffer.groups(
-            self.scope, self.sparsifier.num_selected
-        )
-        k = sum(group.k for group in self._groups)
-        self._state = replica_state.ReplicaState(
+        self._feedback_state = replica_state.ReplicaState(
             lambda: (
                 self.error_feedback.initial_local(
                     self._buffer.size, self._buffer.dtype
@@ -326,14 +336,75 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
                 self.error_feedback.initial_shared(
                     self._buffer.size, self._buffer.dtype
                 ),
-                self.sparsifier.initial_memory(k, self._buffer.dtype),
             )
         )
+        # Functions that were traced before a change are to know of it.
+        self.density_changes = 0
+        self._density_changes = replica_state.ReplicaState(
+            lambda: tf.constant(0)
+        )
+        self._start_with(self.sparsifier.density)
+
+    def _start_with(self, density):
+        """Creates what depends on the number of entries sent."""
+        self._groups = self._groups_at(density)
+        self._memory = replica_state.ReplicaState(
+            lambda: self._initial_memory(density)
+        )
+        self._density = density
         # Of a single replica nothing is sent, and nothing has to be short.
         codec = self.codec
-        if self._state.num_replicas == 1:
+        if self._memory.num_replicas == 1:
             codec = dataclasses.replace(codec, indices="int32")
         self._payload_codec = self._payload_codec_of(codec)
+
+    def _groups_at(self, density):
+        sparsifier = dataclasses.replace(self.sparsifier, density=density)
+        return self._buffer.groups(self.scope, sparsifier.num_selected)
+
+    def _initial_memory(self, density):
+        k = sum(group.k for group in self._groups_at(density))
+        return self.sparsifier.initial_memory(k, self._buffer.dtype)
+
+    @property
+    def density(self):
+        """The share of the entries that is sent, the sparsifier's at first."""
+        return self._density if self.built else self.sparsifier.density
+
+    def set_density(self, density):
+        """Sends another share of the entries from the next step on.
+
+        As `DensityWarmup` does under `model.fit`. The residual errors stay;
+        what the sparsifier remembers of the last step is dropped. It is saved
+        and loaded with them, and the sparsifier's own density stays what it is.
+
+        A function that takes steps must be traced again, for `fit` with
+        `model.make_train_function(force=True)`. The old one raises an error.
+
+        Args:
+            density: Float in (0, 1].
+
+        Raises:
+            ValueError: If the density is not in (0, 1], or the optimizer not
+                built.
+
+        Example:
+
+        >>> variable = tf.Variable(tf.ones([100]))
+        >>> optimizer = SparsifiedOptimizer(
+        ...     keras.optimizers.SGD(), sparsifiers.TopK(density=0.01))
+        >>> optimizer.build([variable])
+        >>> optimizer.set_density(0.25)
+        >>> optimizer.wire_report().num_selected, optimizer.density
+        (25, 0.25)
+        """
+        validation.check_built(self, "set_density")
+        density = dataclasses.replace(self.sparsifier, density=density).density
+        with tf.init_scope(), keras_internals.strategy_of(self).scope():
+            self._start_with(density)
+        self.density_changes += 1
+        num_local = len(self._density_changes.replicas)
+        self._density_changes.assign_local([[self.density_changes]] * num_local)
 
     def _payload_codec_of(self, codec):
         """The `PayloadCodec` of a `Codec`; None if nothing is selected."""
@@ -360,48 +431,52 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         >>> optimizer.wire_report().payload_bytes
         56
         """
-        if not self.built:
-            raise ValueError(
-                "The optimizer must be built before `wire_report`. Call "
-                "`optimizer.build(model.trainable_variables)`."
-            )
+        validation.check_built(self, "wire_report")
         return wire.report(
             self._payload_codec_of(self.codec),
             [self._trainable_variables[slot] for slot in self._sparse_slots],
             [self._trainable_variables[slot] for slot in self._dense_slots],
-            self._state.num_replicas,
+            self._memory.num_replicas,
         )
 
     def save_state(self):
         """The state of this process's replicas, as a `SavedState`."""
-        replicas = self._state.replicas
+        state = self._feedback_state
+        feedback, memory = state.local_arrays(), self._memory.local_arrays()
         return saved_state.SavedState(
             layout=self._layout,
             moment=self.moment,
-            num_replicas=self._state.num_replicas,
-            replicas=dict(
-                zip(replicas, self._state.local_arrays(), strict=True)
-            ),
+            num_replicas=state.num_replicas,
+            replicas={
+                n: [*feedback[i], *memory[i]]
+                for i, n in enumerate(state.replicas)
+            },
         )
 
     def load_state(self, saved):
         """Loads a `SavedState`, or raises and changes nothing."""
         saved_state.check_layout(saved, self._layout)
-        replicas, num_replicas = self._state.replicas, self._state.num_replicas
-        self._state.assign_local(
-            saved_state.state_of_replicas(
-                worker_files.complete(saved, replicas, num_replicas),
-                replicas,
-                num_replicas,
-                *self._state.initial_arrays(),
-            )
+        state, density = self._feedback_state, saved.moment["density"]
+        feedback = state.initial_arrays()
+        replicas = saved_state.state_of_replicas(
+            worker_files.complete(saved, state.replicas, state.num_replicas),
+            state.replicas,
+            state.num_replicas,
+            *feedback,
+            [part.numpy() for part in self._initial_memory(density)],
         )
+        if density != self.density:
+            self.set_density(density)
+        split = sum(map(len, feedback))
+        state.assign_local([parts[:split] for parts in replicas])
+        self._memory.assign_local([parts[split:] for parts in replicas])
 
     @property
     def moment(self):
         """Tells steps and runs apart: all workers agree in it."""
         return {
             "step": int(self._iterations.numpy()),
+            "density": self.density,
             "weights": saved_state.checksum(
                 variable.numpy() for variable in self._trainable_variables
             ),

@@ -226,3 +226,39 @@ def check_not_compiled_as_a_whole(is_compiled):
             "collectives. (The wrapper compiles its own part.) "
             "Received: jit_compile=True"
         )
+
+
+def check_built(optimizer, method):
+    """Raises unless the optimizer has its variables."""
+    if not optimizer.built:
+        raise ValueError(
+            f"The optimizer must be built before `{method}`. Call "
+            "`optimizer.build(model.trainable_variables)`."
+        )
+
+
+def check_traced_density(traced, current):
+    """Raises where a function was traced before the density changed.
+
+    Args:
+        traced: Integer, the number of changes before the function was traced.
+        current: Scalar integer tensor, the number of changes so far.
+
+    Returns:
+        Scalar bool tensor, true, for what must wait for the check.
+
+    Raises:
+        tf.errors.InvalidArgumentError: When run.
+    """
+    is_current = tf.equal(current, traced)
+    check = tf.debugging.Assert(
+        is_current,
+        [
+            "A function must be traced again when the density changes, as by "
+            "`model.make_train_function(force=True)`. Received: a function "
+            f"traced after {traced} changes; by now there were",
+            current,
+        ],
+    )
+    with tf.control_dependencies([check]):
+        return tf.identity(is_current)

@@ -1,0 +1,182 @@
+"""The examples that compare methods on images, on images made up."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import example_utils
+import numpy as np
+import pytest
+import resnet
+import run_with_mock_data
+import worker_data
+
+EXAMPLES = pathlib.Path(example_utils.__file__).parent
+LABELS = np.random.default_rng(7).integers(10, size=5000)
+
+
+def run_example(name, output_dir, *own_flags, **flags):
+    result = subprocess.run(
+        [
+            sys.executable,
+            run_with_mock_data.__file__,
+            "100",
+            EXAMPLES / f"{name}.py",
+            f"--output_dir={output_dir}",
+            *own_flags,
+            *(f"--{flag}={value}" for flag, value in flags.items()),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (output_dir / "curves.png").stat().st_size > 1000
+    summary = json.loads((output_dir / "summary.json").read_text("utf-8"))
+    return summary, result.stdout
+
+
+SMALL = dict(num_workers=2, batch_size=3, rounds=3, evaluate_every=2)
+
+
+def test_cifar10_script(tmp_path):
+    """Tunes, runs every seed once, and goes on where it was stopped."""
+    settings = dict(
+        SMALL,
+        methods="dense,shift_regtopk",
+        learning_rates="0.01,0.1",
+        density=0.01,
+        split="dirichlet:1",
+        shard_sizes="unequal",
+    )
+    summary, output = run_example("cifar10_resnet", tmp_path, **settings)
+    assert summary["config"]["split"] == "dirichlet:1"
+    methods = summary["methods"]
+    assert list(methods) == ["dense", "shift_regtopk"]
+    for name, method in methods.items():
+        tuning = method["tuning"]
+        best = max(tuning, key=tuning.get)
+        assert tuning[str(method["learning_rate"])] == tuning[best]
+        [run] = method["runs"].values()
+        assert run["round"] == [2, 3]
+        assert method["accuracy"] == run["accuracy"][-1]
+        assert f"\n{name} " in output
+    # A ring of two sends each half twice, and an entry in 41.8 bits.
+    assert methods["dense"]["runs"]["0"]["bytes_a_step"] == 4 * 78042
+    sent = methods["shift_regtopk"]["runs"]["0"]["bytes_a_step"]
+    assert 780 * 40 / 8 < sent < 780 * 42 / 8
+
+    runs = {path: path.stat() for path in (tmp_path / "runs").iterdir()}
+    assert len(runs) == 2 * (2 + 1)
+    settings.update(methods="dense", learning_rates="0.01", seeds="0,5")
+    again, output = run_example("cifar10_resnet", tmp_path, **settings)
+    for path, stat in runs.items():
+        assert path.stat().st_mtime_ns == stat.st_mtime_ns
+    kept = methods["dense"]["learning_rate"] == 0.01
+    assert len(list((tmp_path / "runs").iterdir())) == 7 + (not kept)
+    assert list(again["methods"]["dense"]["runs"]) == ["0", "5"]
+    if kept:
+        run = again["methods"]["dense"]["runs"]["0"]
+        assert run == methods["dense"]["runs"]["0"]
+
+
+def test_runs_from_one_start_on_the_same_batches(tmp_path):
+    """At density 1 all methods are one, even in their last digits."""
+    summary, _ = run_example(
+        "cifar10_resnet",
+        tmp_path,
+        **dict(SMALL, rounds=6),
+        methods="dense,topk",
+        density=1,
+        learning_rates=0.01,
+    )
+    dense, topk = summary["methods"].values()
+    assert dense["runs"]["0"]["accuracy"] == topk["runs"]["0"]["accuracy"]
+
+
+def test_imagenette_script(tmp_path):
+    summary, _ = run_example(
+        "imagenette_finetune",
+        tmp_path,
+        **SMALL,
+        weights="none",
+        image_size=32,
+        trainable="head",
+        methods="dense,regtopk",
+        density=0.01,
+    )
+    dense, regtopk = summary["methods"].values()
+    assert dense["runs"]["0"]["bytes_a_step"] == 4 * 12810  # Of the last layer
+    assert regtopk["runs"]["0"]["round"] == [2, 3]
+
+
+def test_resnets():
+    resnet18 = resnet.build_resnet("resnet18", "batch")
+    trained = sum(int(np.prod(v.shape)) for v in resnet18.trainable_variables)
+    assert trained == 11_173_962  # That of others for CIFAR-10.
+    assert resnet18.output_shape == (None, 10)
+
+
+@pytest.mark.parametrize("sizes", ["equal", "unequal"])
+@pytest.mark.parametrize("split", ["iid", "by_label", "dirichlet:0.5"])
+def test_shards(split, sizes):
+    parts = worker_data.shards(LABELS, 5, split, sizes, 20, seed=3)
+    again = worker_data.shards(LABELS, 5, split, sizes, 20, seed=3)
+    other = worker_data.shards(LABELS, 5, split, sizes, 20, seed=4)
+    together = np.concatenate(parts)
+    np.testing.assert_array_equal(together, np.concatenate(again))
+    assert np.any(together != np.concatenate(other))
+    np.testing.assert_array_equal(np.sort(together), np.arange(5000))
+    lengths = np.array([len(part) for part in parts])
+    if not split.startswith("dirichlet"):
+        share = np.arange(1, 6) / 15 if sizes == "unequal" else np.full(5, 0.2)
+        np.testing.assert_allclose(lengths, 5000 * share, atol=1)
+    elif sizes == "unequal":
+        assert lengths[0] < lengths[-1]
+    counts = np.array([np.bincount(LABELS[p], minlength=10) for p in parts])
+    shares = counts / lengths[:, None]
+    if split == "iid":
+        assert shares.max() < 0.2
+    else:
+        assert shares.max() > 0.2
+    if split == "by_label" and sizes == "equal":
+        assert np.count_nonzero(counts, axis=1).max() <= 4
+
+
+def test_shards_are_large_enough():
+    parts = worker_data.shards(LABELS, 8, "dirichlet:0.1", "equal", 100, 0)
+    assert min(len(part) for part in parts) >= 100
+    with pytest.raises(
+        ValueError, match="at least 700 images.* Received: 5000"
+    ):
+        worker_data.shards(LABELS, 8, "iid", "equal", 700, 0)
+    with pytest.raises(ValueError, match="split='dirichlet:0.1'"):
+        worker_data.shards(LABELS, 8, "dirichlet:0.1", "equal", 700, 0)
+
+
+def test_batches():
+    """Each worker's own images, all of them before one comes again."""
+    parts = [np.arange(10), np.arange(10, 17)]
+    numbers = worker_data.batches(parts, 3, rounds=9, seed=1)
+    assert numbers.shape == (9, 2, 3)
+    for n, part in enumerate(parts):
+        drawn = numbers[:, n].ravel()
+        for start in range(0, len(drawn) - len(part), len(part)):
+            np.testing.assert_array_equal(
+                np.sort(drawn[start : start + len(part)]), part
+            )
+
+
+def test_bad_split():
+    """Told before anything is loaded."""
+    result = subprocess.run(
+        [sys.executable, EXAMPLES / "cifar10_resnet.py", "--split=dirichlet:0"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode != 0
+    assert "--split=dirichlet:0: must be" in result.stdout + result.stderr
