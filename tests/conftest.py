@@ -6,6 +6,9 @@ import os
 # Quieter, and the same CPU kernels in every run.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+# Much of the tests' time is compiling for each device anew. What XLA itself
+# makes of a program stays the same, only its machine code is less polished.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import keras
 import pytest

@@ -205,9 +205,7 @@ class CompressedDownlink:
         result = np.zeros(len(a))
         result[chosen] = a[chosen]
         if self.values == "ternary":
-            # The magnitude travels as a float32.
-            magnitude = np.float32(np.abs(a[chosen]).mean())
-            result[chosen] = np.sign(a[chosen]) * magnitude
+            result[chosen] = np.sign(a[chosen]) * np.abs(a[chosen]).mean()
         self.error = a - result
         return result
 

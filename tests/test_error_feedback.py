@@ -95,7 +95,8 @@ def test_weights_follow_the_reference(name, mirrored):
         np.testing.assert_allclose(
             flat_gradients.flat_weights(variables),
             weights,
-            atol=1e-9,
+            # The magnitude of ternary values is computed in float32.
+            atol=1e-6 if name == "downlink" else 1e-9,
             err_msg=f"step {t}",
         )
 
