@@ -17,7 +17,8 @@ import keras
 import numpy as np
 
 
-def define_flags():
+def define_problem_flags():
+    """Defines the flags of the problem, and of gradient descent on it."""
     flags.DEFINE_integer("num_workers", 20, "Number of workers.", lower_bound=1)
     flags.DEFINE_integer("dimension", 100, "Number of weights.", lower_bound=1)
     flags.DEFINE_integer(
@@ -27,6 +28,10 @@ def define_flags():
         "rounds", 2500, "Number of training steps.", lower_bound=1
     )
     flags.DEFINE_float("learning_rate", 0.01, "Learning rate.")
+
+
+def define_flags():
+    define_problem_flags()
     example_utils.define_density_flag(0.6)
     example_utils.define_method_flags(mu=4.0)
     flags.DEFINE_integer("seed", 0, "Seed of the data.", lower_bound=0)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import types
 
+import density_sweep
 import example_utils
 import keras
 import linear_regression
@@ -150,6 +151,62 @@ def test_linear_regression_follows_the_reference(mirrored):
         np.testing.assert_allclose(
             distance, np.sum((w - optimum) ** 2), rtol=1e-9
         )
+
+
+@pytest.mark.parametrize(
+    "method, score, rule",
+    [
+        ("topk_no_feedback", "topk", reference.NoFeedback),
+        ("regtopk", "regtopk", reference.Accumulate),
+        ("ef21", "topk", reference.EF21),
+        ("shift_regtopk", "regtopk", reference.LearnedShift),
+    ],
+)
+def test_simulation_follows_the_reference(method, score, rule):
+    """Many workers in one program take the steps of as many replicas."""
+    args = types.SimpleNamespace(
+        mu=4.0,
+        denominator="previous",
+        indices="auto",
+        values="float32",
+        num_workers=3,
+        learning_rate=0.05,
+        rounds=30,
+    )
+    problem = linear_regression.make_problem(3, 7, 11, 5)
+    features, targets, optimum = problem
+    training = density_sweep.make_training(method, 0.4, args)
+    curve = density_sweep.train(training, problem)
+
+    workers = reference.Workers(score, 3, [7], 0.4, feedback=rule())
+    w, expected = np.zeros(7), []
+    for _ in range(args.rounds):
+        residuals = features @ w - targets[..., 0]
+        gradients = 2 * np.einsum("nij,ni->nj", features, residuals) / 11
+        w = w - args.learning_rate * workers.step(gradients)
+        expected.append(np.sum((w - optimum) ** 2))
+    np.testing.assert_allclose(curve, np.log10(expected), rtol=1e-9)
+
+
+def test_density_sweep_script(tmp_path):
+    summary, output = run_example(
+        "density_sweep",
+        tmp_path,
+        num_workers=4,
+        dimension=20,
+        points_per_worker=200,
+        rounds=700,
+        learning_rate=0.05,
+        densities="0.05,0.6",
+        seeds="0,1",
+        methods="topk,regtopk,shift",
+    )
+    final = summary["final_log10_distance"]
+    assert np.max(final["shift"]) < -15
+    assert np.max(final["regtopk"][1]) < -15
+    assert np.min(final["topk"]) > -6
+    assert np.shape(final["topk"]) == (2, 2)
+    assert f"{np.min(final['shift'][0]):.1f} .." in output
 
 
 def test_linear_regression_problem():

@@ -1,0 +1,146 @@
+r"""Linear regression at many densities: which methods reach the optimum?
+
+The problem of `linear_regression.py`, for several seeds and densities, with all
+workers in one compiled program.
+
+    python examples/density_sweep.py --densities=0.01,0.1,0.6 --seeds=0,1,2
+"""
+
+from absl import app
+from absl import flags
+import example_utils
+import keras
+import linear_regression
+import numpy as np
+import simulation
+import tensorflow as tf
+import tqdm
+
+_METHODS = (
+    "topk_no_feedback",
+    "topk",
+    "regtopk",
+    "ef21",
+    "shift",
+    "shift_regtopk",
+)
+
+
+def define_flags():
+    linear_regression.define_problem_flags()
+    flags.DEFINE_list(
+        "densities",
+        ["0.01", "0.05", "0.1", "0.3", "0.5", "0.6", "0.8", "1"],
+        "Shares of the gradient entries that are sent.",
+    )
+    flags.DEFINE_list("seeds", ["0", "1", "2", "3", "4"], "Seeds of the data.")
+    example_utils.define_method_flags(mu=4.0, methods=_METHODS)
+    flags.DEFINE_string(
+        "output_dir", "results/density_sweep", "Where the results go."
+    )
+    # So that --help lists those too.
+    flags.adopt_module_key_flags(linear_regression)
+    flags.adopt_module_key_flags(example_utils)
+
+
+def make_training(method, density, args):
+    """Compiles what `train` runs on the data of one seed."""
+    optimizer = example_utils.make_optimizer(
+        method, args, args.learning_rate, density
+    )
+
+    def gradients_of(w, data):
+        gram, moment, _ = data
+        return 2 * (tf.einsum("njk,k->nj", gram, w) - moment)
+
+    def distance(w, data):
+        return tf.reduce_sum((w - data[-1]) ** 2)
+
+    return simulation.gradient_descent(
+        gradients_of,
+        distance,
+        optimizer.sparsifier,
+        optimizer.error_feedback,
+        args.num_workers,
+        args.learning_rate,
+        args.rounds,
+    )
+
+
+def train(training, problem):
+    """Returns log10 ||w - w*||^2 after each step."""
+    features, targets, optimum = problem
+    num_points, dimension = features.shape[1:]
+    # All that the squared error needs of the data.
+    gram = np.einsum("nij,nik->njk", features, features) / num_points
+    moment = np.einsum("nij,nio->nj", features, targets) / num_points
+    data = tuple(tf.constant(part) for part in (gram, moment, optimum))
+    return np.log10(training(tf.zeros([dimension], tf.float64), data).numpy())
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"Unknown arguments: {argv[1:]}")
+    args = flags.FLAGS
+    densities = [float(density) for density in args.densities]
+    keras.config.set_floatx("float64")
+    problems = [
+        linear_regression.make_problem(
+            args.num_workers,
+            args.dimension,
+            args.points_per_worker,
+            int(seed),
+        )
+        for seed in args.seeds
+    ]
+
+    finals = {}
+    for method in args.methods:
+        final = []
+        for density in tqdm.tqdm(densities, desc=method):
+            training = make_training(method, density, args)
+            final.append([train(training, p)[-1] for p in problems])
+        finals[method] = np.array(final)
+
+    print("\nfinal log10 ||w - w*||^2: median (min .. max)")
+    print(f"{'density':>8}" + "".join(f"{m:>24}" for m in args.methods))
+    for i, density in enumerate(densities):
+        cells = (
+            f"{np.median(f[i]):.1f} ({f[i].min():.1f} .. {f[i].max():.1f})"
+            for f in finals.values()
+        )
+        print(f"{density:8g}" + "".join(f"{cell:>24}" for cell in cells))
+
+    def draw(axes):
+        for method, final in finals.items():
+            [line] = axes.plot(
+                densities, np.median(final, axis=1), marker=".", label=method
+            )
+            axes.fill_between(
+                densities,
+                final.min(axis=1),
+                final.max(axis=1),
+                color=line.get_color(),
+                alpha=0.15,
+                linewidth=0,
+            )
+        axes.set_xscale("log")
+        axes.set_xlabel("density")
+        axes.set_ylabel(r"final $\log_{10} \|w - w^*\|^2$")
+        axes.set_title(f"{args.num_workers} workers, {args.rounds} rounds")
+        axes.legend()
+
+    example_utils.save_results(
+        args.output_dir,
+        {
+            "config": example_utils.config(),
+            "densities": densities,
+            "final_log10_distance": {m: f.tolist() for m, f in finals.items()},
+        },
+        draw,
+    )
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)

@@ -1,0 +1,134 @@
+"""Sparsified gradient descent of many workers in one compiled program.
+
+The same functions that `tf_regtopk.SparsifiedOptimizer` compiles for each
+replica, called for one worker after the other: for small problems, of which the
+exchange between replicas would take all the time.
+"""
+
+import tensorflow as tf
+
+from tf_regtopk import aggregation
+from tf_regtopk import error_feedback as error_feedback_lib
+from tf_regtopk import selection
+
+
+def gradient_descent(
+    gradients_of,
+    measure,
+    sparsifier,
+    error_feedback,
+    num_workers,
+    learning_rate,
+    num_steps,
+):
+    """A function that takes steps of `w = w - learning_rate * aggregate`.
+
+    Args:
+        gradients_of: Function of the weights `[J]` and the data that returns
+            the gradients `[N, J]` of the workers' own losses.
+        measure: Function of the weights and the data that returns a scalar.
+        sparsifier: `tf_regtopk.Sparsifier`.
+        error_feedback: `tf_regtopk.ErrorFeedback`.
+        num_workers: N.
+        learning_rate: Float.
+        num_steps: Number of steps.
+
+    Returns:
+        Function of the weights `[J]` to start with, and of a tuple of tensors,
+        the data. It returns `measure` of the weights after each step, a float
+        tensor `[num_steps]`.
+    """
+
+    def step(t, weights, local, shared, memory, measured, data):
+        size, k = weights.shape[0], _num_selected(sparsifier, weights)
+        groups = [selection.Group(size, k)]
+        rate = tf.constant(learning_rate, weights.dtype)
+        context = error_feedback_lib.Step(num_workers, k / size, rate, t)
+
+        def select(of_worker):
+            gradient, local, memory = of_worker
+            a, accumulated = error_feedback.accumulate(
+                local, shared, gradient, context
+            )
+            scores = sparsifier.score(a, memory, t)
+            indices = selection.select_largest(scores, groups, t)
+            if error_feedback.keeps_a:
+                accumulated = (a, *accumulated[1:])
+            local = _fill(accumulated, local)
+            return indices, selection.take(a, indices), local
+
+        def remember(of_worker):
+            indices, sent, local = of_worker
+            new = error_feedback.update(local, indices, sent, context)
+            memory = sparsifier.remember(
+                indices, sent, selection.take(total, indices)
+            )
+            # Something, even if there is nothing to remember.
+            return indices, _fill(new, local), memory
+
+        gradients = gradients_of(weights, data) / num_workers
+        indices, sent, local = tf.map_fn(
+            select,
+            (gradients, local, memory),
+            fn_output_signature=(
+                tf.TensorSpec([k], tf.int32),
+                tf.TensorSpec([k], weights.dtype),
+                _specs(local),
+            ),
+        )
+        total = aggregation.sum_entries(indices, sent, size)
+        _, local, memory = tf.map_fn(
+            remember,
+            (indices, sent, local),
+            fn_output_signature=(
+                tf.TensorSpec([k], tf.int32),
+                _specs(local),
+                _specs(memory),
+            ),
+        )
+        aggregate, shared = error_feedback.aggregate(shared, total, context)
+        weights -= rate * aggregate
+        measured = tf.tensor_scatter_nd_update(
+            measured, [[t]], [measure(weights, data)]
+        )
+        return t + 1, weights, local, shared, memory, measured
+
+    def for_each_worker(values):
+        return tuple(tf.stack([value] * num_workers) for value in values)
+
+    @tf.function(jit_compile=True, autograph=False)
+    def run(weights, data):
+        size, k = weights.shape[0], _num_selected(sparsifier, weights)
+        dtype = weights.dtype
+        state = (
+            tf.constant(0),
+            weights,
+            for_each_worker(error_feedback.initial_local(size, dtype)),
+            error_feedback.initial_shared(size, dtype),
+            for_each_worker(sparsifier.initial_memory(k, dtype)),
+            tf.zeros([num_steps], dtype),
+        )
+        return tf.while_loop(
+            lambda t, *_: t < num_steps,
+            lambda *state: step(*state, data),
+            state,
+        )[-1]
+
+    return run
+
+
+def _num_selected(sparsifier, weights):
+    return sparsifier.num_selected(weights.shape[0])
+
+
+def _fill(new, old):
+    """`new`, with `old` where it is None."""
+    return tuple(
+        before if after is None else after
+        for after, before in zip(new, old, strict=True)
+    )
+
+
+def _specs(values):
+    """What each worker has of tensors `[N, ...]`."""
+    return tuple(tf.TensorSpec(v.shape[1:], v.dtype) for v in values)
