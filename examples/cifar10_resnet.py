@@ -7,19 +7,23 @@ with the same simulated workers, each of which draws from images of its own.
 
 Given several learning rates, each method first trains once with each of them,
 with a seed of its own, and keeps the one that is best on 5,000 images held out
-of the training set. Runs that have finished are kept in `--output_dir`: the
-same command goes on where it was stopped.
+of the training set. Runs that have finished are kept in `runs.jsonl` in
+`--output_dir`: the same command goes on where it was stopped.
 
 Source: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images"
 (2009).
 """
 
+import functools
+
 from absl import app
 from absl import flags
 import comparison
 import example_utils
+import image_training
 import keras
 import resnet
+import tensorflow as tf
 import worker_data
 
 HELD_OUT = 5000
@@ -35,6 +39,7 @@ def define_flags():
         list(resnet.NORMS),
         "Normalisation: of each image alone, or over a worker's batch.",
     )
+    worker_data.define_loading_flags()
     comparison.define_flags(
         output_dir="results/cifar10_resnet",
         learning_rates=(0.05,),
@@ -64,7 +69,7 @@ def main(argv):
         )
         for split in ("train", "test")
     )
-    task = comparison.Task(
+    task = image_training.Task(
         build_model=lambda: keras.Sequential(
             [
                 keras.Input(train[0].shape[1:]),
@@ -72,11 +77,13 @@ def main(argv):
                 resnet.build_resnet(args.model, args.norm),
             ]
         ),
-        train=train,
+        train=(tf.constant(train[0]), train[1]),
         test=test,
         num_held_out=min(HELD_OUT, len(train[0]) // 10),
     )
-    results = comparison.run(task, strategy, args)
+    results = comparison.run(
+        functools.partial(image_training.train, task, strategy, args), args
+    )
     comparison.report(
         results,
         args,

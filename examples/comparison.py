@@ -1,21 +1,12 @@
-"""Methods compared on one task: tuned alike, over seeds, kept on disk."""
+"""Methods compared: tuned alike, run over seeds, kept on disk, reported."""
 
-from collections.abc import Callable
-import dataclasses
-import hashlib
 import json
 import os
-from typing import Any
 
 from absl import flags
 import example_utils
-import keras
 import numpy as np
-import tensorflow as tf
-import tqdm
 import worker_data
-
-import tf_regtopk
 
 # Flags that say which runs there are, and nothing about each.
 _NOT_OF_A_RUN = (
@@ -24,7 +15,7 @@ _NOT_OF_A_RUN = (
     "methods",
     "output_dir",
     "seeds",
-    "tuning_seed",
+    "tuning_seeds",
 )
 # What most comparisons lack: the same without error feedback, and others'
 # answers to its weakness.
@@ -41,27 +32,8 @@ _METHODS = (
 _BASELINE = "topk"
 
 
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """What is learned.
-
-    Args:
-        build_model: Function that returns a Keras model with logits.
-        train: `(images, labels)`, arrays.
-        test: Likewise.
-        num_held_out: Number of training images, the last ones, on which
-            learning rates are compared.
-    """
-
-    build_model: Callable[[], Any]
-    train: tuple
-    test: tuple
-    num_held_out: int
-
-
 def define_flags(output_dir, learning_rates, batch_size, rounds):
     """Defines the flags of a comparison; the arguments are defaults."""
-    flags.DEFINE_string("data_dir", None, "Where tensorflow-datasets keeps it.")
     worker_data.define_flags()
     flags.DEFINE_integer("num_workers", 8, "Number of workers.", lower_bound=1)
     flags.DEFINE_integer(
@@ -81,51 +53,52 @@ def define_flags(output_dir, learning_rates, batch_size, rounds):
         "momentum", 0.9, "Momentum.", lower_bound=0.0, upper_bound=0.999
     )
     flags.DEFINE_list("seeds", ["0"], "Seeds of weights, shards and batches.")
-    flags.DEFINE_integer(
-        "tuning_seed", 1000, "Seed of the runs that learning rates are from."
+    flags.DEFINE_list(
+        "tuning_seeds", ["1000"], "Seeds of the runs that compare these rates."
     )
     example_utils.define_density_flag(0.001)
     example_utils.define_method_flags(mu=4.0, methods=_METHODS)
     flags.DEFINE_string("output_dir", output_dir, "Where the results go.")
 
 
-def run(task, strategy, args):
+def run(train, args):
     """Runs what has not been run yet.
+
+    Args:
+        train: Function of `is_tuning` (whether to test on training images held
+            out), `method`, `learning_rate` and `seed`. It returns a dictionary
+            of the lists `round` and `accuracy`, and of `bytes_a_step`.
+        args: The flags.
 
     Returns:
         Method to a dictionary of its learning rate, its tuning runs, and its
         runs by seed.
     """
-    # One copy for all runs.
-    images, labels = task.train
-    task = dataclasses.replace(task, train=(tf.constant(images), labels))
     rates = [float(rate) for rate in args.learning_rates]
     seeds = [int(seed) for seed in args.seeds]
+    tuning_seeds = [int(seed) for seed in args.tuning_seeds]
 
     def run_once(method, rate, seed, is_tuning):
         setting = {"method": method, "learning_rate": rate, "seed": seed}
         return _cached(
             {"is_tuning": is_tuning, **setting},
             args,
-            lambda: train(task, strategy, args, is_tuning, **setting),
+            lambda: train(is_tuning=is_tuning, **setting),
         )
+
+    def tuned(method, rate):
+        """Mean accuracy over the seeds for tuning."""
+        runs = (run_once(method, rate, seed, True) for seed in tuning_seeds)
+        return float(np.mean([run["accuracy"][-1] for run in runs]))
 
     results = {}
     for method in args.methods:
         tuning = {}
         if len(rates) > 1:
-            tuning = {
-                rate: run_once(method, rate, args.tuning_seed, True)
-                for rate in rates
-            }
-        rate = rates[0]
-        if tuning:
-            rate = max(rates, key=lambda rate: tuning[rate]["accuracy"][-1])
+            tuning = {rate: tuned(method, rate) for rate in rates}
         results[method] = {
-            "learning_rate": rate,
-            "tuning": {
-                str(r): run["accuracy"][-1] for r, run in tuning.items()
-            },
+            "learning_rate": max(rates, key=tuning.get) if tuning else rates[0],
+            "tuning": {str(rate): value for rate, value in tuning.items()},
             "runs": {},
         }
     for seed in seeds:
@@ -134,99 +107,6 @@ def run(task, strategy, args):
                 method, result["learning_rate"], seed, False
             )
     return results
-
-
-def train(task, strategy, args, is_tuning, method, learning_rate, seed):
-    """One run, from weights and on batches that depend on the seed alone.
-
-    Returns:
-        Dictionary of lists: `round` and `accuracy`; and the bytes that a worker
-        sends a step.
-    """
-    images, labels = task.train
-    held_out = len(labels) - task.num_held_out
-    parts = worker_data.shards(
-        labels[:held_out],
-        args.num_workers,
-        args.split,
-        args.shard_sizes,
-        args.batch_size,
-        seed,
-    )
-    numbers = worker_data.batches(parts, args.batch_size, args.rounds, seed)
-    test = task.test
-    if is_tuning:
-        test = images[held_out:], labels[held_out:]
-
-    keras.backend.clear_session()  # The run before is not needed any more.
-    keras.utils.set_random_seed(seed)
-    start = task.build_model()
-    with strategy.scope():
-        model = task.build_model()
-        optimizer = example_utils.make_optimizer(
-            method, args, learning_rate, args.density, args.momentum
-        )
-        model.compile(
-            optimizer=optimizer,
-            loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        )
-        optimizer.build(model.trainable_variables)
-    model.set_weights(start.get_weights())
-    tester = Tester(start, test, args, f"{method}, {learning_rate:g}, {seed}")
-    model.fit(
-        worker_data.global_batches(images, labels, numbers),
-        callbacks=[tester],
-        shuffle=False,
-        verbose=0,
-    )
-    return {
-        "round": tester.rounds,
-        "accuracy": tester.accuracies,
-        "bytes_a_step": bytes_a_step(optimizer, model, args.num_workers),
-    }
-
-
-class Tester(keras.callbacks.Callback):
-    """Tests the model every now and then, and shows a progress bar."""
-
-    def __init__(self, model, data, args, title):
-        super().__init__()
-        self._copy, self._data, self._args = model, data, args
-        self._predict = tf.function(
-            lambda images: tf.argmax(model(images, training=False), axis=-1)
-        )
-        self._title = title
-        self.rounds, self.accuracies = [], []
-
-    def on_train_begin(self, logs=None):
-        self._bar = tqdm.tqdm(total=self._args.rounds, desc=self._title)
-
-    def on_train_batch_end(self, batch, logs=None):
-        self._bar.update()
-        number = batch + 1
-        if number % self._args.evaluate_every and number < self._args.rounds:
-            return
-        self._copy.set_weights(self.model.get_weights())
-        images, labels = self._data
-        predicted = [
-            self._predict(tf.constant(images[i : i + 500])).numpy()
-            for i in range(0, len(images), 500)
-        ]
-        self.rounds.append(number)
-        self.accuracies.append(
-            float(np.mean(np.concatenate(predicted) == labels))
-        )
-
-    def on_train_end(self, logs=None):
-        self._bar.close()
-
-
-def bytes_a_step(optimizer, model, num_workers):
-    """Bytes that each worker sends a step, in rings."""
-    if isinstance(optimizer, tf_regtopk.SparsifiedOptimizer):
-        return optimizer.wire_report().sent_bytes
-    size = sum(int(np.prod(v.shape)) for v in model.trainable_variables)
-    return round(2 * (num_workers - 1) / num_workers * 4 * size)
 
 
 def report(results, args, title):
@@ -309,20 +189,15 @@ def _cached(setting, args, compute):
         for name, value in example_utils.config().items()
         if name not in _NOT_OF_A_RUN
     }
-    text = json.dumps({**shared, **setting}, sort_keys=True)
-    name = hashlib.sha256(text.encode()).hexdigest()[:16]
-    folder = os.path.join(args.output_dir, "runs")
-    path = os.path.join(folder, f"{name}.json")
-    try:
+    setting = {**shared, **setting}
+    path = os.path.join(args.output_dir, "runs.jsonl")
+    if os.path.exists(path):
         with open(path, encoding="utf-8") as f:
-            return json.load(f)["result"]
-    except FileNotFoundError:
-        result = compute()
-    os.makedirs(folder, exist_ok=True)
-    record = {"setting": {**shared, **setting}, "result": result}
-    # Whole or not at all, if it is stopped now.
-    part = f"{path}.{os.getpid()}"
-    with open(part, "w", encoding="utf-8") as f:
-        json.dump(record, f, indent=2)
-    os.replace(part, path)
+            for record in map(json.loads, f):
+                if record["setting"] == setting:
+                    return record["result"]
+    result = compute()
+    os.makedirs(args.output_dir, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as f:
+        f.write(json.dumps({"setting": setting, "result": result}) + "\n")
     return result

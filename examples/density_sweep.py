@@ -49,7 +49,8 @@ def make_training(method, density, args):
         method, args, args.learning_rate, density
     )
 
-    def gradients_of(w, data):
+    def gradients_of(w, data, step):
+        del step  # All data, in each of them.
         gram, moment, _ = data
         return 2 * (tf.einsum("njk,k->nj", gram, w) - moment)
 
@@ -62,12 +63,11 @@ def make_training(method, density, args):
         optimizer.sparsifier,
         optimizer.error_feedback,
         args.num_workers,
-        args.learning_rate,
         args.rounds,
     )
 
 
-def train(training, problem):
+def train(training, problem, learning_rate):
     """Returns log10 ||w - w*||^2 after each step."""
     features, targets, optimum = problem
     num_points, dimension = features.shape[1:]
@@ -75,13 +75,16 @@ def train(training, problem):
     gram = np.einsum("nij,nik->njk", features, features) / num_points
     moment = np.einsum("nij,nio->nj", features, targets) / num_points
     data = tuple(tf.constant(part) for part in (gram, moment, optimum))
-    return np.log10(training(tf.zeros([dimension], tf.float64), data).numpy())
+    start = tf.zeros([dimension], tf.float64)
+    return np.log10(training(start, tf.constant(learning_rate), data).numpy())
 
 
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments: {argv[1:]}")
     args = flags.FLAGS
+    # It would warn of a program for each method.
+    tf.get_logger().setLevel("ERROR")
     densities = [float(density) for density in args.densities]
     keras.config.set_floatx("float64")
     problems = [
@@ -99,7 +102,9 @@ def main(argv):
         final = []
         for density in tqdm.tqdm(densities, desc=method):
             training = make_training(method, density, args)
-            final.append([train(training, p)[-1] for p in problems])
+            final.append(
+                [train(training, p, args.learning_rate)[-1] for p in problems]
+            )
         finals[method] = np.array(final)
 
     print("\nfinal log10 ||w - w*||^2: median (min .. max)")

@@ -8,6 +8,7 @@ from absl import flags
 import keras
 import matplotlib
 import numpy as np
+import shift_variants
 import tensorflow as tf
 import tqdm
 
@@ -75,6 +76,10 @@ METHODS = (
     "shift",
     "shift_regtopk",
     "shift_regtopk_inner",
+    "shift_slow",
+    "shift_fast",
+    "shift_masked",
+    "shift_rounded",
 )
 
 
@@ -137,8 +142,9 @@ def make_optimizer(method, args, learning_rate, density, momentum=0.0):
     """Gradient descent as it is for "dense", else wrapped for the method.
 
     Momentum is the inner optimizer's, but the workers' own for "dgc", "ef21",
-    "shift" and "shift_regtopk". At density 1 all methods take the same steps
-    (but "dgc", which then has no momentum).
+    and all of "shift" but the "inner" one. At density 1 all methods take the
+    same steps (but "dgc" and "shift_masked", which then have no momentum, and
+    "shift_rounded").
 
     Args:
         method: One of `METHODS`.
@@ -173,6 +179,26 @@ def make_optimizer(method, args, learning_rate, density, momentum=0.0):
             sgd(momentum),
             regtopk,
             tf_regtopk.LearnedShift(),
+        ),
+        "shift_slow": (
+            sgd(0.0),
+            regtopk,
+            tf_regtopk.LearnedShift(density / 4, momentum),
+        ),
+        "shift_fast": (
+            sgd(0.0),
+            regtopk,
+            tf_regtopk.LearnedShift(min(1, 4 * density), momentum),
+        ),
+        "shift_masked": (
+            sgd(0.0),
+            regtopk,
+            shift_variants.MaskedShift(momentum=momentum),
+        ),
+        "shift_rounded": (
+            sgd(0.0),
+            regtopk,
+            shift_variants.RoundedShift(momentum=momentum),
         ),
     }[method]
     return tf_regtopk.SparsifiedOptimizer(

@@ -12,12 +12,14 @@ compared, and runs kept, as in `cifar10_resnet.py`.
 Source: the images are those of https://github.com/fastai/imagenette.
 """
 
+import functools
 import sys
 
 from absl import app
 from absl import flags
 import comparison
 import example_utils
+import image_training
 import keras
 import tensorflow as tf
 import worker_data
@@ -46,6 +48,7 @@ def define_flags():
     flags.DEFINE_integer(
         "image_size", 160, "Height and width of the images.", lower_bound=32
     )
+    worker_data.define_loading_flags()
     comparison.define_flags(
         output_dir="results/imagenette_finetune",
         learning_rates=(0.01,),
@@ -96,13 +99,15 @@ def main(argv):
     train, test = (
         load_images(split, args) for split in ("train", "validation")
     )
-    task = comparison.Task(
+    task = image_training.Task(
         build_model=lambda: build_model(args),
-        train=train,
+        train=(tf.constant(train[0]), train[1]),
         test=test,
         num_held_out=min(HELD_OUT, len(train[0]) // 10),
     )
-    results = comparison.run(task, strategy, args)
+    results = comparison.run(
+        functools.partial(image_training.train, task, strategy, args), args
+    )
     comparison.report(
         results,
         args,

@@ -18,31 +18,33 @@ def gradient_descent(
     sparsifier,
     error_feedback,
     num_workers,
-    learning_rate,
     num_steps,
+    momentum=0.0,
 ):
-    """A function that takes steps of `w = w - learning_rate * aggregate`.
+    """A function that takes steps of momentum SGD with the aggregate.
+
+        v = momentum v + aggregate,         w = w - learning_rate v
 
     Args:
-        gradients_of: Function of the weights `[J]` and the data that returns
-            the gradients `[N, J]` of the workers' own losses.
+        gradients_of: Function of the weights `[J]`, the data and the number of
+            the step that returns the gradients `[N, J]` of the workers' own
+            losses.
         measure: Function of the weights and the data that returns a scalar.
         sparsifier: `tf_regtopk.Sparsifier`.
         error_feedback: `tf_regtopk.ErrorFeedback`.
         num_workers: N.
-        learning_rate: Float.
         num_steps: Number of steps.
+        momentum: Float in [0, 1).
 
     Returns:
-        Function of the weights `[J]` to start with, and of a tuple of tensors,
-        the data. It returns `measure` of the weights after each step, a float
-        tensor `[num_steps]`.
+        Function of the weights `[J]` to start with, the learning rate, and the
+        data, a tuple of tensors. It returns `measure` of the weights after each
+        step, a float tensor `[num_steps]`.
     """
 
-    def step(t, weights, local, shared, memory, measured, data):
+    def step(t, weights, v, local, shared, memory, measured, rate, data):
         size, k = weights.shape[0], _num_selected(sparsifier, weights)
         groups = [selection.Group(size, k)]
-        rate = tf.constant(learning_rate, weights.dtype)
         context = error_feedback_lib.Step(num_workers, k / size, rate, t)
 
         def select(of_worker):
@@ -66,7 +68,7 @@ def gradient_descent(
             # Something, even if there is nothing to remember.
             return indices, _fill(new, local), memory
 
-        gradients = gradients_of(weights, data) / num_workers
+        gradients = gradients_of(weights, data, t) / num_workers
         indices, sent, local = tf.map_fn(
             select,
             (gradients, local, memory),
@@ -87,22 +89,25 @@ def gradient_descent(
             ),
         )
         aggregate, shared = error_feedback.aggregate(shared, total, context)
-        weights -= rate * aggregate
+        v = momentum * v + aggregate
+        weights -= rate * v
         measured = tf.tensor_scatter_nd_update(
             measured, [[t]], [measure(weights, data)]
         )
-        return t + 1, weights, local, shared, memory, measured
+        return t + 1, weights, v, local, shared, memory, measured
 
     def for_each_worker(values):
         return tuple(tf.stack([value] * num_workers) for value in values)
 
     @tf.function(jit_compile=True, autograph=False)
-    def run(weights, data):
+    def run(weights, learning_rate, data):
         size, k = weights.shape[0], _num_selected(sparsifier, weights)
         dtype = weights.dtype
+        rate = tf.cast(learning_rate, dtype)
         state = (
             tf.constant(0),
             weights,
+            tf.zeros_like(weights),
             for_each_worker(error_feedback.initial_local(size, dtype)),
             error_feedback.initial_shared(size, dtype),
             for_each_worker(sparsifier.initial_memory(k, dtype)),
@@ -110,7 +115,7 @@ def gradient_descent(
         )
         return tf.while_loop(
             lambda t, *_: t < num_steps,
-            lambda *state: step(*state, data),
+            lambda *state: step(*state, rate, data),
             state,
         )[-1]
 

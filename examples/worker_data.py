@@ -30,6 +30,13 @@ def define_flags():
     )
 
 
+def define_loading_flags():
+    """Defines `data_dir`."""
+    flags.DEFINE_string(
+        "data_dir", None, "Where tensorflow-datasets keeps its data sets."
+    )
+
+
 def load_images(name, split, data_dir, transform=None, max_images=None):
     """Loads images through tensorflow-datasets.
 

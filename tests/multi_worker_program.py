@@ -65,6 +65,7 @@ def train(strategy):
         validation_data=(x[:37], y[:37]),
         validation_batch_size=8,
         epochs=3,
+        callbacks=[tf_regtopk.DensityWarmup((0.3,))],
         shuffle=False,
         verbose=0,
     )

@@ -5,11 +5,14 @@ import pathlib
 import subprocess
 import sys
 
+import digits_study
 import example_utils
+import keras
 import numpy as np
 import pytest
 import resnet
 import run_with_mock_data
+import tensorflow as tf
 import worker_data
 
 EXAMPLES = pathlib.Path(example_utils.__file__).parent
@@ -68,14 +71,14 @@ def test_cifar10_script(tmp_path):
     sent = methods["shift_regtopk"]["runs"]["0"]["bytes_a_step"]
     assert 780 * 40 / 8 < sent < 780 * 42 / 8
 
-    runs = {path: path.stat() for path in (tmp_path / "runs").iterdir()}
-    assert len(runs) == 2 * (2 + 1)
+    runs = (tmp_path / "runs.jsonl").read_text("utf-8")
+    assert runs.count("\n") == 2 * (2 + 1)
     settings.update(methods="dense", learning_rates="0.01", seeds="0,5")
     again, output = run_example("cifar10_resnet", tmp_path, **settings)
-    for path, stat in runs.items():
-        assert path.stat().st_mtime_ns == stat.st_mtime_ns
+    more = (tmp_path / "runs.jsonl").read_text("utf-8")
+    assert more.startswith(runs)
     kept = methods["dense"]["learning_rate"] == 0.01
-    assert len(list((tmp_path / "runs").iterdir())) == 7 + (not kept)
+    assert more.count("\n") == 7 + (not kept)
     assert list(again["methods"]["dense"]["runs"]) == ["0", "5"]
     if kept:
         run = again["methods"]["dense"]["runs"]["0"]
@@ -110,6 +113,56 @@ def test_imagenette_script(tmp_path):
     dense, regtopk = summary["methods"].values()
     assert dense["runs"]["0"]["bytes_a_step"] == 4 * 12810  # Of the last layer
     assert regtopk["runs"]["0"]["round"] == [2, 3]
+
+
+def test_digits_study_script(tmp_path):
+    result = subprocess.run(
+        [
+            sys.executable,
+            EXAMPLES / "digits_study.py",
+            f"--output_dir={tmp_path}",
+            "--methods=dense,shift_regtopk_inner,shift_masked",
+            "--density=0.02",
+            "--split=dirichlet:1",
+            "--learning_rates=0.02",
+            "--rounds=300",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    summary = json.loads((tmp_path / "summary.json").read_text("utf-8"))
+    methods = summary["methods"]
+    assert min(method["accuracy"] for method in methods.values()) > 0.85
+    assert (
+        methods["dense"]["runs"]["0"]["bytes_a_step"] == 4 * 4810 * 2 * 7 // 8
+    )
+
+
+def test_gradients_of_the_digits():
+    """Each worker's own, against differences of its loss."""
+    rng = np.random.default_rng(0)
+    weights = digits_study.start_weights(0)
+    weights += rng.standard_normal(len(weights)) * 0.1
+    x = tf.constant(rng.random((1, 3, 5, 64)), tf.float32)
+    y = tf.constant(rng.integers(10, size=(1, 3, 5)), tf.int32)
+    gradients = digits_study.gradients_of(weights, (x, y), 0)
+    assert gradients.shape == (3, 4810)
+    for j in (5, 4100, 4200, 4805):
+        change = np.zeros(4810, "float32")
+        change[j] = 1e-2
+        losses = [
+            keras.losses.sparse_categorical_crossentropy(
+                y[0],
+                digits_study.logits(tf.stack([w] * 3), x[0]),
+                from_logits=True,
+            )
+            for w in (weights + change, weights - change)
+        ]
+        slope = tf.reduce_mean(losses[0] - losses[1], axis=1) / 2e-2
+        np.testing.assert_allclose(gradients[:, j], slope, atol=2e-3)
 
 
 def test_resnets():

@@ -1,0 +1,169 @@
+r"""Digits: methods compared over many seeds, in seconds a run.
+
+A small network learns 1,797 images of digits, all workers in one compiled
+program. Learning rates are compared, and runs kept, as in `cifar10_resnet.py`.
+
+    python examples/digits_study.py --split=by_label --density=0.001
+
+Source: the images ship with scikit-learn.
+"""
+
+import functools
+import itertools
+
+from absl import app
+from absl import flags
+import comparison
+import example_utils
+import multi_worker
+import numpy as np
+import simulation
+import tensorflow as tf
+import worker_data
+
+import tf_regtopk
+
+# Of the network: pixels, hidden units, classes.
+LAYERS = (64, 64, 10)
+HELD_OUT = 360  # As many as there are to test on.
+
+
+def define_flags():
+    comparison.define_flags(
+        output_dir="results/digits_study",
+        learning_rates=(0.01, 0.02, 0.05, 0.1, 0.2),
+        batch_size=20,
+        rounds=1500,
+    )
+    # So that --help lists those too.
+    flags.adopt_module_key_flags(comparison)
+    flags.adopt_module_key_flags(worker_data)
+    flags.adopt_module_key_flags(example_utils)
+
+
+def logits(weights, images):
+    """The network's, for one set of weights a worker.
+
+    Args:
+        weights: Float tensor `[N, J]`.
+        images: Float tensor `[N, batch, pixels]`.
+
+    Returns:
+        Float tensor `[N, batch, classes]`.
+    """
+    x, start = images, 0
+    for inputs, outputs in itertools.pairwise(LAYERS):
+        if start:
+            x = tf.nn.relu(x)
+        kernel = weights[:, start : start + inputs * outputs]
+        start += inputs * outputs
+        bias = weights[:, start : start + outputs]
+        start += outputs
+        kernel = tf.reshape(kernel, [-1, inputs, outputs])
+        x = tf.einsum("nbi,nio->nbo", x, kernel) + bias[:, tf.newaxis]
+    return x
+
+
+def start_weights(seed):
+    """Random weights `[J]` of the scale that suits ReLU."""
+    rng = np.random.default_rng(seed)
+    parts = []
+    for inputs, outputs in itertools.pairwise(LAYERS):
+        scale = np.sqrt(2 / inputs)
+        parts += [scale * rng.standard_normal(inputs * outputs)]
+        parts += [np.zeros(outputs)]
+    return tf.constant(np.concatenate(parts), tf.float32)
+
+
+def gradients_of(weights, data, step):
+    """The gradient `[N, J]` of each worker's loss on its batch."""
+    images, labels, *_ = data
+    images, labels = images[step], labels[step]
+    copies = tf.tile(weights[tf.newaxis], [labels.shape[0], 1])
+    with tf.GradientTape() as tape:
+        tape.watch(copies)
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(
+            labels, logits(copies, images)
+        )
+        loss = tf.reduce_sum(tf.reduce_mean(losses, axis=1))
+    return tape.gradient(loss, copies)
+
+
+def accuracy(weights, data):
+    *_, images, labels = data
+    predicted = tf.argmax(
+        logits(weights[tf.newaxis], images[tf.newaxis])[0],
+        axis=-1,
+        output_type=tf.int32,
+    )
+    return tf.reduce_mean(tf.cast(predicted == labels, tf.float32))
+
+
+def train(args, trainings, is_tuning, method, learning_rate, seed):
+    """One run, from weights and on batches that depend on the seed alone."""
+    (x, y), test = multi_worker.load_data()
+    x, y = x.reshape([len(x), -1]), y.astype("int32")
+    test = test[0].reshape([-1, x.shape[1]]), test[1].astype("int32")
+    if is_tuning:
+        test = x[-HELD_OUT:], y[-HELD_OUT:]
+    x, y = x[:-HELD_OUT], y[:-HELD_OUT]
+    parts = worker_data.shards(
+        y,
+        args.num_workers,
+        args.split,
+        args.shard_sizes,
+        args.batch_size,
+        seed,
+    )
+    numbers = worker_data.batches(parts, args.batch_size, args.rounds, seed)
+    weights = start_weights(seed)
+    optimizer = example_utils.make_optimizer(
+        method, args, learning_rate, args.density, args.momentum
+    )
+    inner, num_bytes = optimizer, 8 * len(weights)
+    sparsifier, rule = tf_regtopk.Dense(), tf_regtopk.Accumulate()
+    if isinstance(optimizer, tf_regtopk.SparsifiedOptimizer):
+        inner = optimizer.inner_optimizer
+        sparsifier, rule = optimizer.sparsifier, optimizer.error_feedback
+        k = sparsifier.num_selected(len(weights))
+        payload = optimizer.codec.payload(k, len(weights))
+        num_bytes = 4 * payload.num_words * args.num_workers
+    if method not in trainings:  # Compiled once for all seeds.
+        trainings[method] = simulation.gradient_descent(
+            gradients_of,
+            accuracy,
+            sparsifier,
+            rule,
+            args.num_workers,
+            args.rounds,
+            inner.momentum,
+        )
+    data = tuple(tf.constant(part) for part in (x[numbers], y[numbers], *test))
+    curve = trainings[method](weights, inner.learning_rate.value, data).numpy()
+    every = args.evaluate_every
+    rounds = sorted({*range(every, args.rounds, every), args.rounds})
+    return {
+        "round": rounds,
+        "accuracy": [float(curve[round - 1]) for round in rounds],
+        "bytes_a_step": num_bytes * (args.num_workers - 1) // args.num_workers,
+    }
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"Unknown arguments: {argv[1:]}")
+    args = flags.FLAGS
+    # It would warn of a program for each method.
+    tf.get_logger().setLevel("ERROR")
+    results = comparison.run(functools.partial(train, args, {}), args)
+    comparison.report(
+        results,
+        args,
+        f"digits, {args.num_workers} workers, {worker_data.describe(args)}, "
+        f"density {args.density:g}",
+    )
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)

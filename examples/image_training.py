@@ -1,0 +1,125 @@
+"""Trains a Keras model on images with simulated workers."""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
+import example_utils
+import keras
+import numpy as np
+import tensorflow as tf
+import tqdm
+import worker_data
+
+import tf_regtopk
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is learned.
+
+    Args:
+        build_model: Function that returns a Keras model with logits.
+        train: `(images, labels)`: a tensor, one for all runs, and an array.
+        test: Likewise, two arrays.
+        num_held_out: Number of training images, the last ones, on which
+            learning rates are compared.
+    """
+
+    build_model: Callable[[], Any]
+    train: tuple
+    test: tuple
+    num_held_out: int
+
+
+def train(task, strategy, args, is_tuning, method, learning_rate, seed):
+    """One run, from weights and on batches that depend on the seed alone.
+
+    Returns:
+        Dictionary of lists: `round` and `accuracy`; and the bytes that a worker
+        sends a step.
+    """
+    images, labels = task.train
+    held_out = len(labels) - task.num_held_out
+    parts = worker_data.shards(
+        labels[:held_out],
+        args.num_workers,
+        args.split,
+        args.shard_sizes,
+        args.batch_size,
+        seed,
+    )
+    numbers = worker_data.batches(parts, args.batch_size, args.rounds, seed)
+    test = task.test
+    if is_tuning:
+        test = images[held_out:], labels[held_out:]
+
+    keras.backend.clear_session()  # The run before is not needed any more.
+    keras.utils.set_random_seed(seed)
+    start = task.build_model()
+    with strategy.scope():
+        model = task.build_model()
+        optimizer = example_utils.make_optimizer(
+            method, args, learning_rate, args.density, args.momentum
+        )
+        model.compile(
+            optimizer=optimizer,
+            loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        )
+        optimizer.build(model.trainable_variables)
+    model.set_weights(start.get_weights())
+    tester = Tester(start, test, args, f"{method}, {learning_rate:g}, {seed}")
+    model.fit(
+        worker_data.global_batches(images, labels, numbers),
+        callbacks=[tester],
+        shuffle=False,
+        verbose=0,
+    )
+    return {
+        "round": tester.rounds,
+        "accuracy": tester.accuracies,
+        "bytes_a_step": bytes_a_step(optimizer, model, args.num_workers),
+    }
+
+
+class Tester(keras.callbacks.Callback):
+    """Tests the model every now and then, and shows a progress bar."""
+
+    def __init__(self, model, data, args, title):
+        super().__init__()
+        self._copy, self._data, self._args = model, data, args
+        self._predict = tf.function(
+            lambda images: tf.argmax(model(images, training=False), axis=-1)
+        )
+        self._title = title
+        self.rounds, self.accuracies = [], []
+
+    def on_train_begin(self, logs=None):
+        self._bar = tqdm.tqdm(total=self._args.rounds, desc=self._title)
+
+    def on_train_batch_end(self, batch, logs=None):
+        self._bar.update()
+        number = batch + 1
+        if number % self._args.evaluate_every and number < self._args.rounds:
+            return
+        self._copy.set_weights(self.model.get_weights())
+        images, labels = self._data
+        predicted = [
+            self._predict(tf.constant(images[i : i + 500])).numpy()
+            for i in range(0, len(images), 500)
+        ]
+        self.rounds.append(number)
+        self.accuracies.append(
+            float(np.mean(np.concatenate(predicted) == labels))
+        )
+
+    def on_train_end(self, logs=None):
+        self._bar.close()
+
+
+def bytes_a_step(optimizer, model, num_workers):
+    """Bytes that each worker sends a step, in rings."""
+    if isinstance(optimizer, tf_regtopk.SparsifiedOptimizer):
+        return optimizer.wire_report().sent_bytes
+    size = sum(int(np.prod(v.shape)) for v in model.trainable_variables)
+    return round(2 * (num_workers - 1) / num_workers * 4 * size)

@@ -1,0 +1,42 @@
+"""Variations on `tf_regtopk.LearnedShift`, to learn what matters in it.
+
+They also show how a rule of error feedback of one's own is written.
+"""
+
+import dataclasses
+
+import keras
+import tensorflow as tf
+
+import tf_regtopk
+from tf_regtopk import error_feedback
+
+
+@keras.saving.register_keras_serializable(package="examples")
+@dataclasses.dataclass(frozen=True)
+class MaskedShift(tf_regtopk.LearnedShift):
+    """With factor masking: u is 0 where something was sent."""
+
+    def update(self, local, indices, sent, step):
+        e, h, *_ = super().update(local, indices, sent, step)
+        masked = (error_feedback.clear_sent(u, indices) for u in local[2:])
+        return (e, h, *masked)
+
+
+@keras.saving.register_keras_serializable(package="examples")
+@dataclasses.dataclass(frozen=True)
+class RoundedShift(tf_regtopk.LearnedShift):
+    """Each worker keeps its h in bfloat16, rounded at random.
+
+    The sum H of all h, which every worker computes from what was sent, knows
+    nothing of that rounding.
+    """
+
+    def update(self, local, indices, sent, step):
+        e, h, *u = super().update(local, indices, sent, step)
+        bits = tf.bitcast(tf.cast(h, tf.float32), tf.uint32)
+        noise = tf.random.stateless_uniform(
+            h.shape, [tf.cast(step.number, tf.int32), 0], 0, 1 << 16, tf.int32
+        )
+        bits = (bits + tf.bitcast(noise, tf.uint32)) & 0xFFFF0000
+        return (e, tf.cast(tf.bitcast(bits, tf.float32), h.dtype), *u)
