@@ -20,7 +20,7 @@ import tensorflow as tf
 
 import tf_regtopk
 
-NUM_REPLICAS = (0, 2, 4, 8)
+NUM_REPLICAS = (0, 2, 4)
 STEPS_PER_EPOCH = 3
 SAVED_EPOCH, LAST_EPOCH = 2, 4
 WAYS = (

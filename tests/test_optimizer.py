@@ -52,7 +52,7 @@ def fit(strategy, optimizer_fn, build_fn=build_mlp, data=None, **arguments):
 
 def residual_errors(optimizer):
     """One array for each replica."""
-    return [arrays[0] for arrays in optimizer._state.local_arrays()]
+    return [arrays[0] for arrays in optimizer._feedback_state.local_arrays()]
 
 
 def wrap(inner_fn, *args, **kwargs):

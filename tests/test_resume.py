@@ -109,7 +109,7 @@ def assert_total_is_kept(result, half_ways, num_processes=1):
         assert len(set(r["end"])) == 6  # All replicas have the same weights.
 
 
-@pytest.mark.parametrize("old, new", [(8, 4), (2, 8), (4, 0), (0, 2)])
+@pytest.mark.parametrize("old, new", [(4, 2), (2, 4), (4, 0), (0, 2)])
 def test_another_number_of_replicas(old, new, saved, mirrored):
     result, files = saved(old, mirrored(old))
     loaded = resume_program.load_another_world(mirrored(new), files)

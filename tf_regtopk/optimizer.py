@@ -456,7 +456,9 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
     def load_state(self, saved):
         """Loads a `SavedState`, or raises and changes nothing."""
         saved_state.check_layout(saved, self._layout)
-        state, density = self._feedback_state, saved.moment["density"]
+        state = self._feedback_state
+        # Older ones could not have another than the sparsifier's.
+        density = saved.moment.get("density", self.sparsifier.density)
         feedback = state.initial_arrays()
         replicas = saved_state.state_of_replicas(
             worker_files.complete(saved, state.replicas, state.num_replicas),
