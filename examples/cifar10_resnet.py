@@ -14,8 +14,6 @@ Source: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images"
 (2009).
 """
 
-import functools
-
 from absl import app
 from absl import flags
 import comparison
@@ -23,7 +21,6 @@ import example_utils
 import image_training
 import keras
 import resnet
-import tensorflow as tf
 import worker_data
 
 HELD_OUT = 5000
@@ -63,32 +60,23 @@ def main(argv):
         raise app.UsageError(f"Unknown arguments: {argv[1:]}")
     args = flags.FLAGS
     strategy = example_utils.simulated_workers(args.num_workers)
-    train, test = (
-        worker_data.load_images(
-            "cifar10", split, args.data_dir, max_images=args.max_images
-        )
-        for split in ("train", "test")
-    )
-    task = image_training.Task(
-        build_model=lambda: keras.Sequential(
+    image_training.compare(
+        *(
+            worker_data.load_images(
+                "cifar10", split, args.data_dir, max_images=args.max_images
+            )
+            for split in ("train", "test")
+        ),
+        lambda: keras.Sequential(
             [
-                keras.Input(train[0].shape[1:]),
+                keras.Input((32, 32, 3)),
                 keras.layers.Rescaling(1 / 64, offset=-2.0),
                 resnet.build_resnet(args.model, args.norm),
             ]
         ),
-        train=(tf.constant(train[0]), train[1]),
-        test=test,
-        num_held_out=min(HELD_OUT, len(train[0]) // 10),
-    )
-    results = comparison.run(
-        functools.partial(image_training.train, task, strategy, args), args
-    )
-    comparison.report(
-        results,
+        HELD_OUT,
+        strategy,
         args,
-        f"{args.model}, {args.num_workers} workers, "
-        f"{worker_data.describe(args)}, density {args.density:g}",
     )
 
 

@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any
 
+import comparison
 import example_utils
 import keras
 import numpy as np
@@ -14,22 +16,43 @@ import worker_data
 import tf_regtopk
 
 
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """What is learned.
+def compare(train_data, test_data, build_model, held_out, strategy, args):
+    """Compares the methods, and writes the report.
 
     Args:
+        train_data: `(images, labels)`, arrays.
+        test_data: Likewise.
         build_model: Function that returns a Keras model with logits.
-        train: `(images, labels)`: a tensor, one for all runs, and an array.
-        test: Likewise, two arrays.
-        num_held_out: Number of training images, the last ones, on which
-            learning rates are compared.
+        held_out: Number of training images, the last ones, on which learning
+            rates are compared; at most a tenth of all.
+        strategy: The strategy to train under, one replica a worker.
+        args: The flags.
     """
+    images, labels = train_data
+    task = Task(
+        build_model,
+        tf.constant(images),  # One for all runs.
+        labels,
+        test_data,
+        min(held_out, len(labels) // 10),
+    )
+    comparison.report(
+        comparison.run(functools.partial(train, task, strategy, args), args),
+        args,
+        f"{args.model}, {args.num_workers} workers, "
+        f"{worker_data.describe(args)}, density {args.density:g}",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is learned, as of `compare`."""
 
     build_model: Callable[[], Any]
-    train: tuple
+    images: tf.Tensor
+    labels: np.ndarray
     test: tuple
-    num_held_out: int
+    held_out: int
 
 
 def train(task, strategy, args, is_tuning, method, learning_rate, seed):
@@ -39,8 +62,8 @@ def train(task, strategy, args, is_tuning, method, learning_rate, seed):
         Dictionary of lists: `round` and `accuracy`; and the bytes that a worker
         sends a step.
     """
-    images, labels = task.train
-    held_out = len(labels) - task.num_held_out
+    images, labels = task.images, task.labels
+    held_out = len(labels) - task.held_out
     parts = worker_data.shards(
         labels[:held_out],
         args.num_workers,

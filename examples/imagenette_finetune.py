@@ -12,7 +12,6 @@ compared, and runs kept, as in `cifar10_resnet.py`.
 Source: the images are those of https://github.com/fastai/imagenette.
 """
 
-import functools
 import sys
 
 from absl import app
@@ -96,23 +95,12 @@ def main(argv):
         raise app.UsageError(f"Unknown arguments: {argv[1:]}")
     args = flags.FLAGS
     strategy = example_utils.simulated_workers(args.num_workers)
-    train, test = (
-        load_images(split, args) for split in ("train", "validation")
-    )
-    task = image_training.Task(
-        build_model=lambda: build_model(args),
-        train=(tf.constant(train[0]), train[1]),
-        test=test,
-        num_held_out=min(HELD_OUT, len(train[0]) // 10),
-    )
-    results = comparison.run(
-        functools.partial(image_training.train, task, strategy, args), args
-    )
-    comparison.report(
-        results,
+    image_training.compare(
+        *(load_images(split, args) for split in ("train", "validation")),
+        lambda: build_model(args),
+        HELD_OUT,
+        strategy,
         args,
-        f"{args.model}, {args.num_workers} workers, "
-        f"{worker_data.describe(args)}, density {args.density:g}",
     )
 
 

@@ -1,47 +1,20 @@
 """The examples that compare methods on images, on images made up."""
 
-import json
-import pathlib
-import subprocess
-import sys
-
 import digits_study
-import example_utils
+import example_runner
 import keras
 import numpy as np
 import pytest
 import resnet
-import run_with_mock_data
 import tensorflow as tf
 import worker_data
 
-EXAMPLES = pathlib.Path(example_utils.__file__).parent
 LABELS = np.random.default_rng(7).integers(10, size=5000)
 
 
-def run_example(name, output_dir, *own_flags, **flags):
-    result = subprocess.run(
-        [
-            sys.executable,
-            run_with_mock_data.__file__,
-            "100",
-            EXAMPLES / f"{name}.py",
-            f"--output_dir={output_dir}",
-            *own_flags,
-            *(f"--{flag}={value}" for flag, value in flags.items()),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert (output_dir / "curves.png").stat().st_size > 1000
-    summary = json.loads((output_dir / "summary.json").read_text("utf-8"))
-    return summary, result.stdout
-
-
-SMALL = dict(num_workers=2, batch_size=3, rounds=3, evaluate_every=2)
+SMALL = dict(
+    num_mock_images=100, num_workers=2, batch_size=3, rounds=3, evaluate_every=2
+)
 
 
 def test_cifar10_script(tmp_path):
@@ -58,7 +31,9 @@ def test_cifar10_script(tmp_path):
         split="dirichlet:1",
         shard_sizes="unequal",
     )
-    summary, output = run_example("cifar10_resnet", tmp_path, **settings)
+    summary, output = example_runner.run_example(
+        "cifar10_resnet", tmp_path, **settings
+    )
     assert summary["config"]["split"] == "dirichlet:1"
     methods = summary["methods"]
     assert list(methods) == ["dense", "topk"]
@@ -80,7 +55,9 @@ def test_cifar10_script(tmp_path):
     runs = (tmp_path / "runs.jsonl").read_text("utf-8")
     assert runs.count("\n") == 2 * (2 + 1)
     settings.update(methods="dense", learning_rates="0.01", seeds="0,5")
-    again, output = run_example("cifar10_resnet", tmp_path, **settings)
+    again, output = example_runner.run_example(
+        "cifar10_resnet", tmp_path, **settings
+    )
     more = (tmp_path / "runs.jsonl").read_text("utf-8")
     assert more.startswith(runs)
     kept = methods["dense"]["learning_rate"] == 0.01
@@ -90,7 +67,7 @@ def test_cifar10_script(tmp_path):
 
 
 def test_imagenette_script(tmp_path):
-    summary, _ = run_example(
+    summary, _ = example_runner.run_example(
         "imagenette_finetune",
         tmp_path,
         **SMALL,
@@ -106,24 +83,15 @@ def test_imagenette_script(tmp_path):
 
 
 def test_digits_study_script(tmp_path):
-    result = subprocess.run(
-        [
-            sys.executable,
-            EXAMPLES / "digits_study.py",
-            f"--output_dir={tmp_path}",
-            "--methods=dense,shift_regtopk_inner,shift_masked",
-            "--density=0.02",
-            "--split=dirichlet:1",
-            "--learning_rates=0.02",
-            "--rounds=300",
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
+    summary, _ = example_runner.run_example(
+        "digits_study",
+        tmp_path,
+        methods="dense,shift_regtopk_inner,shift_masked",
+        density=0.02,
+        split="dirichlet:1",
+        learning_rates=0.02,
+        rounds=300,
     )
-    assert result.returncode == 0, result.stderr[-3000:]
-    summary = json.loads((tmp_path / "summary.json").read_text("utf-8"))
     methods = summary["methods"]
     assert min(method["accuracy"] for method in methods.values()) > 0.85
     assert (
@@ -214,12 +182,5 @@ def test_batches():
 
 def test_bad_split():
     """Told before anything is loaded."""
-    result = subprocess.run(
-        [sys.executable, EXAMPLES / "cifar10_resnet.py", "--split=dirichlet:0"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode != 0
-    assert "--split=dirichlet:0: must be" in result.stdout + result.stderr
+    message = example_runner.refusal_of("cifar10_resnet", "--split=dirichlet:0")
+    assert "--split=dirichlet:0: must be" in message

@@ -1,12 +1,9 @@
 """The examples that simulate workers, shortened."""
 
-import json
-import pathlib
-import subprocess
-import sys
 import types
 
 import density_sweep
+import example_runner
 import example_utils
 import keras
 import linear_regression
@@ -19,31 +16,10 @@ import toy_logistic
 
 import tf_regtopk
 
-EXAMPLES = pathlib.Path(example_utils.__file__).parent
-
-
-def run_example(name, tmp_path, **flags):
-    result = subprocess.run(
-        [
-            sys.executable,
-            EXAMPLES / f"{name}.py",
-            f"--output_dir={tmp_path}",
-            *(f"--{flag}={value}" for flag, value in flags.items()),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert (tmp_path / "curves.png").stat().st_size > 1000
-    summary = json.loads((tmp_path / "summary.json").read_text("utf-8"))
-    return summary, result.stdout
-
 
 def test_linear_regression_script(tmp_path):
     """Small enough to be quick, large enough to tell the methods apart."""
-    summary, output = run_example(
+    summary, output = example_runner.run_example(
         "linear_regression",
         tmp_path,
         num_workers=4,
@@ -212,7 +188,7 @@ def test_simulation_follows_the_reference(method, score, rule):
 
 
 def test_density_sweep_script(tmp_path):
-    summary, output = run_example(
+    summary, output = example_runner.run_example(
         "density_sweep",
         tmp_path,
         num_workers=4,
@@ -246,7 +222,7 @@ def test_linear_regression_problem():
 
 
 def test_toy_logistic_script(tmp_path):
-    summary, _ = run_example("toy_logistic", tmp_path)
+    summary, _ = example_runner.run_example("toy_logistic", tmp_path)
     methods = summary["methods"]
     # Top-k stands still until the second entry's error is as large as the
     # first entry, a hundred rounds.
@@ -265,14 +241,5 @@ def test_toy_logistic_loss():
 
 def test_unknown_method():
     """Told before anything is trained."""
-    result = subprocess.run(
-        [sys.executable, EXAMPLES / "toy_logistic.py", "--methods=dense,top"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode != 0
-    assert "must be among dense, topk_no_feedback, topk" in (
-        result.stdout + result.stderr
-    )
+    message = example_runner.refusal_of("toy_logistic", "--methods=dense,top")
+    assert "must be among dense, topk_no_feedback, topk" in message

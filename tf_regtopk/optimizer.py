@@ -341,7 +341,7 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         # Functions that were traced before a change are to know of it.
         self.density_changes = 0
         self._density_changes = replica_state.ReplicaState(
-            lambda: tf.constant(0)
+            lambda: tf.constant(0, tf.int64)
         )
         self._start_with(self.sparsifier.density)
 

@@ -1,0 +1,51 @@
+"""Runs an example as a program of its own."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import example_utils
+import run_with_mock_data
+
+EXAMPLES = pathlib.Path(example_utils.__file__).parent
+
+
+def run_example(name, output_dir, num_mock_images=None, **flags):
+    """Runs an example to its end.
+
+    Args:
+        name: Name of the script.
+        output_dir: Where its results go.
+        num_mock_images: How many images tensorflow-datasets is to make up, if
+            any.
+        **flags: The script's flags.
+
+    Returns:
+        `(summary, output)`: what it has written and printed.
+    """
+    command = [sys.executable]
+    if num_mock_images is not None:
+        command += [run_with_mock_data.__file__, str(num_mock_images)]
+    command += [EXAMPLES / f"{name}.py", f"--output_dir={output_dir}"]
+    command += [f"--{flag}={value}" for flag, value in flags.items()]
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (output_dir / "curves.png").stat().st_size > 1000
+    summary = json.loads((output_dir / "summary.json").read_text("utf-8"))
+    return summary, result.stdout
+
+
+def refusal_of(name, flag):
+    """What an example says to a flag it refuses."""
+    result = subprocess.run(
+        [sys.executable, EXAMPLES / f"{name}.py", flag],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode != 0
+    return result.stdout + result.stderr
