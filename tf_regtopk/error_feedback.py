@@ -364,7 +364,9 @@ class LearnedShift(ErrorFeedback):
     It keeps e and h, and the shared H; with momentum u and p as well.
 
     Args:
-        rate: Float in (0, 1], or None for the density.
+        rate: Float in (0, 1], or None for the density. In the distributed
+            linear regression a quarter of the density learns too slowly, and
+            four times the density diverges.
         momentum: Float m in [0, 1).
 
     A relative of EC-SGD-DIANA (Gorbunov et al., 2020), which learns the shift
