@@ -76,7 +76,8 @@ def train(training, problem, learning_rate):
     moment = np.einsum("nij,nio->nj", features, targets) / num_points
     data = tuple(tf.constant(part) for part in (gram, moment, optimum))
     start = tf.zeros([dimension], tf.float64)
-    return np.log10(training(start, tf.constant(learning_rate), data).numpy())
+    rate = tf.constant(learning_rate, tf.float64)
+    return np.log10(training(start, rate, data).numpy())
 
 
 def main(argv):
