@@ -59,6 +59,9 @@ def define_flags(output_dir, learning_rates, batch_size, rounds):
     example_utils.define_density_flag(0.001)
     example_utils.define_method_flags(mu=4.0, methods=_METHODS)
     flags.DEFINE_string("output_dir", output_dir, "Where the results go.")
+    # So that who adopts these flags adopts those too.
+    flags.adopt_module_key_flags(worker_data)
+    flags.adopt_module_key_flags(example_utils)
 
 
 def run(train, args):

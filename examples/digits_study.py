@@ -37,8 +37,6 @@ def define_flags():
     )
     # So that --help lists those too.
     flags.adopt_module_key_flags(comparison)
-    flags.adopt_module_key_flags(worker_data)
-    flags.adopt_module_key_flags(example_utils)
 
 
 def logits(weights, images):

@@ -87,7 +87,7 @@ def _check_loaded(loaded, model):
             "`optimizer.build(model.trainable_variables)` before"
         )
     if model is not None:
-        moment = _wrapper_of(model).moment
+        moment = wrapper.of_model(model).moment
         if moment not in [saved.moment for saved in loaded]:
             raise ValueError(
                 "The weights must be those that were saved. Received: "
@@ -101,7 +101,7 @@ def put_back_on_error(model):
     if model is None:
         yield
         return
-    optimizer = _wrapper_of(model)
+    optimizer = wrapper.of_model(model)
     # Of each replica: batch normalisation keeps averages of its own on each.
     variables = [
         local
@@ -119,25 +119,6 @@ def put_back_on_error(model):
             variable.assign(value)
         optimizer.load_state(state)
         raise
-
-
-def _wrapper_of(model):
-    optimizer = model.optimizer
-    while not isinstance(optimizer, wrapper.OptimizerWrapper):
-        if not hasattr(optimizer, "inner_optimizer"):
-            raise ValueError(
-                "The optimizer of `model` must be a `SparsifiedOptimizer`. "
-                f"Received: {optimizer!r}"
-            )
-        optimizer = optimizer.inner_optimizer
-    if not model.built:
-        raise ValueError(
-            "`model` must be built, as by `model.build(input_shape)`. "
-            f"Received: {model!r}"
-        )
-    if not optimizer.built:
-        model.optimizer.build(model.trainable_variables)
-    return optimizer
 
 
 class Backup(keras.callbacks.Callback):
@@ -193,7 +174,7 @@ class Backup(keras.callbacks.Callback):
             FileNotFoundError: If the backups of some workers are missing.
             ValueError: If they cannot be loaded, or differ in their weights.
         """
-        _wrapper_of(model)  # Builds it.
+        wrapper.of_model(model)  # Builds it.
         strategy = model.distribute_strategy
         self._clean_up()
         epoch = self._newest_of_all(strategy)
@@ -306,7 +287,7 @@ class Backup(keras.callbacks.Callback):
 
 def _check_workers_agree(model):
     """Raises unless all workers go on from the same step and weights."""
-    moment = _wrapper_of(model).moment
+    moment = wrapper.of_model(model).moment
     # An int32 takes 31 of the checksum's bits.
     numbers = [moment["step"], moment["weights"] >> 1]
     of_all = exchange.gather_from_workers(numbers, model.distribute_strategy)

@@ -2,8 +2,8 @@
 
 import keras
 
-from tf_regtopk import optimizer as optimizer_lib
 from tf_regtopk import validation
+from tf_regtopk import wrapper
 
 
 class DensityWarmup(keras.callbacks.Callback):
@@ -45,7 +45,7 @@ class DensityWarmup(keras.callbacks.Callback):
         self._traced = None
 
     def on_epoch_begin(self, epoch, logs=None):
-        optimizer = self._optimizer()
+        optimizer = wrapper.of_model(self.model)
         density = optimizer.sparsifier.density
         if epoch < len(self.densities):
             density = self.densities[epoch]
@@ -56,16 +56,3 @@ class DensityWarmup(keras.callbacks.Callback):
         if traced != self._traced:
             self.model.make_train_function(force=True)
             self._traced = self.model.train_function, optimizer.density_changes
-
-    def _optimizer(self):
-        optimizer = self.model.optimizer
-        while not isinstance(optimizer, optimizer_lib.SparsifiedOptimizer):
-            if not hasattr(optimizer, "inner_optimizer"):
-                raise ValueError(
-                    "The optimizer of the model must be a "
-                    f"`SparsifiedOptimizer`. Received: {optimizer!r}"
-                )
-            optimizer = optimizer.inner_optimizer
-        if not optimizer.built:
-            self.model.optimizer.build(self.model.trainable_variables)
-        return optimizer

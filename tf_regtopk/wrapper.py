@@ -319,6 +319,26 @@ def _leave_saving_to_wrapper(inner_optimizer):
         part.save_own_variables = part.load_own_variables = lambda store: None
 
 
+def of_model(model):
+    """The wrapper in the optimizer of a `keras.Model`, which it builds."""
+    optimizer = model.optimizer
+    while not isinstance(optimizer, OptimizerWrapper):
+        if not hasattr(optimizer, "inner_optimizer"):
+            raise ValueError(
+                "The optimizer of `model` must be a `SparsifiedOptimizer`. "
+                f"Received: {optimizer!r}"
+            )
+        optimizer = optimizer.inner_optimizer
+    if not model.built:
+        raise ValueError(
+            "`model` must be built, as by `model.build(input_shape)`. "
+            f"Received: {model!r}"
+        )
+    if not optimizer.built:
+        model.optimizer.build(model.trainable_variables)
+    return optimizer
+
+
 def build_once_for_all_replicas(optimizer, build):
     """Calls `build` in the scope of the optimizer's strategy.
 
