@@ -141,15 +141,7 @@ def report(results, args, title):
             rounds = np.array(runs[0]["round"])
             megabytes = rounds * runs[0]["bytes_a_step"] / 1e6
             for axes, x in ((by_step, rounds), (by_bytes, megabytes)):
-                [line] = axes.plot(x, curves.mean(axis=0), label=method)
-                axes.fill_between(
-                    x,
-                    curves.min(axis=0),
-                    curves.max(axis=0),
-                    color=line.get_color(),
-                    alpha=0.15,
-                    linewidth=0,
-                )
+                example_utils.plot_band(axes, x, curves, method)
         by_step.set_xlabel("step")
         by_step.set_ylabel("test accuracy")
         by_step.legend()

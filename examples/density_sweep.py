@@ -119,17 +119,7 @@ def main(argv):
 
     def draw(axes):
         for method, final in finals.items():
-            [line] = axes.plot(
-                densities, np.median(final, axis=1), marker=".", label=method
-            )
-            axes.fill_between(
-                densities,
-                final.min(axis=1),
-                final.max(axis=1),
-                color=line.get_color(),
-                alpha=0.15,
-                linewidth=0,
-            )
+            example_utils.plot_band(axes, densities, final.T, method)
         axes.set_xscale("log")
         axes.set_xlabel("density")
         axes.set_ylabel(r"final $\log_{10} \|w - w^*\|^2$")

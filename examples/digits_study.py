@@ -22,6 +22,7 @@ import tensorflow as tf
 import worker_data
 
 import tf_regtopk
+from tf_regtopk import exchange
 
 # Of the network: pixels, hidden units, classes.
 LAYERS = (64, 64, 10)
@@ -118,14 +119,15 @@ def train(args, trainings, is_tuning, method, learning_rate, seed):
     optimizer = example_utils.make_optimizer(
         method, args, learning_rate, args.density, args.momentum
     )
-    inner, num_bytes = optimizer, 8 * len(weights)
+    inner, num_bytes = optimizer, 2 * 4 * len(weights) / args.num_workers
     sparsifier, rule = tf_regtopk.Dense(), tf_regtopk.Accumulate()
     if isinstance(optimizer, tf_regtopk.SparsifiedOptimizer):
         inner = optimizer.inner_optimizer
         sparsifier, rule = optimizer.sparsifier, optimizer.error_feedback
         k = sparsifier.num_selected(len(weights))
         payload = optimizer.codec.payload(k, len(weights))
-        num_bytes = 4 * payload.num_words * args.num_workers
+        num_header_words = exchange.header_words(weights.dtype)
+        num_bytes = 4 * (num_header_words + payload.num_words)
     if method not in trainings:  # Compiled once for all seeds.
         trainings[method] = simulation.gradient_descent(
             gradients_of,
@@ -143,7 +145,7 @@ def train(args, trainings, is_tuning, method, learning_rate, seed):
     return {
         "round": rounds,
         "accuracy": [float(curve[round - 1]) for round in rounds],
-        "bytes_a_step": num_bytes * (args.num_workers - 1) // args.num_workers,
+        "bytes_a_step": round((args.num_workers - 1) * num_bytes),
     }
 
 

@@ -259,6 +259,19 @@ def config():
     }
 
 
+def plot_band(axes, x, values, label):
+    """Plots the median of rows of values, and their range around it."""
+    [line] = axes.plot(x, np.median(values, axis=0), marker=".", label=label)
+    axes.fill_between(
+        x,
+        np.min(values, axis=0),
+        np.max(values, axis=0),
+        color=line.get_color(),
+        alpha=0.15,
+        linewidth=0,
+    )
+
+
 def save_results(output_dir, summary, draw, num_plots=1):
     """Writes `summary.json` and the figure `curves.png`.
 

@@ -40,6 +40,10 @@ def rule_of(module, name):
     if "error_feedback" in arguments:
         inner = rule_of(module, arguments["error_feedback"])
         arguments = {**arguments, "error_feedback": inner}
+        if module is tf_regtopk:
+            arguments["codec"] = tf_regtopk.Codec(
+                values=arguments.pop("values")
+            )
     return getattr(module, class_name)(**arguments)
 
 
@@ -342,9 +346,9 @@ def test_huge_gradients_are_clipped_as_well():
             r"`density` must be in \(0, 1\]. Received: density=0",
         ),
         (
-            lambda: tf_regtopk.CompressedDownlink(values="int8"),
-            ValueError,
-            "`values` must be .* Received: values='int8'",
+            lambda: tf_regtopk.CompressedDownlink(codec="ternary"),
+            TypeError,
+            "`codec` must be .* Received: codec='ternary'",
         ),
     ],
 )

@@ -5,10 +5,10 @@ import dataclasses
 import keras
 import tensorflow as tf
 
+from tf_regtopk import codec as codec_lib
 from tf_regtopk import error_feedback as error_feedback_lib
 from tf_regtopk import selection
 from tf_regtopk import validation
-from tf_regtopk import value_codecs
 
 
 @keras.saving.register_keras_serializable(package="tf_regtopk")
@@ -26,11 +26,11 @@ class CompressedDownlink(error_feedback_lib.ErrorFeedback):
 
     Sparse ternary compression as a whole is
 
-    >>> from tf_regtopk import codec, optimizer, sparsifiers
+    >>> from tf_regtopk import optimizer, sparsifiers
     >>> stc = optimizer.SparsifiedOptimizer(
     ...     keras.optimizers.SGD(0.1),
     ...     sparsifiers.TopK(density=0.01),
-    ...     codec=codec.Codec("golomb", "ternary"),
+    ...     codec=codec_lib.Codec("golomb", "ternary"),
     ...     error_feedback=CompressedDownlink())
 
     In an all-gather there is no way back, every replica computes the same, and
@@ -40,7 +40,7 @@ class CompressedDownlink(error_feedback_lib.ErrorFeedback):
         error_feedback: `ErrorFeedback`, the rule for the way there. Defaults
             to `Accumulate()`.
         density: Float in (0, 1], or None for that of the sparsifier.
-        values: Name of a value codec, as of `Codec`, or a `ValueCodec`.
+        codec: `Codec`, how the entries are written. Defaults to ternary values.
 
     Source: Sattler, Wiedemann, Mueller, Samek, "Robust and
     Communication-Efficient Federated Learning from Non-IID Data" (2019).
@@ -50,7 +50,9 @@ class CompressedDownlink(error_feedback_lib.ErrorFeedback):
         default_factory=error_feedback_lib.Accumulate
     )
     density: float | None = None
-    values: str | value_codecs.ValueCodec = "ternary"
+    codec: codec_lib.Codec = dataclasses.field(
+        default_factory=lambda: codec_lib.Codec(values="ternary")
+    )
 
     def __post_init__(self):
         validation.check_instance(
@@ -61,10 +63,9 @@ class CompressedDownlink(error_feedback_lib.ErrorFeedback):
         )
         if self.density is not None:
             self._check_number("density", "in (0, 1]", lambda d: 0 < d <= 1)
-        if not isinstance(self.values, value_codecs.ValueCodec):
-            validation.check_choice(
-                "values", self.values, tuple(value_codecs.CODECS)
-            )
+        validation.check_instance(
+            "codec", self.codec, codec_lib.Codec, 'Codec(values="ternary")'
+        )
 
     @property
     def keeps_a(self):
@@ -99,24 +100,20 @@ class CompressedDownlink(error_feedback_lib.ErrorFeedback):
         indices = selection.select_largest(
             a, [selection.Group(a.shape[0], k)], step.number
         )
-        values = self.values
-        if isinstance(values, str):
-            values = value_codecs.CODECS[values]
         # Stochastic rounding draws other numbers than any replica does.
         stream = (step.number, tf.constant(step.num_replicas))
-        words = values.encode(selection.take(a, indices), stream)
-        sent = values.decode(words, k, a.dtype)
+        payload = self.codec.payload(k, a.shape[0], a.dtype)
+        _, sent = payload.encode(indices, selection.take(a, indices), stream)
         aggregate = error_feedback_lib.add_sent(tf.zeros_like(a), indices, sent)
         error = error_feedback_lib.residual_error(a, indices, sent)
         return aggregate, (error, *inner)
 
     def get_config(self):
         serialize = keras.saving.serialize_keras_object
-        is_name = isinstance(self.values, str)
         return {
             "error_feedback": serialize(self.error_feedback),
             "density": self.density,
-            "values": self.values if is_name else serialize(self.values),
+            "codec": serialize(self.codec),
         }
 
     @classmethod
