@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 import tf_regtopk
+from tf_regtopk import exchange
 
 
 def make_data():
@@ -190,6 +191,31 @@ def reduce_values(strategy):
     }
 
 
+def gather(strategy):
+    """What is gathered of different payloads, and by which collectives."""
+
+    @tf.function
+    def gather_on_replicas(words):
+        return strategy.run(exchange.all_gather, args=(words,))
+
+    words = strategy.experimental_distribute_values_from_function(
+        lambda context: tf.range(5) + 100 * context.replica_id_in_sync_group
+    )
+    gathered = [gather_on_replicas(words).numpy().tolist() for _ in range(3)]
+    graph = gather_on_replicas.get_concrete_function(words).graph
+    return {
+        "gathered": gathered,
+        "collectives": [
+            op.type
+            for op in graph.get_operations()
+            if op.type.startswith("Collective")
+        ],
+        "eager": strategy.run(exchange.all_gather, args=(words,))
+        .numpy()
+        .tolist(),
+    }
+
+
 def upstream_error(strategy):
     """The error of `fit` with upstream's `reduce`. `None` if there is none."""
     upstream = tf.distribute.MultiWorkerMirroredStrategy.reduce
@@ -218,6 +244,7 @@ def main(result_path):
     result = {
         "num_replicas": strategy.num_replicas_in_sync,
         "reduce": reduce_values(strategy),
+        "gather": gather(strategy),
         "train": train(strategy),
         "any_inputs": train_on_any_inputs(strategy),
         # Last, as it leaves the strategy as upstream has it.

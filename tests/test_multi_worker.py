@@ -51,6 +51,15 @@ def test_trains_as_two_replicas_in_one_process_do(results, mirrored):
     assert actual["history"]["loss"][-1] < 0.8 * actual["history"]["loss"][0]
 
 
+def test_workers_gather_in_one_round(results):
+    expected = [[0, 1, 2, 3, 4], [100, 101, 102, 103, 104]]
+    for result in results:
+        assert result["gather"]["gathered"] == [expected] * 3
+        assert result["gather"]["eager"] == expected
+        # The public all-gather makes two, of which one tells the shapes.
+        assert result["gather"]["collectives"] == ["CollectiveAllToAllV2"]
+
+
 def test_last_validation_is_what_evaluate_gives(results):
     train = results[0]["train"]
     for metric, value in train["evaluate"].items():

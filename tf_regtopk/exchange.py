@@ -2,6 +2,8 @@
 
 import tensorflow as tf
 
+from tf_regtopk import keras_internals
+
 
 def all_gather(payload, num_used=None):
     """Gives every replica the payloads of all replicas, by one all-gather.
@@ -29,7 +31,9 @@ def all_gather(payload, num_used=None):
             replica.all_gather(used, axis=0), num_replicas, payload.shape[0]
         )
     gathered = payload
-    if num_replicas > 1:
+    if num_replicas > 1 and keras_internals.can_exchange_at_once():
+        gathered = keras_internals.exchange_at_once(payload)
+    elif num_replicas > 1:
         gathered = replica.all_gather(payload, axis=0)
     return tf.reshape(gathered, [num_replicas, *payload.shape])
 

@@ -5,6 +5,7 @@ serves for these; each has a test that fails when upstream changes it.
 """
 
 import tensorflow as tf
+from tensorflow.python.ops import collective_ops
 from tensorflow.python.ops import control_flow_util
 
 
@@ -29,3 +30,51 @@ def in_xla_context():
     return control_flow_util.GraphOrParentsInXlaContext(
         tf.compat.v1.get_default_graph()
     )
+
+
+def can_exchange_at_once():
+    """Whether `exchange_at_once` serves this replica: on workers' CPUs.
+
+    In a replica context. Elsewhere it has not been tried (GPUs), is not needed
+    (one process), or would block (eager replicas run one after the other).
+    """
+    strategy = tf.distribute.get_strategy()
+    return (
+        isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
+        and not tf.executing_eagerly()
+        and "CPU" in _launcher()._device
+    )
+
+
+def exchange_at_once(payload):
+    """An all-gather in one round, in which each replica sends to all others.
+
+    The public one makes two: of the shapes, then of the payloads; and each
+    passes the payloads on from replica to replica, N - 1 times, where this one
+    takes as long as one message. It sends as many bytes.
+
+    Args:
+        payload: Tensor `[length]`, of the same length on every replica.
+
+    Returns:
+        Tensor `[N, length]`.
+    """
+    launcher = _launcher()
+    options = launcher._options
+    with tf.device(launcher._device):
+        return collective_ops.all_to_all_v2(
+            tf.tile(payload[tf.newaxis], [launcher._group_size, 1]),
+            launcher._group_size,
+            launcher._group_key,
+            launcher._next_instance_key(),
+            communication_hint=options.implementation.value,
+            timeout=options.timeout_seconds or 0,
+            ordering_token=launcher._get_ordering_token(),
+        )
+
+
+def _launcher():
+    """What launches the collectives of this replica."""
+    replica = tf.distribute.get_replica_context()
+    launchers = replica.strategy.extended._cross_device_ops._launchers
+    return launchers[replica._replica_id]
