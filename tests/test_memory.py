@@ -35,19 +35,22 @@ def test_no_array_of_the_gradients_size_is_copied(sparsifier):
     size = 2**18
     optimizer, variables = make_optimizer(sparsifier, [(size - 99,), (9, 11)])
     gradients = [tf.zeros(variable.shape) for variable in variables]
+    exchange = optimizer._gradient_exchange
     state = (
-        *optimizer._feedback_state.variables(),
-        optimizer._memory.variables(),
+        *exchange.feedback_state.variables(),
+        exchange.memory.variables(),
     )
+    sparse_step = exchange.step
     values = tf.nest.map_structure(lambda v: v.read_value(), state)
     step = optimizer.iterations.value
-    args = (gradients, *values, tf.zeros([]), (step, tf.constant(0)), 0)
-    assert not copies(optimizer._select_entries, size, *args)
-    payload, _, indices, sent, _ = optimizer._select_entries(*args)
-    header = payload.shape[0] - optimizer._payload_codec.num_words
-    entries = optimizer._decode(payload[tf.newaxis, header:], 0)[:2]
+    args = (gradients, *values, tf.zeros([]), (step, tf.constant(0)))
+    assert not copies(sparse_step.select_entries, size, *args)
+    payload, _, indices, sent, _ = sparse_step.select_entries(*args)
+    codec = tf_regtopk.Codec("int32").payload(len(sent), size)
+    header = payload.shape[0] - codec.num_words
+    entries = sparse_step.decode(payload[tf.newaxis, header:])[:2]
     args = (*entries, indices, sent, *state, tf.zeros([]), step, (True, True))
-    assert not copies(optimizer._add_entries, size, *args)
+    assert not copies(sparse_step.add_entries, size, *args)
 
 
 @pytest.mark.parametrize("sparsifier", SPARSIFIERS)

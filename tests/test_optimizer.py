@@ -52,7 +52,10 @@ def fit(strategy, optimizer_fn, build_fn=build_mlp, data=None, **arguments):
 
 def residual_errors(optimizer):
     """One array for each replica."""
-    return [arrays[0] for arrays in optimizer._feedback_state.local_arrays()]
+    return [
+        arrays[0]
+        for arrays in optimizer._gradient_exchange.feedback_state.local_arrays()
+    ]
 
 
 def wrap(inner_fn, *args, **kwargs):
@@ -674,9 +677,10 @@ def test_no_retracing(mirrored):
         strategy, wrap(INNER_OPTIMIZERS["sgd"], tf_regtopk.RegTopK(0.3))
     )
     optimizer = model.optimizer
-    before = optimizer._select_entries.experimental_get_tracing_count()
+    select = optimizer._gradient_exchange.step.select_entries
+    before = select.experimental_get_tracing_count()
     model.fit(*small_data(), batch_size=12, epochs=2, verbose=0)
-    assert optimizer._select_entries.experimental_get_tracing_count() == before
+    assert select.experimental_get_tracing_count() == before
 
 
 def test_empty_gradients_are_no_step():

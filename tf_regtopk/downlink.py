@@ -108,6 +108,9 @@ class CompressedDownlink(error_feedback_lib.ErrorFeedback):
         error = error_feedback_lib.residual_error(a, indices, sent)
         return aggregate, (error, *inner)
 
+    def when_dense(self):
+        return self.error_feedback.when_dense()
+
     def get_config(self):
         serialize = keras.saving.serialize_keras_object
         return {

@@ -180,6 +180,20 @@ class ErrorFeedback(record.Record, abc.ABC):
         del step
         return total, shared
 
+    def when_dense(self):
+        """What the rule comes to if no entry has to be held back.
+
+        Returns:
+            `ErrorFeedback` without local tensors, for `exchange="dense"`.
+
+        Raises:
+            ValueError: If the rule does not say.
+        """
+        raise ValueError(
+            '`exchange` must be "sparse" with a rule of error feedback that '
+            f"has no `when_dense`. Received: error_feedback={self}"
+        )
+
 
 @keras.saving.register_keras_serializable(package="tf_regtopk")
 @dataclasses.dataclass(frozen=True)
@@ -272,6 +286,10 @@ class Accumulate(ErrorFeedback):
             shared = (tf.cast(step.learning_rate, total.dtype),)
         return total, shared
 
+    def when_dense(self):
+        # Factor masking is for what was held back.
+        return _of_sum(self.momentum, clip_norm=self.clip_norm)
+
 
 @keras.saving.register_keras_serializable(package="tf_regtopk")
 @dataclasses.dataclass(frozen=True)
@@ -291,6 +309,9 @@ class NoFeedback(ErrorFeedback):
     def update(self, local, indices, sent, step):
         del indices, sent, step
         return local
+
+    def when_dense(self):
+        return self
 
 
 @keras.saving.register_keras_serializable(package="tf_regtopk")
@@ -342,6 +363,9 @@ class EF21(ErrorFeedback):
         [h_sum] = shared
         h_sum += total
         return h_sum, (h_sum,)
+
+    def when_dense(self):
+        return _of_sum(1 - self.momentum, scale=self.momentum)
 
 
 @keras.saving.register_keras_serializable(package="tf_regtopk")
@@ -412,9 +436,57 @@ class LearnedShift(ErrorFeedback):
         p = self.momentum * shared[1] + shared[0]
         return total + p, (h_sum, p)
 
+    def when_dense(self):
+        return _of_sum(self.momentum)
+
     def _rate(self, step):
         rate = step.density if self.rate is None else self.rate
         return rate * (1 - self.momentum)
+
+
+@dataclasses.dataclass(frozen=True)
+class MomentumOfSum(ErrorFeedback):
+    """What rules with local momentum come to if every entry is sent.
+
+        aggregate = U = m U + c total           total: the sum of all g
+
+    Args:
+        momentum: Float m in [0, 1).
+        scale: Positive float c.
+        clip_norm: As of `Accumulate`.
+    """
+
+    momentum: float
+    scale: float = 1.0
+    clip_norm: float | None = None
+
+    num_local = 0
+
+    def initial_shared(self, size, dtype):
+        return (tf.zeros([size], dtype),) if self.momentum else ()
+
+    def accumulate(self, local, shared, gradient, step):
+        del shared
+        if self.clip_norm is not None:
+            gradient = _clip(gradient, self.clip_norm / step.num_replicas**0.5)
+        return gradient, local
+
+    def update(self, local, indices, sent, step):
+        del indices, sent, step
+        return local
+
+    def aggregate(self, shared, total, step):
+        del step
+        if not self.momentum:
+            return total, shared
+        u = self.momentum * shared[0] + self.scale * total
+        return u, (u,)
+
+
+def _of_sum(momentum, scale=1.0, clip_norm=None):
+    if not momentum and clip_norm is None:
+        return NoFeedback()
+    return MomentumOfSum(momentum, scale, clip_norm)
 
 
 def _clip(gradient, norm):

@@ -143,6 +143,24 @@ class FlatBuffer:
             axis=0,
         )
 
+    def keep_missing_state(self, old, new, gradients):
+        """As `keep_missing`, for each of a list of tensors.
+
+        Args:
+            old: List of tensors, those `[J]` with an entry a parameter.
+            new: List of their successors, None where one stays.
+            gradients: List of gradients, of which some may be None.
+
+        Returns:
+            List of tensors or None.
+        """
+        return [
+            after
+            if after is None or after.shape != [self.size]
+            else self.keep_missing(before, after, gradients)
+            for before, after in zip(old, new, strict=True)
+        ]
+
 
 def _narrow(values, dtype):
     # A float16 holds less than the sum may be.  (To the same dtype it would

@@ -4,7 +4,11 @@ Beyond what Keras's own optimizers use of their base class.  Nothing public
 serves for these; each has a test that fails when upstream changes it.
 """
 
+import threading
+import weakref
+
 import tensorflow as tf
+from tensorflow.python.distribute import cross_device_utils
 from tensorflow.python.ops import collective_ops
 from tensorflow.python.ops import control_flow_util
 
@@ -59,7 +63,56 @@ def exchange_at_once(payload):
     Returns:
         Tensor `[N, length]`.
     """
-    launcher = _launcher()
+    return _send_to_all(payload, _launcher())
+
+
+def sum_within_worker(gradients, worker, num_workers):
+    """Sums gradients over the replicas of this worker.
+
+    Args:
+        gradients: List of tensors.
+        worker: Number of this worker.
+        num_workers: Number of workers.
+
+    Returns:
+        List of tensors, the same on every replica of the worker.
+    """
+    within, _ = _launchers_of_worker(worker, num_workers)
+    sums = list(gradients)
+    # A collective takes one dtype only.
+    for dtype in dict.fromkeys(g.dtype for g in gradients):
+        places = [i for i, g in enumerate(gradients) if g.dtype == dtype]
+        totals = within.batch_all_reduce([[gradients[i] for i in places]])
+        for i, total in zip(places, totals, strict=True):
+            sums[i] = total
+    return sums
+
+
+def exchange_among_workers(shares, worker, num_workers):
+    """An all-gather of what each worker has to send, of which it sends it once.
+
+    Each replica of a worker sends its share to the replicas of the same place
+    in the other workers, and what arrives to the others of its own worker.
+
+    Args:
+        shares: Tensor `[replicas of a worker, length]`, the same on all
+            replicas of a worker.
+        worker: Number of this worker.
+        num_workers: Number of workers.
+
+    Returns:
+        Tensor `[number of workers, replicas of a worker, length]`.
+    """
+    within, across = _launchers_of_worker(worker, num_workers)
+    share = shares[tf.distribute.get_replica_context()._replica_id]
+    received = _send_to_all(share, across)
+    gathered = _send_to_all(tf.reshape(received, [-1]), within)
+    gathered = tf.reshape(gathered, [shares.shape[0], *received.shape])
+    return tf.transpose(gathered, [1, 0, 2])
+
+
+def _send_to_all(payload, launcher):
+    """Each replica of a launcher's group sends the same to all the others."""
     options = launcher._options
     with tf.device(launcher._device):
         return collective_ops.all_to_all_v2(
@@ -74,7 +127,56 @@ def exchange_at_once(payload):
 
 
 def _launcher():
-    """What launches the collectives of this replica."""
+    """What launches the collectives of this replica among all replicas."""
     replica = tf.distribute.get_replica_context()
     launchers = replica.strategy.extended._cross_device_ops._launchers
     return launchers[replica._replica_id]
+
+
+# Far from the keys that TensorFlow counts up from 1.
+_FIRST_GROUP_KEY = 1 << 20
+_launchers_of_workers = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def _launchers_of_worker(worker, num_workers):
+    """`(within, across)`: the launchers of this replica for smaller groups.
+
+    `within` is for the replicas of this worker, `across` for those of the same
+    place in every worker.
+    """
+    replica = tf.distribute.get_replica_context()
+    if tf.executing_eagerly():
+        raise RuntimeError(
+            "`hierarchical` must be used in a `tf.function`, not with "
+            "`run_eagerly`: eager replicas run one after the other, and cannot "
+            "meet."
+        )
+    strategy = replica.strategy
+    with _lock:
+        if strategy not in _launchers_of_workers:
+            every = strategy.extended._cross_device_ops._launchers
+            first = _FIRST_GROUP_KEY + num_workers
+            _launchers_of_workers[strategy] = [
+                (
+                    _group_launcher(
+                        _FIRST_GROUP_KEY + worker, len(every), launcher
+                    ),
+                    _group_launcher(first + place, num_workers, launcher),
+                )
+                for place, launcher in enumerate(every)
+            ]
+    return _launchers_of_workers[strategy][replica._replica_id]
+
+
+def _group_launcher(group_key, group_size, launcher):
+    """A launcher as the one given, but for another group of replicas."""
+    device = launcher._device
+    keys = cross_device_utils.CollectiveKeys(group_key_start=group_key)
+    return cross_device_utils.CollectiveReplicaLauncher(
+        keys.get_group_key([device]),
+        group_size,
+        keys,
+        device,
+        launcher._options,
+    )

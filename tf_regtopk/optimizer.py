@@ -1,24 +1,20 @@
 """The optimizer wrapper: one training step, from gradients to the update."""
 
 import dataclasses
-import math
 
 import keras
 import tensorflow as tf
 
-from tf_regtopk import aggregation
 from tf_regtopk import codec as codec_lib
 from tf_regtopk import error_feedback as error_feedback_lib
-from tf_regtopk import exchange
-from tf_regtopk import finiteness
-from tf_regtopk import flat_buffer
+from tf_regtopk import exchange as exchange_lib
+from tf_regtopk import exchange_choice
+from tf_regtopk import gradient_exchange
 from tf_regtopk import keras_internals
 from tf_regtopk import replica_state
 from tf_regtopk import saved_state
-from tf_regtopk import selection
 from tf_regtopk import sparsifiers
 from tf_regtopk import validation
-from tf_regtopk import wire
 from tf_regtopk import worker_files
 from tf_regtopk import wrapper
 
@@ -78,6 +74,15 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         dense_below: Variables with fewer entries than this are exchanged
             densely, by an all-reduce, and have no residual error: the inner
             optimizer sees what it would have seen without the wrapper.
+        exchange: `"sparse"`; `"dense"`, which sums whole gradients by an
+            all-reduce, without sparsifier, codec and error, but with the
+            momentum of `error_feedback`; or `"auto"`, which runs both a few
+            times when the optimizer is built, on all workers at once, and takes
+            the faster one (`chosen_exchange`, `exchange_seconds`).
+        hierarchical: Boolean. Whether the replicas of each worker sum their
+            gradients densely, and workers exchange entries: N then is the
+            number of workers, and each sends its payload once, however many
+            devices it has.
         name: String. The name of the optimizer.
 
     Raises:
@@ -109,6 +114,8 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         error_feedback=None,
         scope="global",
         dense_below=0,
+        exchange="sparse",
+        hierarchical=False,
         name=None,
         **kwargs,
     ):
@@ -136,178 +143,40 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         )
         validation.check_choice("scope", scope, ("global", "per_variable"))
         validation.check_integer("dense_below", dense_below, minimum=0)
+        validation.check_choice(
+            "exchange", exchange, (*gradient_exchange.EXCHANGES, "auto")
+        )
+        validation.check_boolean("hierarchical", hierarchical)
+        validation.check_hierarchical(hierarchical, codec.indices)
+        if exchange != "sparse":
+            error_feedback.when_dense()  # Says so if it cannot be.
         super().__init__(inner_optimizer, name=name)
         self.sparsifier = sparsifier
         self.codec = codec
         self.error_feedback = error_feedback
         self.scope = scope
         self.dense_below = dense_below
+        self.exchange = exchange
+        self.hierarchical = hierarchical
 
     def _exchange(self, gradients):
         """Select -> exchange: the first half of a step; nothing is kept yet."""
-        dense = {
-            slot: gradients[slot]
-            for slot in self._dense_slots
-            if gradients[slot] is not None
-        }
-        totals = exchange.all_reduce_sum(list(dense.values()))
-        is_finite = finiteness.are_finite(totals)
-        # What the inner optimizer is to see as it is.
-        exchanged = {
-            slot: gradient
-            for slot, gradient in enumerate(gradients)
-            if gradient is not None and slot not in self._sparse_slots
-        } | dict(zip(dense, totals, strict=True))
-
-        sparse = [gradients[slot] for slot in self._sparse_slots]
-        if all(gradient is None for gradient in sparse):
-            return is_finite, (exchanged, ())
-        local, shared = self._feedback_state.variables()
-        memory = self._memory.variables()
-        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
-        stream = (self._iterations.value, tf.convert_to_tensor(replica))
-        payload, num_used, *rest = self._select_entries(
-            self._buffer.densify(sparse),
-            _read(local),
-            _read(shared),
-            _read(memory),
-            self._read_learning_rate(),
-            stream,
-            self.density_changes,
+        is_finite, exchanged = self._gradient_exchange.exchange(
+            gradients, self._read_learning_rate(), self._iterations.value
         )
-        payloads = exchange.all_gather(
-            payload, num_used if self._payload_codec.is_variable else None
+        is_current = validation.check_traced_after(
+            self.changes, self._changes.variables()
         )
-        magnitudes, payloads = exchange.split_header(
-            payloads, stream[0], self._buffer.dtype
-        )
-        *entries, is_valid, are_finite = self._decode(
-            payloads, self.density_changes
-        )
-        is_finite &= (
-            validation.check_traced_density(
-                self.density_changes, self._density_changes.variables()
-            )
-            & exchange.check_payloads(is_valid)
-            & are_finite
-            & finiteness.is_sum_finite(magnitudes)
-        )
-        return is_finite, (exchanged, (*entries, *rest))
+        return is_finite & is_current, exchanged
 
     def _aggregate(self, exchanged, has_gradient):
         """Sum -> remember -> clear the error: the second half of a step."""
-        exchanged, entries = exchanged
-        aggregate = [exchanged.get(slot) for slot in range(len(has_gradient))]
-        if entries:
-            *entries, accumulated = entries
-            local, shared = self._feedback_state.variables()
-            memory = self._memory.variables()
-            for i, value in accumulated.items():
-                local[i].assign(value)
-            present = tuple(
-                has_gradient[slot] or None for slot in self._sparse_slots
-            )
-            total = self._add_entries(
-                *entries,
-                local,
-                shared,
-                memory,
-                self._read_learning_rate(),
-                self._iterations.value,
-                present,
-            )
-            for slot, part in zip(
-                self._sparse_slots, self._buffer.split(total), strict=True
-            ):
-                aggregate[slot] = part if has_gradient[slot] else None
-        return aggregate
-
-    @tf.function(jit_compile=True, autograph=False)
-    def _select_entries(
-        self, gradients, local, shared, memory, learning_rate, stream, changes
-    ):
-        """Accumulate -> score -> select -> encode, on one replica."""
-        del changes  # Another density is another program.
-        step, _ = stream
-        g = self._buffer.flatten(gradients)
-        a, accumulated = self.error_feedback.accumulate(
-            local, shared, g, self._step_of(learning_rate, step)
+        return self._gradient_exchange.aggregate(
+            exchanged,
+            has_gradient,
+            self._read_learning_rate(),
+            self._iterations.value,
         )
-        # Where there is no gradient nothing is sent.
-        a = self._buffer.clear_missing(a, gradients)
-        scores = self.sparsifier.score(a, memory, step)
-        validation.check_scores(scores, a)
-        indices = selection.select_largest(scores, self._groups, step)
-        a = self.sparsifier.restore(a, scores, memory, indices)
-        values = selection.take(a, indices)
-        payload, sent = self._payload_codec.encode(indices, values, stream)
-        magnitude = finiteness.largest_magnitude(
-            values if self.sparsifier.selects_non_finite else a, sent
-        )
-        payload, num_used = exchange.add_header(
-            magnitude, step, payload, self._payload_codec.num_used(payload)
-        )
-        if self.error_feedback.keeps_a:
-            accumulated = (a, *accumulated[1:])
-        accumulated = self._keep_missing(local, accumulated, gradients)
-        accumulated = {
-            i: value for i, value in enumerate(accumulated) if value is not None
-        }
-        return payload, num_used, indices, sent, accumulated
-
-    @tf.function(jit_compile=True, autograph=False)
-    def _decode(self, payloads, changes):
-        """The entries of all replicas, on each replica."""
-        del changes
-        indices, values, is_valid = self._payload_codec.decode(payloads)
-        if values.shape[1] == self._buffer.size:
-            # Nobody reads them, and they take as much memory as the values.
-            indices = indices[:, :0]
-        return indices, values, is_valid, finiteness.are_finite([values])
-
-    @tf.function(jit_compile=True, autograph=False)
-    def _add_entries(
-        self,
-        all_indices,
-        values,
-        indices,
-        sent,
-        local,
-        shared,
-        memory,
-        learning_rate,
-        number,
-        present,
-    ):
-        """Sum -> remember what became of this replica's entries."""
-        step = self._step_of(learning_rate, number)
-        total = self._buffer.clear_missing(
-            aggregation.sum_entries(all_indices, values, self._buffer.size),
-            present,
-        )
-        _assign(
-            memory,
-            self.sparsifier.remember(
-                indices, sent, selection.take(total, indices)
-            ),
-        )
-        old = _read(shared)
-        aggregate, new = self.error_feedback.aggregate(old, total, step)
-        _assign(shared, self._keep_missing(old, new, present))
-        # Last, and in place, because only now nothing else needs a.
-        old = _read(local)
-        new = self.error_feedback.update(old, indices, sent, step)
-        _assign(local, self._keep_missing(old, new, present))
-        return aggregate
-
-    def _keep_missing(self, old, new, gradients):
-        """State stays as it is where there is no gradient."""
-        return [
-            after
-            if after is None or after.shape != [self._buffer.size]
-            else self._buffer.keep_missing(before, after, gradients)
-            for before, after in zip(old, new, strict=True)
-        ]
 
     def _read_learning_rate(self):
         """The inner optimizer's, where the rule of error feedback needs it."""
@@ -315,61 +184,90 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
             return tf.zeros([])
         return tf.cast(tf.convert_to_tensor(self.learning_rate), tf.float32)
 
-    def _step_of(self, learning_rate, number):
-        return error_feedback_lib.Step(
-            self._feedback_state.num_replicas,
-            self._payload_codec.indices.k / self._buffer.size,
-            learning_rate,
-            number,
-        )
-
     def _create_state(self, variables):
-        self._sparse_slots, self._dense_slots = self._partition(variables)
-        self._buffer = flat_buffer.FlatBuffer.for_variables(
-            [variables[slot] for slot in self._sparse_slots]
-        )
-        self._feedback_state = replica_state.ReplicaState(
-            lambda: (
-                self.error_feedback.initial_local(
-                    self._buffer.size, self._buffer.dtype
-                ),
-                self.error_feedback.initial_shared(
-                    self._buffer.size, self._buffer.dtype
-                ),
-            )
-        )
+        self._participants = exchange_lib.Participants(self.hierarchical)
         # Functions that were traced before a change are to know of it.
-        self.density_changes = 0
-        self._density_changes = replica_state.ReplicaState(
+        self.changes = 0
+        self._changes = replica_state.ReplicaState(
             lambda: tf.constant(0, tf.int64)
         )
-        self._start_with(self.sparsifier.density)
+        self._exchange_seconds = None
+        kind = self.exchange
+        if kind == "auto":
+            kind = self._choose_exchange(variables)
+        self._gradient_exchange = self._new_exchange(kind, variables)
 
-    def _start_with(self, density):
-        """Creates what depends on the number of entries sent."""
-        self._groups = self._groups_at(density)
-        self._memory = replica_state.ReplicaState(
-            lambda: self._initial_memory(density)
+    def _new_exchange(self, kind, variables):
+        return gradient_exchange.GradientExchange(
+            kind,
+            variables,
+            self._participants,
+            self.sparsifier.density,
+            sparsifier=self.sparsifier,
+            codec=self.codec,
+            error_feedback=self.error_feedback,
+            scope=self.scope,
+            dense_below=self.dense_below,
         )
-        self._density = density
-        # Of a single replica nothing is sent, and nothing has to be short.
-        codec = self.codec
-        if self._memory.num_replicas == 1:
-            codec = dataclasses.replace(codec, indices="int32")
-        self._payload_codec = self._payload_codec_of(codec)
 
-    def _groups_at(self, density):
-        sparsifier = dataclasses.replace(self.sparsifier, density=density)
-        return self._buffer.groups(self.scope, sparsifier.num_selected)
+    def _choose_exchange(self, variables):
+        """The faster exchange, of gradients that are random numbers."""
+        if self._participants.count == 1:
+            return "dense"
 
-    def _initial_memory(self, density):
-        k = sum(group.k for group in self._groups_at(density))
-        return self.sparsifier.initial_memory(k, self._buffer.dtype)
+        def run_with(kind):
+            exchange = self._new_exchange(kind, variables)
+
+            def run():
+                replica = tf.distribute.get_replica_context()
+                seed = tf.convert_to_tensor(replica.replica_id_in_sync_group)
+                gradients = [
+                    tf.cast(
+                        tf.random.stateless_normal(v.shape, [slot, seed]),
+                        v.dtype,
+                    )
+                    for slot, v in enumerate(variables)
+                ]
+                number = tf.zeros([], self._iterations.dtype)
+                _, exchanged = exchange.exchange(gradients, tf.ones([]), number)
+                sums = exchange.aggregate(
+                    exchanged, [True] * len(variables), tf.ones([]), number
+                )
+                # Of each, or a part would not have to be computed.
+                return tf.add_n(
+                    [
+                        tf.reduce_sum(
+                            tf.cast(tf.reshape(s, [-1])[:1], tf.float32)
+                        )
+                        for s in sums
+                    ]
+                )
+
+            return run
+
+        self._exchange_seconds = exchange_choice.measure(
+            {kind: run_with(kind) for kind in gradient_exchange.EXCHANGES}
+        )
+        return exchange_choice.choose(self._exchange_seconds)
+
+    @property
+    def chosen_exchange(self):
+        """`"sparse"` or `"dense"`; None if it is to be chosen when built."""
+        if self.built:
+            return self._gradient_exchange.kind
+        return None if self.exchange == "auto" else self.exchange
+
+    @property
+    def exchange_seconds(self):
+        """Seconds a step of each exchange by `exchange="auto"`, or None."""
+        return self._exchange_seconds if self.built else None
 
     @property
     def density(self):
         """The share of the entries that is sent, the sparsifier's at first."""
-        return self._density if self.built else self.sparsifier.density
+        if self.built:
+            return self._gradient_exchange.density
+        return self.sparsifier.density
 
     def set_density(self, density):
         """Sends another share of the entries from the next step on.
@@ -400,18 +298,17 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         """
         validation.check_built(self, "set_density")
         density = dataclasses.replace(self.sparsifier, density=density).density
-        with tf.init_scope(), keras_internals.strategy_of(self).scope():
-            self._start_with(density)
-        self.density_changes += 1
-        num_local = len(self._density_changes.replicas)
-        self._density_changes.assign_local([[self.density_changes]] * num_local)
+        self._change(
+            lambda: self._gradient_exchange.start_with(density),
+        )
 
-    def _payload_codec_of(self, codec):
-        """The `PayloadCodec` of a `Codec`; None if nothing is selected."""
-        k = sum(group.k for group in self._groups)
-        if not k:
-            return None
-        return codec.payload(k, self._buffer.size, self._buffer.dtype)
+    def _change(self, change):
+        """Changes what a step does, for functions that are traced anew."""
+        with tf.init_scope(), keras_internals.strategy_of(self).scope():
+            change()
+        self.changes += 1
+        num_local = len(self._changes.replicas)
+        self._changes.assign_local([[self.changes]] * num_local)
 
     def wire_report(self):
         """What each replica sends a step, as a `WireReport` to print.
@@ -432,31 +329,31 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         56
         """
         validation.check_built(self, "wire_report")
-        return wire.report(
-            self._payload_codec_of(self.codec),
-            [self._trainable_variables[slot] for slot in self._sparse_slots],
-            [self._trainable_variables[slot] for slot in self._dense_slots],
-            self._memory.num_replicas,
-        )
+        return self._gradient_exchange.wire_report()
 
     def save_state(self):
         """The state of this process's replicas, as a `SavedState`."""
-        state = self._feedback_state
-        feedback, memory = state.local_arrays(), self._memory.local_arrays()
+        state, memory = self._states()
         return saved_state.SavedState(
-            layout=self._layout,
+            layout=self._layout_of(self._gradient_exchange),
             moment=self.moment,
             num_replicas=state.num_replicas,
             replicas={
-                n: [*feedback[i], *memory[i]]
-                for i, n in enumerate(state.replicas)
+                n: [*kept, *remembered]
+                for n, kept, remembered in zip(
+                    state.replicas,
+                    state.local_arrays(),
+                    memory.local_arrays(),
+                    strict=True,
+                )
             },
         )
 
     def load_state(self, saved):
         """Loads a `SavedState`, or raises and changes nothing."""
-        saved_state.check_layout(saved, self._layout)
-        state = self._feedback_state
+        exchange = self._exchange_for(saved)
+        saved_state.check_layout(saved, self._layout_of(exchange))
+        state = exchange.feedback_state
         # Older ones could not have another than the sparsifier's.
         density = saved.moment.get("density", self.sparsifier.density)
         feedback = state.initial_arrays()
@@ -465,13 +362,33 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
             state.replicas,
             state.num_replicas,
             *feedback,
-            [part.numpy() for part in self._initial_memory(density)],
+            [part.numpy() for part in exchange.initial_memory(density)],
         )
+        if exchange is not self._gradient_exchange:
+            self._change(lambda: setattr(self, "_gradient_exchange", exchange))
         if density != self.density:
             self.set_density(density)
         split = sum(map(len, feedback))
+        state, memory = self._states()
         state.assign_local([parts[:split] for parts in replicas])
-        self._memory.assign_local([parts[split:] for parts in replicas])
+        memory.assign_local([parts[split:] for parts in replicas])
+
+    def _states(self):
+        exchange = self._gradient_exchange
+        return exchange.feedback_state, exchange.memory
+
+    def _exchange_for(self, saved):
+        """The exchange by which the saved run went, and is to go on."""
+        kind = saved.moment.get("exchange", "sparse")
+        if kind == self.chosen_exchange:
+            return self._gradient_exchange
+        if self.exchange != "auto":
+            raise ValueError(
+                f'`exchange` must be "auto" or "{kind}" to load what was saved '
+                f'with exchange="{kind}". Received: exchange="{self.exchange}"'
+            )
+        with tf.init_scope(), keras_internals.strategy_of(self).scope():
+            return self._new_exchange(kind, self._trainable_variables)
 
     @property
     def moment(self):
@@ -479,23 +396,20 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         return {
             "step": int(self._iterations.numpy()),
             "density": self.density,
+            "exchange": self.chosen_exchange,
             "weights": saved_state.checksum(
                 variable.numpy() for variable in self._trainable_variables
             ),
         }
 
-    @property
-    def _layout(self):
+    def _layout_of(self, exchange):
         """What a saved state must agree in with this optimizer."""
-        sparse = [
-            self._trainable_variables[slot] for slot in self._sparse_slots
-        ]
         return {
             "variables": saved_state.canonical_names(
-                [getattr(v, "path", v.name) for v in sparse]
+                [getattr(v, "path", v.name) for v in exchange.sparse_variables]
             ),
-            "shapes": [list(shape) for shape in self._buffer.shapes],
-            "dtype": self._buffer.dtype.name,
+            "shapes": [list(shape) for shape in exchange.buffer.shapes],
+            "dtype": exchange.buffer.dtype.name,
             "scope": self.scope,
             "sparsifier": [
                 type(self.sparsifier).__name__,
@@ -507,18 +421,6 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
             ],
         }
 
-    def _partition(self, variables):
-        """The slots of variables exchanged sparsely, and of those densely."""
-        sparse, dense = [], []
-        for slot, variable in enumerate(variables):
-            size = math.prod(variable.shape)
-            # Of an empty variable there is nothing to exchange.  A "gradient"
-            # to overwrite with (float8 scales) is no summand but the next
-            # value, and the inner optimizer assigns it.
-            if size and not getattr(variable, "overwrite_with_gradient", False):
-                (sparse if size >= self.dense_below else dense).append(slot)
-        return tuple(sparse), tuple(dense)
-
     def get_config(self):
         return {
             **super().get_config(),
@@ -529,15 +431,6 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
             ),
             "scope": self.scope,
             "dense_below": self.dense_below,
+            "exchange": self.exchange,
+            "hierarchical": self.hierarchical,
         }
-
-
-def _read(variables):
-    return tf.nest.map_structure(lambda v: v.read_value(), variables)
-
-
-def _assign(variables, values):
-    """Assigns those of the values that are not None."""
-    for variable, value in zip(variables, values, strict=True):
-        if value is not None:
-            variable.assign(value)

@@ -2,7 +2,7 @@
 
 import tensorflow as tf
 
-from tf_regtopk import strategy
+from tf_regtopk import exchange
 
 
 class ReplicaState:
@@ -14,6 +14,9 @@ class ReplicaState:
     Args:
         initial: Function that returns the structure (nested tuples) of tensors
             that every replica starts with.
+        participants: `exchange.Participants`: those of which each has a state;
+            where they are whole workers, all their replicas have the same.
+            Defaults to the replicas.
 
     Example:
 
@@ -23,8 +26,9 @@ class ReplicaState:
     array([1., 2.], dtype=float32)
     """
 
-    def __init__(self, initial):
+    def __init__(self, initial, participants=None):
         self._strategy = tf.distribute.get_strategy()
+        self._participants = participants or exchange.Participants()
         self._initial = initial
         # ON_READ without aggregation: each replica reads and writes its own
         # value, and nothing is ever reduced behind its back.
@@ -54,15 +58,13 @@ class ReplicaState:
 
     @property
     def replicas(self):
-        """The numbers of this process's replicas among all of the strategy."""
-        number, num_workers = strategy.worker_number(self._strategy)
-        num_local = self.num_replicas // num_workers
-        return range(number * num_local, (number + 1) * num_local)
+        """The numbers of this process's participants among all."""
+        return self._participants.local
 
     @property
     def num_replicas(self):
-        """Number of replicas of the strategy, on all workers."""
-        return self._strategy.num_replicas_in_sync
+        """Number of participants, on all workers."""
+        return self._participants.count
 
     def initial_arrays(self):
         """For each part of the structure the list of its NumPy arrays."""
@@ -77,9 +79,10 @@ class ReplicaState:
             self._strategy.experimental_local_results(variable)
             for variable in tf.nest.flatten(self._variables)
         ]
+        copies = self._participants.copies
         return [
-            [values[replica].numpy() for values in flat]
-            for replica in range(len(self.replicas))
+            [values[i * copies].numpy() for values in flat]
+            for i in range(len(self.replicas))
         ]
 
     def assign_local(self, values):
@@ -92,6 +95,8 @@ class ReplicaState:
             self._strategy.experimental_local_results(variable)
             for variable in tf.nest.flatten(self._variables)
         ]
-        for replica, arrays in enumerate(values):
-            for local, array in zip(variables, arrays, strict=True):
-                local[replica].assign(array)
+        copies = self._participants.copies
+        for i, arrays in enumerate(values):
+            for parts, array in zip(variables, arrays, strict=True):
+                for part in parts[i * copies : (i + 1) * copies]:
+                    part.assign(array)

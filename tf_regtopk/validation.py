@@ -237,8 +237,17 @@ def check_built(optimizer, method):
         )
 
 
-def check_traced_density(traced, current):
-    """Raises where a function was traced before the density changed.
+def check_hierarchical(hierarchical, indices):
+    """Raises where workers cannot share the sending of a payload."""
+    if hierarchical and indices == "golomb":
+        raise ValueError(
+            "`codec` must write indices in a fixed length with "
+            '`hierarchical`. Received: indices="golomb"'
+        )
+
+
+def check_traced_after(traced, current):
+    """Raises where a function was traced before the exchange changed.
 
     Args:
         traced: Integer, the number of changes before the function was traced.
@@ -254,7 +263,8 @@ def check_traced_density(traced, current):
     check = tf.debugging.Assert(
         is_current,
         [
-            "A function must be traced again when the density changes, as by "
+            "A function must be traced again when the density or the exchange "
+            "changes, as by "
             "`model.make_train_function(force=True)`. Received: a function "
             f"traced after {traced} changes; by now there were",
             current,

@@ -52,7 +52,7 @@ class DensityWarmup(keras.callbacks.Callback):
         if density != optimizer.density:
             optimizer.set_density(density)
         # What `fit` has in hand may have been traced before a change.
-        traced = self.model.train_function, optimizer.density_changes
+        traced = self.model.train_function, optimizer.changes
         if traced != self._traced:
             self.model.make_train_function(force=True)
-            self._traced = self.model.train_function, optimizer.density_changes
+            self._traced = self.model.train_function, optimizer.changes

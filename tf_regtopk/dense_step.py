@@ -1,0 +1,78 @@
+"""A step in which replicas exchange whole gradients."""
+
+import tensorflow as tf
+
+from tf_regtopk import error_feedback as error_feedback_lib
+from tf_regtopk import exchange
+from tf_regtopk import finiteness
+
+
+class DenseStep:
+    """Sums whole gradients, for rules of error feedback that keep momentum.
+
+    What `SparseStep` comes to if every entry is sent as it is, with an
+    all-reduce. Where the rule has no momentum, nothing is left to do but the
+    all-reduce, and this is not needed.
+
+    Args:
+        buffer: `FlatBuffer` of the variables.
+        error_feedback: `ErrorFeedback` without local state, from
+            `ErrorFeedback.when_dense`.
+    """
+
+    def __init__(self, buffer, error_feedback):
+        self._buffer = buffer
+        self._error_feedback = error_feedback
+
+    def exchange(self, gradients, feedback, memory, learning_rate, number):
+        """As `SparseStep.exchange`."""
+        del memory
+        _, shared = feedback
+        a = self._accumulate(
+            self._buffer.densify(gradients),
+            [variable.read_value() for variable in shared],
+            learning_rate,
+            number,
+        )
+        totals = exchange.all_reduce_sum([a])
+        return finiteness.are_finite(totals), tuple(totals)
+
+    def aggregate(
+        self, exchanged, feedback, memory, learning_rate, number, has_gradient
+    ):
+        """As `SparseStep.aggregate`."""
+        del memory
+        _, shared = feedback
+        total = self._apply(
+            *exchanged,
+            shared,
+            learning_rate,
+            number,
+            tuple(has or None for has in has_gradient),
+        )
+        return self._buffer.split(total)
+
+    @tf.function(jit_compile=True, autograph=False)
+    def _accumulate(self, gradients, shared, learning_rate, number):
+        a, _ = self._error_feedback.accumulate(
+            (),
+            shared,
+            self._buffer.flatten(gradients),
+            self._step_of(learning_rate, number),
+        )
+        return self._buffer.clear_missing(a, gradients)
+
+    @tf.function(jit_compile=True, autograph=False)
+    def _apply(self, total, shared, learning_rate, number, present):
+        old = [variable.read_value() for variable in shared]
+        aggregate, new = self._error_feedback.aggregate(
+            old, total, self._step_of(learning_rate, number)
+        )
+        new = self._buffer.keep_missing_state(old, new, present)
+        for variable, value in zip(shared, new, strict=True):
+            variable.assign(value)
+        return aggregate
+
+    def _step_of(self, learning_rate, number):
+        replicas = tf.distribute.get_strategy().num_replicas_in_sync
+        return error_feedback_lib.Step(replicas, 1.0, learning_rate, number)
