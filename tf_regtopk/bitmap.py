@@ -53,24 +53,18 @@ def pack(*masks):
 def _transpose(squares):
     """Transposes squares of 32 x 32 bits, `[n, 32]` words.
 
-    Each pass swaps the upper right and lower left quarters of ever smaller
-    squares (Warren, "Hacker's Delight", 7-3).
+    Bit c of word r of the result is bit r of word c.
     """
-    low = 0xFFFFFFFF
-    for half in (16, 8, 4, 2, 1):
-        low ^= (low << half) & 0xFFFFFFFF
-        low_bits = tf.constant(low, tf.uint32)
-        high_bits = tf.constant(low ^ 0xFFFFFFFF, tf.uint32)
-        shift = tf.constant(half, tf.uint32)
-        pairs = tf.reshape(squares, [-1, WORD // (2 * half), 2, half])
-        upper, lower = pairs[:, :, 0], pairs[:, :, 1]
-        swapped = [
-            (upper & low_bits) | tf.bitwise.left_shift(lower & low_bits, shift),
-            tf.bitwise.right_shift(upper & high_bits, shift)
-            | (lower & high_bits),
-        ]
-        squares = tf.reshape(tf.stack(swapped, axis=2), [-1, WORD])
-    return squares
+    bit = tf.constant(_BITS)
+    # Once more a sum down columns, and one pass; to swap quarters of ever
+    # smaller squares takes five.
+    bits = tf.bitwise.bitwise_and(
+        tf.bitwise.right_shift(squares[:, :, tf.newaxis], bit),
+        tf.constant(1, tf.uint32),
+    )
+    return tf.reduce_sum(
+        tf.bitwise.left_shift(bits, bit[:, tf.newaxis]), axis=1
+    )
 
 
 def count_bits(words):
