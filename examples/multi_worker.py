@@ -17,6 +17,9 @@ TF_CONFIG='{"cluster": {"worker": ["host0:12345", "host1:12345"]},
 python examples/multi_worker.py
 ```
 
+As a job of Slurm: `srun python examples/multi_worker.py --cluster=slurm`. See
+`docs/cluster.md` for more.
+
 The first worker (the chief) shows the progress and writes the results.
 
 After every epoch each worker backs its part of the training up. When a worker
@@ -66,8 +69,23 @@ def define_flags():
         "num_local_workers",
         0,
         "Start this many workers on this machine, on its CPU. 0 means to be "
-        "one worker of the cluster that TF_CONFIG describes.",
+        "one worker of a cluster, see --cluster.",
         lower_bound=0,
+    )
+    flags.DEFINE_enum(
+        "cluster",
+        "tf_config",
+        ["tf_config", "slurm"],
+        "What says who the workers are: the environment variable TF_CONFIG, or "
+        "the step of Slurm that this process is a task of.",
+    )
+    flags.DEFINE_integer(
+        "port_base",
+        12345,
+        "With --cluster=slurm: the port of the first worker on each host. The "
+        "next worker there takes the next port.",
+        lower_bound=1,
+        upper_bound=65535,
     )
     flags.DEFINE_integer("epochs", 10, "Passes over the images.", lower_bound=1)
     flags.DEFINE_integer(
@@ -96,6 +114,12 @@ def define_flags():
         60,
         "How long a worker waits for the others, at the start and in every "
         "step, before it gives up.",
+        lower_bound=1,
+    )
+    flags.DEFINE_integer(
+        "start_timeout_seconds",
+        None,
+        "How long it waits at the start, if not --timeout_seconds.",
         lower_bound=1,
     )
     flags.DEFINE_boolean(
@@ -242,6 +266,7 @@ def train(strategy, data, args, backup_dir, verbose):
         {
             "final": {name: float(value) for name, value in final.items()},
             "first_epoch": first_epoch,
+            "num_replicas": strategy.num_replicas_in_sync,
             "history": {
                 name: [float(value) for value in values]
                 for name, values in history.items()
@@ -280,6 +305,52 @@ class Cluster:
         self.is_chief = self.name == next(iter(addresses))
         self.size = len(addresses)
         self.peers = {k: v for k, v in addresses.items() if k != self.name}
+
+
+def slurm_resolver(port_base):
+    """Finds the workers of the Slurm step that this process is a task of.
+
+    `SlurmClusterResolver` needs three corrections. It fails where a task has
+    no GPU. It sets `CUDA_VISIBLE_DEVICES`, which Slurm has set already. And it
+    sorts the hosts by name, n10 before n9, but takes a task's number in
+    Slurm's order, where n9 comes first, for its place.
+
+    Args:
+        port_base: The port of the first worker on each host.
+
+    Returns:
+        A `tf.distribute.cluster_resolver.ClusterResolver`.
+    """
+    try:
+        num_tasks = int(os.environ["SLURM_STEP_NUM_TASKS"])
+        spec = tf.distribute.cluster_resolver.SlurmClusterResolver(
+            port_base=port_base,
+            # Any numbers that fit will do: they are not used below.
+            gpus_per_node=num_tasks,
+            gpus_per_task=1,
+            auto_set_gpu=False,
+        ).cluster_spec()
+        host = os.environ["SLURMD_NODENAME"]
+        port = port_base + int(os.environ["SLURM_LOCALID"])
+        index = spec.as_dict()["worker"].index(f"{host}:{port}")
+    except (KeyError, RuntimeError, ValueError) as e:
+        variables = {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith("SLURM")
+        }
+        raise app.UsageError(
+            "`--cluster=slurm` must be used in a task that `srun` has started. "
+            f"Received: {variables}, with which finding the workers ended in "
+            f"{type(e).__name__}: {e}"
+        ) from e
+    return tf.distribute.cluster_resolver.SimpleClusterResolver(
+        spec,
+        task_type="worker",
+        task_id=index,
+        rpc_layer="grpc",
+        num_accelerators={"GPU": len(tf.config.list_physical_devices("GPU"))},
+    )
 
 
 def describe_peers(peers):
@@ -340,20 +411,19 @@ def start_deadline(cluster, seconds):
         watcher.wait()
 
 
-def run_worker(args, tf_config):
+def run_worker(args, tf_config, resolver=None):
     """Trains as one worker. Returns only if all went well."""
     cluster = Cluster(tf_config)
     tf.get_logger().setLevel("WARNING")
     if args.sequential_input:
         tf.data.experimental.enable_debug_mode()
     try:
-        with start_deadline(cluster, args.timeout_seconds):
+        with start_deadline(
+            cluster, args.start_timeout_seconds or args.timeout_seconds
+        ):
             strategy = tf_regtopk.MultiWorkerMirroredStrategy(
-                communication_options=(
-                    tf.distribute.experimental.CommunicationOptions(
-                        timeout_seconds=args.timeout_seconds
-                    )
-                )
+                cluster_resolver=resolver,
+                timeout_seconds=args.timeout_seconds,
             )
         # TensorFlow takes SIGTERM as a notice to save a checkpoint and goes on.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -509,10 +579,18 @@ def run_local_cluster(count):
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments: {argv[1:]}")
-    return run(flags.FLAGS, os.environ.get("TF_CONFIG"))
+    args = flags.FLAGS
+    if args.cluster == "tf_config":
+        return run(args, os.environ.get("TF_CONFIG"))
+    resolver = slurm_resolver(args.port_base)
+    tf_config = {
+        "cluster": resolver.cluster_spec().as_dict(),
+        "task": {"type": resolver.task_type, "index": resolver.task_id},
+    }
+    return run(args, json.dumps(tf_config), resolver)
 
 
-def run(args, tf_config):
+def run(args, tf_config, resolver=None):
     if bool(args.num_local_workers) == bool(tf_config):
         raise app.UsageError(
             "Give either `--num_local_workers`, to start workers on this "
@@ -522,7 +600,7 @@ def run(args, tf_config):
             f"TF_CONFIG={tf_config}"
         )
     if tf_config:
-        return run_worker(args, tf_config)
+        return run_worker(args, tf_config, resolver)
 
     def exit_on(number, _):
         sys.exit(128 + number)  # By way of the clean-up.

@@ -146,11 +146,7 @@ def main(result_path):
     from tensorflow.python.distribute import collective_all_reduce_strategy
 
     two_devices(collective_all_reduce_strategy.CollectiveAllReduceExtended)
-    strategy = tf_regtopk.MultiWorkerMirroredStrategy(
-        communication_options=tf.distribute.experimental.CommunicationOptions(
-            timeout_seconds=60
-        )
-    )
+    strategy = tf_regtopk.MultiWorkerMirroredStrategy(timeout_seconds=60)
     num_replicas = strategy.num_replicas_in_sync
     g = gradients(num_replicas)
     result = {"num_replicas": num_replicas, "hierarchical": {}}
@@ -169,6 +165,10 @@ def main(result_path):
             "replicas": sorted(saved.replicas),
         }
     result["flat"], _ = train(strategy, g)
+    # TensorFlow's own time-outs start a thread for each collective.
+    before = len(os.listdir("/proc/self/task"))
+    train(strategy, np.tile(g, [5, 1, 1]))
+    result["new_threads"] = len(os.listdir("/proc/self/task")) - before
     result["bytes"] = {
         name: bytes_a_step(strategy, hierarchical=hierarchical)
         for name, hierarchical in (("hierarchical", True), ("flat", False))

@@ -236,11 +236,7 @@ def upstream_error(strategy):
 def main(result_path):
     # As in `conftest.py`.
     tf.data.experimental.enable_debug_mode()
-    strategy = tf_regtopk.MultiWorkerMirroredStrategy(
-        communication_options=tf.distribute.experimental.CommunicationOptions(
-            timeout_seconds=60
-        )
-    )
+    strategy = tf_regtopk.MultiWorkerMirroredStrategy(timeout_seconds=60)
     result = {
         "num_replicas": strategy.num_replicas_in_sync,
         "reduce": reduce_values(strategy),

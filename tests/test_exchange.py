@@ -98,6 +98,13 @@ def test_bytes_between_workers(workers):
     assert 3.6 < counted["flat"][0] / hierarchical < 4.1
 
 
+def test_waiting_for_others_costs_no_threads(workers):
+    """Of 30 steps of 4 replicas."""
+    results, _ = workers
+    for result in results:
+        assert result["new_threads"] < 10
+
+
 def test_workers_choose_alike(workers):
     results, _ = workers
     kind, seconds = results[0]["auto"]

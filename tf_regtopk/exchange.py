@@ -4,6 +4,7 @@ import tensorflow as tf
 
 from tf_regtopk import keras_internals
 from tf_regtopk import strategy as strategy_lib
+from tf_regtopk import watchdog
 
 
 class Participants:
@@ -63,8 +64,10 @@ class Participants:
             sums = iter(all_reduce_sum(present))
         else:
             sums = iter(
-                keras_internals.sum_within_worker(
-                    present, self._worker, self.count
+                watchdog.watched(
+                    lambda: keras_internals.sum_within_worker(
+                        present, self._worker, self.count
+                    )
                 )
             )
         return [None if g is None else next(sums) for g in gradients]
@@ -78,10 +81,11 @@ class Participants:
         length = payload.shape[0]
         share = -(-length // self._replicas_per_worker)
         padding = share * self._replicas_per_worker - length
-        gathered = keras_internals.exchange_among_workers(
-            tf.reshape(tf.pad(payload, [[0, padding]]), [-1, share]),
-            self._worker,
-            self.count,
+        shares = tf.reshape(tf.pad(payload, [[0, padding]]), [-1, share])
+        gathered = watchdog.watched(
+            lambda: keras_internals.exchange_among_workers(
+                shares, self._worker, self.count
+            )
         )
         return tf.reshape(gathered, [self.count, -1])[:, :length]
 
@@ -108,14 +112,15 @@ def all_gather(payload, num_used=None):
     num_replicas = replica.num_replicas_in_sync
     if num_replicas > 1 and num_used is not None:
         used = tf.concat([num_used[tf.newaxis], payload[:num_used]], axis=0)
-        return _split_used(
-            replica.all_gather(used, axis=0), num_replicas, payload.shape[0]
-        )
+        used = watchdog.watched(lambda: replica.all_gather(used, axis=0))
+        return _split_used(used, num_replicas, payload.shape[0])
     gathered = payload
     if num_replicas > 1 and keras_internals.can_exchange_at_once():
-        gathered = keras_internals.exchange_at_once(payload)
+        gathered = watchdog.watched(
+            lambda: keras_internals.exchange_at_once(payload)
+        )
     elif num_replicas > 1:
-        gathered = replica.all_gather(payload, axis=0)
+        gathered = watchdog.watched(lambda: replica.all_gather(payload, axis=0))
     return tf.reshape(gathered, [num_replicas, *payload.shape])
 
 
@@ -257,8 +262,11 @@ def all_reduce_sum(gradients):
     # A collective takes one dtype only.
     for dtype in dict.fromkeys(g.dtype for g in gradients):
         places = [i for i, g in enumerate(gradients) if g.dtype == dtype]
-        totals = replica.all_reduce(
-            tf.distribute.ReduceOp.SUM, [gradients[i] for i in places]
+        of_dtype = [gradients[i] for i in places]
+        totals = watchdog.watched(
+            lambda of_dtype=of_dtype: replica.all_reduce(
+                tf.distribute.ReduceOp.SUM, of_dtype
+            )
         )
         for i, total in zip(places, totals, strict=True):
             summed[i] = total

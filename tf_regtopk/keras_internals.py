@@ -9,6 +9,7 @@ import weakref
 
 import tensorflow as tf
 from tensorflow.python.distribute import cross_device_utils
+from tensorflow.python.eager import context
 from tensorflow.python.ops import collective_ops
 from tensorflow.python.ops import control_flow_util
 
@@ -34,6 +35,11 @@ def in_xla_context():
     return control_flow_util.GraphOrParentsInXlaContext(
         tf.compat.v1.get_default_graph()
     )
+
+
+def abort_collectives(message):
+    """Ends all collectives of this process, with a `DeadlineExceededError`."""
+    context.context().abort_collective_ops(tf.errors.DEADLINE_EXCEEDED, message)
 
 
 def can_exchange_at_once():

@@ -2,6 +2,9 @@
 
 import tensorflow as tf
 
+from tf_regtopk import validation
+from tf_regtopk import watchdog
+
 # What the collective all-reduce takes.
 _REDUCIBLE = (
     tf.bfloat16,
@@ -39,10 +42,19 @@ class MultiWorkerMirroredStrategy(tf.distribute.MultiWorkerMirroredStrategy):
             `tf.distribute.cluster_resolver.ClusterResolver`. Defaults to the
             cluster that the environment variable `TF_CONFIG` describes.
         communication_options: Optional
-            `tf.distribute.experimental.CommunicationOptions`. Defaults to
-            those with a `timeout_seconds` of 600: when a worker has not taken
-            part for so long, the others end with a `DeadlineExceededError`.
-            Upstream they wait for ever, as with options without it.
+            `tf.distribute.experimental.CommunicationOptions`. Better without a
+            `timeout_seconds` of its own, for which TensorFlow starts a thread
+            for each collective that sleeps for as long.
+        timeout_seconds: Positive float, or None. When a worker has not taken
+            part for so long in what the others wait for, these end with a
+            `DeadlineExceededError`; upstream, and with None, they wait for
+            ever. It has to be longer than what one worker does alone, such as
+            saving. Covers the exchange of `SparsifiedOptimizer`, `reduce`,
+            `gather` and so `fit`, `evaluate` and `predict`; not the collectives
+            of another optimizer.
+
+    Raises:
+        ValueError: If `timeout_seconds` is not positive.
 
     Example:
 
@@ -65,14 +77,23 @@ class MultiWorkerMirroredStrategy(tf.distribute.MultiWorkerMirroredStrategy):
     `train_on_batch()` returns; its value at the end of an epoch is right.
     """
 
-    def __init__(self, cluster_resolver=None, communication_options=None):
+    def __init__(
+        self,
+        cluster_resolver=None,
+        communication_options=None,
+        timeout_seconds=600.0,
+    ):
+        if timeout_seconds is not None:
+            validation.check_number(
+                "timeout_seconds", timeout_seconds, "positive", lambda t: t > 0
+            )
         super().__init__(
             cluster_resolver=cluster_resolver,
-            communication_options=communication_options
-            or tf.distribute.experimental.CommunicationOptions(
-                timeout_seconds=600.0
-            ),
+            communication_options=communication_options,
         )
+        self.watchdog = None
+        if timeout_seconds is not None and worker_number(self)[1] > 1:
+            self.watchdog = watchdog.Watchdog(timeout_seconds)
 
     def reduce(self, reduce_op, value, axis):
         """Reduces `value` across replicas, as upstream does and beyond.
@@ -101,6 +122,11 @@ class MultiWorkerMirroredStrategy(tf.distribute.MultiWorkerMirroredStrategy):
             )
         return self._reduce_leaf(reduce_op, value, axis)
 
+    def gather(self, value, axis):
+        """Gathers `value` across replicas, as upstream does."""
+        gather = super().gather
+        return watchdog.watched(lambda: gather(value, axis), self)
+
     def _reduce_leaf(self, reduce_op, value, axis, keep_dtype=False):
         local = self.experimental_local_results(value)[0]
         if not hasattr(local, "dtype"):
@@ -118,6 +144,7 @@ class MultiWorkerMirroredStrategy(tf.distribute.MultiWorkerMirroredStrategy):
                 tf.function(lambda v: tf.cast(v, wide)), args=(value,)
             )
             keep_dtype = True
-        result = super().reduce(reduce_op, value, axis)
+        reduce = super().reduce
+        result = watchdog.watched(lambda: reduce(reduce_op, value, axis), self)
         # The mean of integers is float64 upstream.
         return tf.cast(result, dtype) if keep_dtype else result
