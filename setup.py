@@ -46,6 +46,7 @@ setuptools.setup(
             "hypothesis>=6.100",
             "pytest>=8",
             "pytest-xdist>=3.5",
+            "pyyaml>=6",
             "ruff==0.17.*",
         ],
     },
