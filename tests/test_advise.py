@@ -1,7 +1,10 @@
 """The cost model against a simulated network, and the command's advice."""
 
 import dataclasses
+import json
 import math
+import pathlib
+import re
 import subprocess
 import sys
 
@@ -17,6 +20,7 @@ from tf_regtopk import cost_model
 from tf_regtopk import crossover
 from tf_regtopk import links
 
+ROOT = pathlib.Path(__file__).parent.parent
 # So fast that only links take time.
 FAST_MEMORY = 1e18
 METHODS = {method.name: method for method in cost_model.METHODS}
@@ -451,3 +455,51 @@ def test_command_refuses_bananas():
         "`bandwidth` must be a positive rate such as 10Gbit. Received: 10 "
         "bananas" in result.stdout + result.stderr
     )
+
+
+def test_the_validation_compares_with_measurements(tmp_path):
+    """Of times that are the model's own but one, which is twice as long."""
+    network = {"bulk_bits_per_second": 1e8, "round_trip_milliseconds": 0.2}
+    job = advise.Job(
+        parameters=10**6,
+        workers=3,
+        step_seconds=0.02,
+        density=0.01,
+        memory_bandwidth=8e9,
+    )
+    predicted = advise.predict(job, advise.Network(12.5e6, latency=1e-4))
+    methods = {
+        "local": 0.02,
+        "dense": predicted["dense"].step_seconds,
+        "sparse:0.01:int32+float32": predicted["sparse"].step_seconds,
+        "sparse:0.01:auto": 2 * predicted["coded"].step_seconds,
+        "sparse:0.01:auto+natural": predicted["natural"].step_seconds,
+        "ddp": 1.0,  # The model does not know it.
+    }
+    summary = {
+        "config": {"num_workers": 3},
+        "networks": {"100mbit": network},
+        "results": [
+            {
+                "network": "100mbit",
+                "size": 10**6,
+                "parameters": 10**6,
+                "method": method,
+                "milliseconds": 1e3 * seconds,
+            }
+            for method, seconds in methods.items()
+        ],
+    }
+    path = tmp_path / "summary.json"
+    path.write_text(json.dumps(summary))
+    benchmark = ROOT / "benchmarks" / "advise_validation.py"
+    output = subprocess.run(
+        [sys.executable, benchmark, f"--summary={path}"],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    ).stdout
+    errors = re.findall(r"([+-]\d+) % \|", output)
+    assert [int(error) for error in errors] == [0, 0, -50, 0]
+    assert "Median error 0 %, the largest 50 %, of 4 predictions." in output
