@@ -13,11 +13,11 @@ from tf_regtopk import validation
 # for one message after the other; those of an all-gather travel side by side.
 RING_TRIPS = 1
 GATHER_TRIPS = 1
-# Fitted to TensorFlow's all-reduce of 9.9M floats by 4 processes on 2 cores,
-# .146 s, and .868 s where each way takes 5 ms: what a connection sends before
-# it hears from the receiver, and the bytes that memory moves for one sent.
-WINDOW_BYTES = 0.75e6
-MOVED_BYTES = 18
+# Fitted to TensorFlow's all-reduces by 4 processes on 2 cores, see
+# docs/benchmarks.md: what a connection sends before it hears from the receiver,
+# and the bytes that memory moves for one sent.
+WINDOW_BYTES = 3e6
+MOVED_BYTES = 34
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +89,8 @@ class Network:
 
     def link(self, memory_bandwidth):
         """The `Link` of a worker whose memory has to move the bytes as well."""
-        moved = memory_bandwidth / MOVED_BYTES
-        return Link(min(self.bandwidth, moved), self.latency)
+        seconds_a_byte = 1 / self.bandwidth + MOVED_BYTES / memory_bandwidth
+        return Link(1 / seconds_a_byte, self.latency)
 
 
 def ring_seconds(num_members, num_bytes, link):

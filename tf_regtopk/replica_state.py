@@ -3,6 +3,7 @@
 import tensorflow as tf
 
 from tf_regtopk import exchange
+from tf_regtopk import keras_internals
 
 
 class ReplicaState:
@@ -32,15 +33,17 @@ class ReplicaState:
         self._initial = initial
         # ON_READ without aggregation: each replica reads and writes its own
         # value, and nothing is ever reduced behind its back.
-        self._variables = tf.nest.map_structure(
-            lambda value: tf.Variable(
-                value,
-                trainable=False,
-                synchronization=tf.VariableSynchronization.ON_READ,
-                aggregation=tf.VariableAggregation.NONE,
-            ),
-            initial(),
-        )
+        # All start alike, so that no worker has to tell another.
+        with keras_internals.initial_values_of_each_worker():
+            self._variables = tf.nest.map_structure(
+                lambda value: tf.Variable(
+                    value,
+                    trainable=False,
+                    synchronization=tf.VariableSynchronization.ON_READ,
+                    aggregation=tf.VariableAggregation.NONE,
+                ),
+                initial(),
+            )
 
     def variables(self):
         """This replica's structure of `tf.Variable`s."""

@@ -1,0 +1,294 @@
+r"""Time and bytes of a training step over networks of different speed.
+
+Workers are processes in network namespaces of their own, joined by links that
+are shaped (see `cluster_network.py`). All methods train the same network (see
+`cluster_methods.py`), and run in turn within each round, so that a busy machine
+hurts all alike; the workers of all methods stay alive, and those whose turn it
+is not wait. Needs root, and `ip` and `tc` of iproute2; ends with status 2 where
+they are missing.
+
+    python benchmarks/cluster.py
+
+Methods: `dense` is Keras's SGD, which sums gradients by an all-reduce;
+`sparse:DENSITY:INDICES+VALUES` is SparsifiedOptimizer with RegTopK and that
+Codec; `auto:DENSITY` is the one that chooses when it is built, so it is built
+anew in each network; `ddp`, `ddp:fp16`, `ddp:powersgd1` and `ddp:powersgd4` are
+PyTorch's data-parallel module and its hooks over gloo, left out without torch.
+
+What is reported for each network, size and method:
+
+*   the median time of a step, that of the slowest worker, its 10 to 90 % range,
+    and how many times faster it is than `dense`;
+*   the share of a step that the exchange takes: 1 - (time of a step of all
+    workers at once that computes the gradient and applies it locally, measured
+    in the same rounds) / (time of the step). Compressing, sending and waiting
+    for each other all count as the exchange;
+*   bytes a step that a worker's interface has sent, headers of packets and
+    acknowledgements included, beside what `wire_report` says. A packet that is
+    cut only after the interface counts as one, and so do its headers;
+*   the network: throughput of one TCP connection, and round trip of 64 bytes.
+"""
+
+import importlib.util
+import json
+import os
+import platform
+import signal
+import sys
+import tempfile
+
+from absl import app
+from absl import flags
+import cluster_launcher
+import cluster_network
+import cluster_summary
+import tqdm
+
+_METHODS = [
+    "dense",
+    "sparse:0.001:int32+float32",
+    "sparse:0.001:auto",
+    "sparse:0.001:auto+natural",
+    "sparse:0.01:int32+float32",
+    "sparse:0.01:auto",
+    "sparse:0.01:auto+natural",
+    "auto:0.001",
+    "ddp",
+    "ddp:fp16",
+    "ddp:powersgd1",
+    "ddp:powersgd4",
+]
+_MIN_ROUNDS = 3
+_MAX_STEPS = 100
+
+
+def define_flags():
+    flags.DEFINE_list("networks", ["unshaped", "1gbit", "100mbit", "5ms"], "")
+    flags.DEFINE_list("sizes", ["1000000", "11000000"], "Parameters, about.")
+    flags.DEFINE_list("methods", _METHODS, "See above.")
+    flags.DEFINE_integer("num_workers", 4, "Workers.", lower_bound=2)
+    flags.DEFINE_integer("rounds", 5, "Timed rounds.", lower_bound=1)
+    flags.DEFINE_float("seconds_per_turn", 1.0, "Of a method in a round.")
+    flags.DEFINE_integer(
+        "timeout", 300, "Seconds that a worker may take to answer."
+    )
+    # More threads than cores wait for each other: with the default on 2 cores
+    # TensorFlow's 4 workers take longer for all methods, PyTorch's as long.
+    flags.DEFINE_integer("tensorflow_threads", 1, "Of a worker; 0: default.")
+    flags.DEFINE_integer("torch_threads", 1, "As above.")
+    flags.DEFINE_string("output_dir", "results/cluster", "For results.")
+
+
+def choose_steps(step_seconds, seconds_per_turn, rounds):
+    """`(lead-in steps, timed steps)` of a turn, and rounds to take part in.
+
+    A slow method takes one step a turn, without a step before it, and part in
+    fewer rounds, though in at least 3.
+    """
+    if step_seconds > seconds_per_turn:
+        affordable = round(rounds * seconds_per_turn / step_seconds)
+        return 0, 1, min(rounds, max(_MIN_ROUNDS, affordable))
+    steps = int(seconds_per_turn / step_seconds)
+    return 1, min(max(1, steps), _MAX_STEPS), rounds
+
+
+def takes_part(round_number, rounds, own_rounds):
+    """Whether one that takes part in `own_rounds` does so in this one."""
+    before = round_number * own_rounds // rounds
+    return (round_number + 1) * own_rounds // rounds > before
+
+
+def measure(size, network_name, methods, workers, progress):
+    """Times methods that are built in the network as it is.
+
+    Returns:
+        Dict from method to a record.
+    """
+    args = flags.FLAGS
+    plans, turns, numbers = {}, {m: [] for m in methods}, {}
+
+    def take(method, lead_in, steps):
+        progress.set_description(f"{network_name} {size:,} {method}")
+        answers = workers[cluster_summary.kind_of(method)].ask(
+            do="steps",
+            method=method,
+            first=numbers.get(method, 0),
+            lead_in=lead_in,
+            steps=steps,
+        )
+        numbers[method] = numbers.get(method, 0) + lead_in + steps
+        progress.update()
+        return answers
+
+    for method in methods:
+        # The first step in a changed network is not like the others.
+        answers = take(method, 0, 1)
+        seconds = max(a["seconds"][0] for a in answers)
+        if seconds < args.seconds_per_turn:
+            answers = take(method, 1, 2)
+            seconds = max(sum(a["seconds"]) / 2 for a in answers)
+        plans[method] = choose_steps(
+            seconds, args.seconds_per_turn, args.rounds
+        )
+    for number in range(args.rounds):
+        for method, (lead_in, steps, rounds) in plans.items():
+            if takes_part(number, args.rounds, rounds):
+                turns[method].append(take(method, lead_in, steps))
+    return {
+        method: cluster_summary.make_record(
+            turns[method], cluster_network.HEADER_BYTES
+        )
+        for method in methods
+    }
+
+
+def build(method, size, workers, progress, **command):
+    """Builds a method on all workers; returns what it is, or None."""
+    progress.set_description(f"building {size:,} {method}")
+    answer = workers[cluster_summary.kind_of(method)].ask(
+        do="build", method=method, size=size, **command
+    )[0]
+    progress.update()
+    if "refusal" in answer:
+        tqdm.tqdm.write(f"Without {method}: {answer['refusal']}")
+        return None
+    return answer
+
+
+def run(network, workers, methods, summary, progress):
+    """Measures all that the flags ask for, into `summary`."""
+    args = flags.FLAGS
+    for size in map(int, args.sizes):
+        network.change("unshaped")
+        built = {
+            m: build(m, size, workers, progress)
+            for m in methods
+            if not m.startswith("auto")
+        }
+        for name in args.networks:
+            means = network.change(name)
+            if name not in summary["networks"]:
+                summary["networks"][name] = {
+                    "means": means,
+                    **network.probe(),
+                    "switch": network.switch_statistics(),
+                }
+            for m in methods:
+                if m.startswith("auto"):
+                    built[m] = build(m, size, workers, progress, steps=2)
+            records = measure(
+                size, name, [m for m in methods if built[m]], workers, progress
+            )
+            for method, record in records.items():
+                # Before the numbers, what they are of.
+                record = {
+                    "network": name,
+                    "size": size,
+                    "method": method,
+                    **built[method],
+                    **record,
+                }
+                summary["results"].append(record)
+            if switch := network.switch_statistics():
+                summary["networks"][name]["switch"] = switch
+            cluster_summary.compare(summary["results"])
+            write(summary)
+        for kind in workers.values():
+            kind.ask(do="free")
+
+
+def write(summary):
+    os.makedirs(flags.FLAGS.output_dir, exist_ok=True)
+    path = os.path.join(flags.FLAGS.output_dir, "summary.json")
+    with open(path, "w", encoding="utf-8") as f:
+        json.dump(summary, f, indent=2)
+
+
+def start_and_run(methods):
+    """Makes the network, starts the workers, and ends both in any case."""
+    args = flags.FLAGS
+    threads = {
+        kind: args[f"{kind}_threads"].value
+        for kind in map(cluster_summary.kind_of, methods)
+    }
+    summary = {
+        "machine": {
+            "processor": platform.machine(),
+            "cores": os.cpu_count(),
+            "kernel": platform.release(),
+            "python": platform.python_version(),
+        },
+        "config": {
+            "num_workers": args.num_workers,
+            "rounds": args.rounds,
+            "seconds_per_turn": args.seconds_per_turn,
+            "threads": threads,
+        },
+        "networks": {},
+        "results": [],
+    }
+    num_auto = sum(m.startswith("auto") for m in methods)
+    turns = len(args.networks) * (num_auto + len(methods) * (args.rounds + 2))
+    total = len(args.sizes) * (len(methods) - num_auto + turns)
+    with (
+        tempfile.TemporaryDirectory() as log_dir,
+        cluster_network.Network(args.num_workers) as network,
+        cluster_launcher.Workers.start_all(
+            threads, network, log_dir, args.timeout
+        ) as workers,
+        tqdm.tqdm(total=total, mininterval=1.0) as progress,
+    ):
+        print("Started the workers.", flush=True)
+        for kind in workers.values():
+            summary["machine"] |= kind.versions
+        run(network, workers, methods, summary, progress)
+    return summary
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"Unknown arguments: {argv[1:]}")
+    if reason := cluster_network.why_not():
+        print(f"This benchmark cannot run here: {reason}.", file=sys.stderr)
+        return 2
+    args = flags.FLAGS
+    for name in args.networks:
+        cluster_network.parse_condition(name)
+    methods = list(args.methods)
+    if not importlib.util.find_spec("torch"):
+        print("Without PyTorch's methods: torch is not installed.")
+        methods = [m for m in methods if cluster_summary.kind_of(m) != "torch"]
+    for kind in {cluster_summary.kind_of(m) for m in methods}:
+        if cluster_summary.LOCAL[kind] not in methods:
+            methods.append(cluster_summary.LOCAL[kind])
+
+    def exit_on(number, _):
+        for other in signals:
+            signal.signal(other, signal.SIG_IGN)
+        sys.exit(128 + number)  # By way of the clean-up.
+
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    for number in signals:
+        signal.signal(number, exit_on)
+    try:
+        summary = start_and_run(methods)
+    except cluster_launcher.WorkerError as e:
+        print(e, file=sys.stderr)
+        return 1
+    finally:
+        left = cluster_network.leftovers(os.getpid())
+        left += cluster_network.children(os.getpid())
+        if left:
+            print(f"Left behind: {', '.join(left)}", file=sys.stderr)
+    write(summary)
+    figure = os.path.join(args.output_dir, "figure.png")
+    cluster_summary.plot(summary, figure)
+    print(cluster_summary.text_table(summary["results"]))
+    print(json.dumps(summary["networks"], indent=2))
+    print(f"Wrote summary.json and figure.png in {args.output_dir}.")
+    return 0
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)

@@ -1,0 +1,146 @@
+"""Starts the workers of `cluster.py`, and tells all of them what to do."""
+
+import contextlib
+import json
+import os
+import pathlib
+import selectors
+import signal
+import subprocess
+import sys
+import time
+
+_SCRIPT = pathlib.Path(__file__).with_name("cluster_workers.py")
+_PORTS = {"tensorflow": 5301, "torch": 5302}
+
+
+class WorkerError(Exception):
+    """A worker ended, or gave no answer in time."""
+
+
+class Workers:
+    """The processes of one kind, one in each worker's namespace.
+
+    Args:
+        kind: `"tensorflow"` or `"torch"`.
+        network: `cluster_network.Network`.
+        log_dir: Folder for what they print.
+        timeout: Seconds that an answer may take.
+        threads: Threads that a worker computes with; 0 for the default.
+    """
+
+    def __init__(self, kind, network, log_dir, timeout, threads):
+        self._kind, self._timeout = kind, timeout
+        self._processes, self._logs, self._unread = [], [], []
+        port = _PORTS[kind]
+        addresses = network.addresses
+        hosts = [f"{address}:{port}" for address in addresses]
+        for index in range(len(addresses)):
+            args = {
+                "index": index,
+                "addresses": addresses,
+                "port": port,
+                "timeout": timeout,
+                "threads": threads,
+            }
+            config = {
+                "cluster": {"worker": hosts},
+                "task": {"type": "worker", "index": index},
+            }
+            log = pathlib.Path(log_dir, f"{kind}_{index}.txt")
+            self._logs.append(log)
+            with open(log, "wb") as errors:
+                process = subprocess.Popen(
+                    network.command(
+                        *(index, sys.executable, str(_SCRIPT)),
+                        *(kind, json.dumps(args)),
+                    ),
+                    env=os.environ
+                    | {
+                        "TF_CONFIG": json.dumps(config),
+                        "CUDA_VISIBLE_DEVICES": "-1",
+                        "TF_CPP_MIN_LOG_LEVEL": "2",
+                        "GLOO_SOCKET_IFNAME": "eth0",
+                    },
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    # Ctrl-C is for the launcher, which then ends the workers.
+                    start_new_session=True,
+                )
+            self._processes.append(process)
+            self._unread.append(b"")
+
+    @classmethod
+    @contextlib.contextmanager
+    def start_all(cls, threads, network, log_dir, timeout):
+        """Starts the workers of several kinds, and ends them at the end.
+
+        Args:
+            threads: Dict from kind to the number of threads.
+            network: As of the class.
+            log_dir: As of the class.
+            timeout: As of the class.
+
+        Yields:
+            Dict from kind to `Workers`.
+        """
+        workers = {}
+        try:
+            for kind, number in threads.items():
+                workers[kind] = cls(kind, network, log_dir, timeout, number)
+            for started in workers.values():
+                started.versions = started._answers()[0]["versions"]
+            yield workers
+        finally:
+            for started in workers.values():
+                started.close()
+
+    def ask(self, **command):
+        """Gives all workers a command, and returns their answers."""
+        line = json.dumps(command).encode() + b"\n"
+        for index, process in enumerate(self._processes):
+            try:
+                process.stdin.write(line)
+                process.stdin.flush()
+            except BrokenPipeError:
+                self._fail(index, "ended")
+        return self._answers(command)
+
+    def _answers(self, command="the start"):
+        deadline = time.monotonic() + self._timeout
+        answers = {}
+        with selectors.DefaultSelector() as selector:
+            for index, process in enumerate(self._processes):
+                selector.register(process.stdout, selectors.EVENT_READ, index)
+            while len(answers) < len(self._processes):
+                ready = selector.select(max(0, deadline - time.monotonic()))
+                if not ready:
+                    [index, *_] = set(range(len(self._processes))) - {*answers}
+                    self._fail(index, f"gave no answer to {command}")
+                for key, _ in ready:
+                    index = key.data
+                    data = os.read(key.fd, 1 << 16)
+                    if not data:
+                        self._fail(index, f"ended during {command}")
+                    line, end, _ = (self._unread[index] + data).partition(b"\n")
+                    self._unread[index] = b"" if end else line
+                    if end:
+                        answers[index] = json.loads(line)
+        return [answers[index] for index in range(len(self._processes))]
+
+    def _fail(self, index, what):
+        log = self._logs[index].read_text("utf-8", errors="replace")
+        raise WorkerError(
+            f"Worker {index} of {self._kind} {what}. It printed:\n{log[-3000:]}"
+        )
+
+    def close(self):
+        """Ends the processes."""
+        for process in self._processes:
+            process.send_signal(signal.SIGKILL)
+        for process in self._processes:
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                with contextlib.suppress(OSError):
+                    pipe.close()

@@ -1,0 +1,270 @@
+"""The methods that `cluster.py` compares, as one worker runs them.
+
+All train the same network: 784 inputs, two dense layers with ReLU and a softmax
+over 10 classes, on 16 random examples a worker and step that differ from worker
+to worker, by SGD with a momentum.
+"""
+
+import datetime
+import functools
+import gc
+import math
+import signal
+
+import numpy as np
+
+_NUM_INPUTS = 784
+_NUM_CLASSES = 10
+_BATCH_SIZE = 16
+_NUM_BATCHES = 16
+_LEARNING_RATE = 0.01
+_MOMENTUM = 0.9
+
+
+def hidden_units(size):
+    """Width of the two hidden layers for about `size` parameters.
+
+    >>> hidden_units(1_000_000), hidden_units(11_000_000)
+    (678, 2942)
+    """
+    linear = _NUM_INPUTS + 2 + _NUM_CLASSES
+    root = math.isqrt(linear**2 + 4 * max(0, size - _NUM_CLASSES))
+    return max(1, (root - linear) // 2)
+
+
+def num_parameters(size):
+    """How many parameters that network has.
+
+    >>> num_parameters(1_000_000)
+    999382
+    """
+    units = hidden_units(size)
+    return units * (_NUM_INPUTS + units + _NUM_CLASSES + 2) + _NUM_CLASSES
+
+
+def batches(index):
+    """Random examples and classes of worker `index`."""
+    rng = np.random.default_rng(1000 + index)
+    shape = (_NUM_BATCHES, _BATCH_SIZE)
+    inputs = rng.standard_normal((*shape, _NUM_INPUTS), np.float32)
+    return inputs, rng.integers(_NUM_CLASSES, size=shape)
+
+
+class TensorFlowWorker:
+    """Keras models and this library, under its multi-worker strategy."""
+
+    def __init__(self, args):
+        import keras
+        import tensorflow as tf
+        from tensorflow.python.eager import context as context_lib
+
+        import tf_regtopk
+
+        tf.config.threading.set_intra_op_parallelism_threads(args["threads"])
+        self._keras, self._tf, self._library = keras, tf, tf_regtopk
+        # At 100 Mbit/s the initial value of a variable of 44 MB, on its way to
+        # all workers, holds up heartbeats for more than the 10 s that
+        # TensorFlow allows them; and no public function changes that.
+        context = context_lib.context()
+        context.configure_coordination_service = functools.partial(
+            context.configure_coordination_service,
+            heartbeat_timeout_in_ms=1000 * args["timeout"],
+        )
+        self._strategy = tf_regtopk.MultiWorkerMirroredStrategy(
+            timeout_seconds=args["timeout"]
+        )
+        # TensorFlow takes SIGTERM for itself, and goes on.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        inputs, classes = batches(args["index"])
+        self._data = [
+            (tf.constant(x), tf.constant(y))
+            for x, y in zip(inputs, classes, strict=True)
+        ]
+        self._models, self._optimizers, self._steps = {}, {}, {}
+        self.versions = {
+            "tensorflow": tf.__version__,
+            "keras": keras.__version__,
+        }
+
+    def can_run(self, method):
+        """None, or why not."""
+        if method.startswith("auto"):
+            try:
+                self._library.SparsifiedOptimizer(self._sgd(), exchange="auto")
+            except (TypeError, ValueError) as e:
+                return str(e)
+        return None
+
+    def _sgd(self):
+        return self._keras.optimizers.SGD(_LEARNING_RATE, momentum=_MOMENTUM)
+
+    def _model(self, size):
+        keras = self._keras
+        keras.utils.set_random_seed(0)
+        units = hidden_units(size)
+        return keras.Sequential(
+            [
+                keras.Input((_NUM_INPUTS,)),
+                keras.layers.Dense(units, activation="relu"),
+                keras.layers.Dense(units, activation="relu"),
+                keras.layers.Dense(_NUM_CLASSES),
+            ]
+        )
+
+    def _optimizer(self, method):
+        kind, *rest = method.split(":")
+        if kind in ("local", "dense"):
+            return self._sgd()
+        library = self._library
+        sparsifier = library.RegTopK(float(rest[0]))
+        if kind == "auto":
+            return library.SparsifiedOptimizer(
+                self._sgd(), sparsifier, exchange="auto"
+            )
+        return library.SparsifiedOptimizer(
+            self._sgd(), sparsifier, codec=library.Codec(*rest[1].split("+"))
+        )
+
+    def build(self, method, size):
+        """Makes the model where there is none, and a new optimizer."""
+        tf = self._tf
+        # `local` is outside of the strategy: nothing is summed.
+        strategy = self._strategy
+        if method == "local":
+            strategy = tf.distribute.get_strategy()
+        num_replicas = strategy.num_replicas_in_sync
+        self._optimizers.pop(method, None)
+        self._steps.pop(method, None)
+        gc.collect()
+        with strategy.scope():
+            # The methods share the weights, to need less memory.
+            is_local = method == "local"
+            if is_local not in self._models:
+                self._models[is_local] = self._model(size)
+            model = self._models[is_local]
+            optimizer = self._optimizers[method] = self._optimizer(method)
+            optimizer.build(model.trainable_variables)
+
+        def replica_step(inputs, classes):
+            with tf.GradientTape() as tape:
+                losses = tf.nn.sparse_softmax_cross_entropy_with_logits(
+                    classes, model(inputs, training=True)
+                )
+                # The sum over the replicas is the mean over all examples.
+                loss = tf.reduce_mean(losses) / num_replicas
+            variables = model.trainable_variables
+            optimizer.apply(tape.gradient(loss, variables), variables)
+            return loss
+
+        self._steps[method] = tf.function(
+            lambda *batch: strategy.run(replica_step, args=batch)
+        )
+        seconds = getattr(optimizer, "exchange_seconds", None)
+        report = getattr(optimizer, "wire_report", None)
+        return {
+            "parameters": int(model.count_params()),
+            "reported_bytes": int(report().sent_bytes) if report else None,
+            "chosen_exchange": getattr(optimizer, "chosen_exchange", None),
+            "exchange_seconds": seconds
+            and {name: float(value) for name, value in seconds.items()},
+        }
+
+    def step(self, method, number):
+        """Takes one step, and returns the loss when all of it is done."""
+        batch = self._data[number % _NUM_BATCHES]
+        return float(self._steps[method](*batch).numpy())
+
+    def free(self):
+        """Forgets all models."""
+        for dictionary in (self._models, self._optimizers, self._steps):
+            dictionary.clear()
+        self._keras.backend.clear_session()
+
+
+class TorchWorker:
+    """PyTorch's data-parallel module over gloo, and its hooks."""
+
+    def __init__(self, args):
+        import torch
+        from torch import distributed
+
+        if args["threads"]:
+            torch.set_num_threads(args["threads"])
+        self._torch, self._distributed = torch, distributed
+        distributed.init_process_group(
+            "gloo",
+            init_method=f"tcp://{args['addresses'][0]}:{args['port']}",
+            rank=args["index"],
+            world_size=len(args["addresses"]),
+            timeout=datetime.timedelta(seconds=args["timeout"]),
+        )
+        inputs, classes = batches(args["index"])
+        self._data = [
+            (torch.from_numpy(x), torch.from_numpy(y))
+            for x, y in zip(inputs, classes, strict=True)
+        ]
+        self._models, self._optimizers = {}, {}
+        self.versions = {"torch": torch.__version__}
+
+    def can_run(self, method):
+        """None, or why not."""
+        del method
+        return None
+
+    def build(self, method, size):
+        """Makes the model and the optimizer."""
+        torch = self._torch
+        from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+        from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
+        from torch.nn.parallel import DistributedDataParallel
+
+        torch.manual_seed(0)
+        units = hidden_units(size)
+        model = torch.nn.Sequential(
+            torch.nn.Linear(_NUM_INPUTS, units),
+            torch.nn.ReLU(),
+            torch.nn.Linear(units, units),
+            torch.nn.ReLU(),
+            torch.nn.Linear(units, _NUM_CLASSES),
+        )
+        count = sum(p.numel() for p in model.parameters())
+        kind, _, hook = method.partition(":")
+        if kind == "ddp":
+            # PowerSGD of rank 1 needs all gradients in one bucket.
+            bucket = {"bucket_cap_mb": 1000} if "power" in hook else {}
+            model = DistributedDataParallel(
+                model, gradient_as_bucket_view=True, **bucket
+            )
+        if hook == "fp16":
+            model.register_comm_hook(None, default_hooks.fp16_compress_hook)
+        elif hook:
+            state = powerSGD_hook.PowerSGDState(
+                process_group=None,
+                matrix_approximation_rank=int(hook.removeprefix("powersgd")),
+                start_powerSGD_iter=5,
+                use_error_feedback=True,
+                warm_start=True,
+            )
+            model.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+        self._models[method] = model
+        self._optimizers[method] = torch.optim.SGD(
+            model.parameters(), _LEARNING_RATE, momentum=_MOMENTUM
+        )
+        return {"parameters": count}
+
+    def step(self, method, number):
+        """Takes one step, and returns the loss when all of it is done."""
+        inputs, classes = self._data[number % _NUM_BATCHES]
+        optimizer = self._optimizers[method]
+        optimizer.zero_grad()
+        loss = self._torch.nn.functional.cross_entropy(
+            self._models[method](inputs), classes
+        )
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    def free(self):
+        """Forgets all models."""
+        self._models.clear()
+        self._optimizers.clear()

@@ -1,0 +1,114 @@
+"""What one worker of `cluster.py` runs: training steps, when told to.
+
+    python benchmarks/cluster_workers.py tensorflow '{"index": 0, ...}'
+
+Commands are lines of JSON on standard input, and each is answered by one on
+standard output. Between commands a worker waits, and takes no time from the
+others. The same command reaches all workers of a kind, so that all take part
+in the same collectives in the same order.
+"""
+
+import ctypes
+import gc
+import importlib.metadata
+import json
+import math
+import os
+import signal
+import sys
+import time
+import traceback
+
+import cluster_methods
+import cluster_network
+
+# Traces, compiles, and lets PowerSGD begin, which it does after 5 steps.
+_WARM_UP_STEPS = 8
+_KINDS = {
+    "tensorflow": cluster_methods.TensorFlowWorker,
+    "torch": cluster_methods.TorchWorker,
+}
+
+
+def take_steps(worker, method, first, lead_in, steps):
+    """Takes steps of a method, and counts time and traffic.
+
+    Args:
+        worker: One of `_KINDS`.
+        method: Name of the method.
+        first: Number of the first step.
+        lead_in: Steps before those that are timed: connections that were idle
+            start slowly.
+        steps: Timed steps.
+
+    Returns:
+        Dict: `seconds` of each timed step; bytes and packets that the interface
+        sent in all of them, those before included.
+    """
+    seconds = []
+    before = cluster_network.sent_counters()
+    for number in range(first, first + lead_in + steps):
+        start = time.perf_counter()
+        loss = worker.step(method, number)
+        seconds.append(time.perf_counter() - start)
+    after = cluster_network.sent_counters()
+    if not math.isfinite(loss):
+        raise ValueError(f"The loss of {method} is {loss}.")
+    return {
+        "seconds": seconds[lead_in:],
+        "sent_bytes": after[0] - before[0],
+        "sent_packets": after[1] - before[1],
+        "counted_steps": lead_in + steps,
+    }
+
+
+def serve(kind, args, output):
+    """Carries out commands until standard input ends."""
+    worker = _KINDS[kind](args)
+    versions = worker.versions | {"numpy": importlib.metadata.version("numpy")}
+    print(json.dumps({"versions": versions}), file=output, flush=True)
+    for line in sys.stdin:
+        command = json.loads(line)
+        method = command.get("method")
+        answer = {}
+        if command["do"] == "build":
+            refusal = worker.can_run(method)
+            if refusal is None:
+                answer = worker.build(method, command["size"])
+                for number in range(command.get("steps", _WARM_UP_STEPS)):
+                    worker.step(method, number)
+            else:
+                answer = {"refusal": refusal}
+        elif command["do"] == "steps":
+            answer = take_steps(
+                *(worker, method, command["first"]),
+                *(command["lead_in"], command["steps"]),
+            )
+        elif command["do"] == "free":
+            worker.free()
+        if command["do"] != "steps":
+            # Back to the system, for the other workers.
+            gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)
+        print(json.dumps(answer), file=output, flush=True)
+
+
+def main(argv):
+    # Ends with the process that started it, however that ends.
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    # What libraries print goes with the errors.
+    output = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    status = 0
+    try:
+        serve(argv[1], json.loads(argv[2]), output)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    # Not through TensorFlow's shutdown, which may wait for other workers.
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    main(sys.argv)
