@@ -167,7 +167,7 @@ def test_several_devices_as_simulated(num_workers, devices, name):
     ],
 )
 def test_as_measured(megabytes_a_second, latency, local, measured):
-    """The all-reduces that `links.py` is fitted to, by benchmarks/cluster.py."""
+    """The all-reduces of benchmarks/cluster.py that `links.py` is fitted to."""
     job = make_job(parameters=10_997_206, workers=4, step_seconds=local)
     network = links.Network(1e6 * megabytes_a_second, latency)
     predicted = cost_model.predict(job, network)["dense"].step_seconds
