@@ -256,8 +256,9 @@ def main(argv):
         cluster_network.parse_condition(name)
     methods = list(args.methods)
     if not importlib.util.find_spec("torch"):
-        print("Without PyTorch's methods: torch is not installed.")
         methods = [m for m in methods if cluster_summary.kind_of(m) != "torch"]
+        if len(methods) < len(args.methods):
+            print("Without PyTorch's methods: torch is not installed.")
     for kind in {cluster_summary.kind_of(m) for m in methods}:
         if cluster_summary.LOCAL[kind] not in methods:
             methods.append(cluster_summary.LOCAL[kind])

@@ -1,6 +1,7 @@
 """Set-up shared by all tests, before TensorFlow makes its devices."""
 
 import functools
+import gc
 import os
 
 # Quieter, and the same CPU kernels in every run.
@@ -27,6 +28,15 @@ tf.data.experimental.enable_debug_mode()
 tf.get_logger().setLevel("WARNING")
 
 
+def pytest_collection_finish(session):
+    """Keeps the garbage collector off what has been imported.
+
+    Else it goes through all of it after each test, and often in between.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _fresh_keras():
     """Every test starts with Keras's defaults and forgets its models."""
@@ -51,7 +61,7 @@ def _mirrored_strategy(num_replicas):
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def mirrored():
     """Function from a number of replicas to a strategy (0: no strategy)."""
     return _mirrored_strategy

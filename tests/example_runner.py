@@ -2,10 +2,9 @@
 
 import json
 import pathlib
-import subprocess
-import sys
 
 import example_utils
+import fork_server
 import run_with_mock_data
 
 EXAMPLES = pathlib.Path(example_utils.__file__).parent
@@ -24,14 +23,13 @@ def run_example(name, output_dir, num_mock_images=None, **flags):
     Returns:
         `(summary, output)`: what it has written and printed.
     """
-    command = [sys.executable]
+    script = EXAMPLES / f"{name}.py"
+    args = [f"--output_dir={output_dir}"]
+    args += [f"--{flag}={value}" for flag, value in flags.items()]
     if num_mock_images is not None:
-        command += [run_with_mock_data.__file__, str(num_mock_images)]
-    command += [EXAMPLES / f"{name}.py", f"--output_dir={output_dir}"]
-    command += [f"--{flag}={value}" for flag, value in flags.items()]
-    result = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, check=False
-    )
+        args = [num_mock_images, script, *args]
+        script = run_with_mock_data.__file__
+    result = fork_server.run_one(script, args)
     assert result.returncode == 0, result.stderr[-3000:]
     assert (output_dir / "curves.png").stat().st_size > 1000
     summary = json.loads((output_dir / "summary.json").read_text("utf-8"))
@@ -40,12 +38,6 @@ def run_example(name, output_dir, num_mock_images=None, **flags):
 
 def refusal_of(name, flag):
     """What an example says to a flag it refuses."""
-    result = subprocess.run(
-        [sys.executable, EXAMPLES / f"{name}.py", flag],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    result = fork_server.run_one(EXAMPLES / f"{name}.py", [flag])
     assert result.returncode != 0
     return result.stdout + result.stderr

@@ -1,4 +1,9 @@
-"""Starts the workers of a cluster as processes on this machine."""
+"""Starts the workers of a cluster as processes on this machine.
+
+    python multi_worker_launcher.py SCRIPT NUM_WORKERS DIRECTORY TIMEOUT
+
+runs the script as `run_workers` does, and writes `DIRECTORY/results.json`.
+"""
 
 import contextlib
 import json
@@ -9,6 +14,8 @@ import socket
 import subprocess
 import sys
 import time
+
+import fork_server
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -110,7 +117,7 @@ def run_workers(script, num_workers, directory, timeout, args=()):
 
     Args:
         script: The script. Its argument is the file to write a JSON result to.
-        num_workers: The number of workers.
+        num_workers: The number of workers. 0 is one process and no cluster.
         directory: Where files can be written.
         timeout: Seconds after which all workers are ended.
         args: Further arguments of the script.
@@ -118,30 +125,26 @@ def run_workers(script, num_workers, directory, timeout, args=()):
     Returns:
         The results of the workers.
     """
-    deadline = time.monotonic() + timeout
-    results = [directory / f"result_{i}.json" for i in range(num_workers)]
+    numbers = range(max(1, num_workers))
+    results = [directory / f"result_{i}.json" for i in numbers]
+    output_paths = [directory / f"output_{i}.txt" for i in numbers]
     for _ in range(3):
         addresses = free_addresses(num_workers)
-        with processes() as workers:
-            for i, result in enumerate(results):
-                workers.append(
-                    Process(
-                        [script, result, *args],
-                        directory / f"output_{i}.txt",
-                        TF_CONFIG=tf_config(addresses, i),
-                    )
-                )
-            # The first to fail leaves the others waiting.
-            while True:
-                statuses = [worker.popen.poll() for worker in workers]
-                if any(statuses) or None not in statuses:
-                    break
-                if time.monotonic() > deadline:
-                    break
-                time.sleep(0.1)
-        outputs = [worker.output for worker in workers]
-        if statuses == [0] * num_workers:
+        workers = [
+            fork_server.process(
+                script,
+                [results[i], *args],
+                output_paths[i],
+                CUDA_VISIBLE_DEVICES="-1",
+            )
+            for i in numbers
+        ]
+        for i in range(num_workers):
+            workers[i]["env"]["TF_CONFIG"] = tf_config(addresses, i)
+        statuses = fork_server.run(workers, timeout)
+        if not any(statuses) and None not in statuses:
             return [json.loads(result.read_text()) for result in results]
+        outputs = [path.read_text(errors="replace") for path in output_paths]
         # Another process was quicker to take a port.
         if not any("Could not start gRPC server" in o for o in outputs):
             break
@@ -150,3 +153,15 @@ def run_workers(script, num_workers, directory, timeout, args=()):
         f"Exit statuses of the workers (`None`: no end within {timeout} s): "
         f"{statuses}. Outputs:\n{outputs}"
     )
+
+
+def main(script, num_workers, directory, timeout):
+    """For `unshare --net`, which makes a network without any device up."""
+    subprocess.run(["ip", "link", "set", "lo", "up"], check=False)
+    directory = pathlib.Path(directory)
+    results = run_workers(script, int(num_workers), directory, int(timeout))
+    (directory / "results.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,7 +1,7 @@
 """Trains, saves in every way, and resumes: in one process or as one worker.
 
-    python resume_program.py RESULT save DIRECTORY
-    python resume_program.py RESULT resume DIRECTORY [DIRECTORY OF ANOTHER RUN]
+    python resume_program.py RESULT save DIRECTORY [DIRECTORY OF ANOTHER RUN]
+    python resume_program.py RESULT resume DIRECTORY
 
 `RESULT` gets what `fingerprint` says of the replicas of this process, by the
 name of the run.  Without `TF_CONFIG` it is a run for each of `NUM_REPLICAS`.
@@ -20,7 +20,7 @@ import tensorflow as tf
 
 import tf_regtopk
 
-NUM_REPLICAS = (0, 2, 4)
+NUM_REPLICAS = (0, 2, 3)
 STEPS_PER_EPOCH = 3
 SAVED_EPOCH, LAST_EPOCH = 2, 4
 WAYS = (

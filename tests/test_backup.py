@@ -2,9 +2,8 @@
 
 import os
 import signal
-import subprocess
-import sys
 
+import fork_server
 import keras
 import numpy as np
 import pytest
@@ -159,6 +158,7 @@ def test_a_write_that_is_cut_short(mirrored, tmp_path, monkeypatch):
 
 KILLED = """
 import os, signal, sys
+sys.path.insert(0, sys.argv[1])
 import conftest, test_backup, tf_regtopk
 
 calls = 0
@@ -173,22 +173,22 @@ def kill(*args):
 
 tf_regtopk.backup._save_rest = kill
 model = test_backup.make(conftest._mirrored_strategy(0))
-backup = tf_regtopk.Backup(sys.argv[1])
+backup = tf_regtopk.Backup(sys.argv[2])
 backup.restore(model)
 test_backup.back_up(backup, model, 5)
 """
 
 
 def test_kill_in_the_middle_of_a_write(mirrored, tmp_path):
-    process = subprocess.run(
-        [sys.executable, "-c", KILLED, tmp_path],
-        cwd=os.path.dirname(__file__),
-        timeout=120,
-        check=False,
+    path = tmp_path / "killed.py"
+    path.write_text(KILLED, encoding="utf-8")
+    backup = tmp_path / "backup"
+    process = fork_server.run_one(
+        path, [os.path.dirname(__file__), backup], timeout=120
     )
     assert process.returncode == -signal.SIGKILL
-    assert any("partial" in name for name in os.listdir(tmp_path))
-    assert tf_regtopk.Backup(tmp_path).restore(make(mirrored(0))) == 2
+    assert any("partial" in name for name in os.listdir(backup))
+    assert tf_regtopk.Backup(backup).restore(make(mirrored(0))) == 2
 
 
 @pytest.mark.parametrize("what", ["moving_mean", "seed", "kernel"])

@@ -1,9 +1,8 @@
 """Bad input gets a clear error before any training."""
 
 import math
-import subprocess
-import sys
 
+import fork_server
 import keras
 import numpy as np
 import pytest
@@ -154,7 +153,7 @@ def test_other_backend(monkeypatch):
         tf_regtopk.SparsifiedOptimizer(sgd())
 
 
-def test_parameter_server_strategy():
+def test_parameter_server_strategy(tmp_path):
     """In a cluster of one worker and one server, all in one process."""
     program = """
 import socket
@@ -179,13 +178,9 @@ strategy = tf.distribute.ParameterServerStrategy(
 with strategy.scope():
     tf_regtopk.SparsifiedOptimizer(keras.optimizers.SGD(0.1))
 """
-    result = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    path = tmp_path / "program.py"
+    path.write_text(program, encoding="utf-8")
+    result = fork_server.run_one(path, [], timeout=120)
     assert result.returncode != 0
     assert (
         "ValueError: The strategy in scope must be one of OneDeviceStrategy, "

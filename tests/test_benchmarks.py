@@ -2,9 +2,8 @@
 
 import json
 import pathlib
-import subprocess
-import sys
 
+import fork_server
 import pytest
 
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
@@ -12,19 +11,12 @@ SIZES = (1000, 140001)
 
 
 def run(benchmark, output_dir, *args):
-    subprocess.run(
-        [
-            sys.executable,
-            BENCHMARKS / benchmark,
-            f"--sizes={','.join(map(str, SIZES))}",
-            "--densities=0.01",
-            f"--output_dir={output_dir}",
-            *args,
-        ],
-        check=True,
-        capture_output=True,
-        timeout=300,
-    )
+    args = [*args, f"--output_dir={output_dir}"]
+    result = fork_server.run_one(BENCHMARKS / benchmark, args)
+    assert result.returncode == 0, result.stderr
+
+
+SHARED = [f"--sizes={','.join(map(str, SIZES))}", "--densities=0.01"]
 
 
 @pytest.mark.parametrize(
@@ -42,7 +34,7 @@ def run(benchmark, output_dir, *args):
     ],
 )
 def test_speed(benchmark, methods, tmp_path):
-    run(benchmark, tmp_path, "--rounds=2", "--warm_up=1")
+    run(benchmark, tmp_path, *SHARED, "--rounds=2", "--warm_up=1")
     summary = json.loads((tmp_path / "summary.json").read_text("utf-8"))
     measured = {(r["size"], r["method"]) for r in summary["results"]}
     assert measured >= {(size, name) for size in SIZES for name in methods}
@@ -53,7 +45,7 @@ def test_speed(benchmark, methods, tmp_path):
 
 def test_exported_programs_do_not_hold_the_gradient(tmp_path):
     """They are sent to another machine, and compiled there."""
-    run("export_stablehlo.py", tmp_path)
+    run("export_stablehlo.py", tmp_path, *SHARED)
     index = json.loads((tmp_path / "index.json").read_text("utf-8"))
     assert {program["size"] for program in index} == set(SIZES)
     for program in index:
@@ -65,19 +57,13 @@ def test_exported_programs_do_not_hold_the_gradient(tmp_path):
 
 def test_bytes_on_a_socket(tmp_path):
     """The report says what crosses the interface, but for little framing."""
-    subprocess.run(
-        [
-            sys.executable,
-            BENCHMARKS / "wire_bytes.py",
-            "--size=2000000",
-            "--densities=0.05",
-            "--codecs=golomb+ternary",
-            "--steps=2",
-            f"--output_dir={tmp_path}",
-        ],
-        check=True,
-        capture_output=True,
-        timeout=300,
+    run(
+        "wire_bytes.py",
+        tmp_path,
+        "--size=2000000",
+        "--densities=0.05",
+        "--codecs=golomb+ternary",
+        "--steps=2",
     )
     summary = json.loads((tmp_path / "summary.json").read_text("utf-8"))
     [r] = summary["results"]

@@ -71,6 +71,7 @@ def test_imagenette_script(tmp_path):
         "imagenette_finetune",
         tmp_path,
         **SMALL,
+        model="MobileNet",
         weights="none",
         image_size=32,
         trainable="head",
@@ -78,7 +79,7 @@ def test_imagenette_script(tmp_path):
         density=0.01,
     )
     dense, regtopk = summary["methods"].values()
-    assert dense["runs"]["0"]["bytes_a_step"] == 4 * 12810  # Of the last layer
+    assert dense["runs"]["0"]["bytes_a_step"] == 4 * 10250  # Of the last layer
     assert regtopk["runs"]["0"]["round"] == [2, 3]
 
 

@@ -8,6 +8,7 @@ import sys
 import exchange_program
 import flat_gradients
 import keras
+import multi_worker_launcher
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -42,7 +43,8 @@ def has_own_network():
 def workers(tmp_path_factory):
     """What each of two workers found, and whether they were alone."""
     directory = tmp_path_factory.mktemp("exchange")
-    command = [sys.executable, exchange_program.__file__, "launch", directory]
+    command = [sys.executable, multi_worker_launcher.__file__]
+    command += [exchange_program.__file__, "2", directory, "300"]
     is_alone = has_own_network()
     if is_alone:
         command = ["unshare", "--net", *command]
@@ -103,6 +105,12 @@ def test_waiting_for_others_costs_no_threads(workers):
     results, _ = workers
     for result in results:
         assert result["new_threads"] < 10
+
+
+def test_initial_state_is_not_sent(workers):
+    """Each worker starts with its own, which here is its number."""
+    results, _ = workers
+    assert [r["initial"] for r in results] == [[0, 0], [1, 1]]
 
 
 def test_workers_choose_alike(workers):
