@@ -232,6 +232,9 @@ def test_auto_takes_the_faster_one(faster, mirrored, monkeypatch):
     assert measured == ["sparse", "dense"]
     assert optimizer.chosen_exchange == faster
     assert optimizer.exchange_seconds == seconds
+    report = str(optimizer.wire_report())
+    assert f"{faster} (measured a step: sparse " in report
+    assert f"{faster} 50.0 ms" in report
     g = exchange_program.gradients(2)
     actual, _ = exchange_program.train(mirrored(2), g, exchange="auto")
     expected, _ = exchange_program.train(mirrored(2), g, exchange=faster)

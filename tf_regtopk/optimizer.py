@@ -329,7 +329,11 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         56
         """
         validation.check_built(self, "wire_report")
-        return self._gradient_exchange.wire_report()
+        return dataclasses.replace(
+            self._gradient_exchange.wire_report(),
+            exchange=self.chosen_exchange,
+            exchange_seconds=self.exchange_seconds,
+        )
 
     def save_state(self):
         """The state of this process's replicas, as a `SavedState`."""

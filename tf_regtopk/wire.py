@@ -30,6 +30,9 @@ class WireReport:
             of indices can undercut.
         bits_per_value: Bits of a value, with its share of scales.
         payload_bytes: Bytes of the payload of one replica, header included.
+        exchange: `"sparse"` or `"dense"`, the one chosen.
+        exchange_seconds: Seconds a step of each, if they were measured to
+            choose (`exchange="auto"`), else None.
     """
 
     num_replicas: int
@@ -43,6 +46,8 @@ class WireReport:
     entropy_bits_per_index: float = 0.0
     bits_per_value: float = 0.0
     payload_bytes: int = 0
+    exchange: str = "sparse"
+    exchange_seconds: dict | None = None
 
     @property
     def ratio(self):
@@ -68,7 +73,15 @@ class WireReport:
         return round(2 * (n - 1) / n * self.dense_bytes)
 
     def __str__(self):
+        exchange = self.exchange
+        if self.exchange_seconds:
+            measured = [
+                f"{name} {1e3 * seconds:.1f} ms"
+                for name, seconds in self.exchange_seconds.items()
+            ]
+            exchange += f" (measured a step: {', '.join(measured)})"
         rows = {
+            "exchange": exchange,
             "entries selected": f"{self.num_selected:,} of "
             f"{self.num_entries:,}, by each of {self.num_replicas} replicas",
             "bits per index": f"{self.bits_per_index:.2f} ({self.index_code}; "
