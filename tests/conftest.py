@@ -28,10 +28,11 @@ tf.data.experimental.enable_debug_mode()
 tf.get_logger().setLevel("WARNING")
 
 
-def pytest_collection_finish(session):
-    """Keeps the garbage collector off what has been imported.
+@pytest.fixture(autouse=True, scope="module")
+def _cheap_garbage_collection():
+    """Keeps the collector off what has been imported and what others keep.
 
-    Else it goes through all of it after each test, and often in between.
+    Else it goes through all of it time and again.
     """
     gc.collect()
     gc.freeze()
@@ -44,7 +45,7 @@ def _fresh_keras():
     yield
     keras.config.set_floatx("float32")
     keras.config.set_dtype_policy("float32")
-    keras.utils.clear_session()
+    keras.utils.clear_session(free_memory=False)
 
 
 @functools.cache

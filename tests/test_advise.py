@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 from absl import flags
+import fork_server
 import hypothesis
 from hypothesis import strategies as st
 import network_simulation
@@ -410,16 +411,22 @@ def test_import_defines_no_flags():
     assert "step_time" not in flags.FLAGS
 
 
-def run(**arguments):
-    command = [sys.executable, "-m", "tf_regtopk.advise"]
-    command += [f"--{name}={value}" for name, value in arguments.items()]
+def run(is_forked=True, **arguments):
+    args = [f"--{name}={value}" for name, value in arguments.items()]
+    if is_forked:
+        return fork_server.run_one("tf_regtopk.advise", args)
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-m", "tf_regtopk.advise", *args],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
 
 
 def test_command_advises_to_compress():
     result = run(
+        is_forked=False,
         parameters="11.2e6",
         workers=4,
         bandwidth="100Mbit",

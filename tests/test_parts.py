@@ -97,12 +97,16 @@ def test_flat_buffer_without_some_gradients():
     assert buffer.dtype == tf.float64
     np.testing.assert_array_equal(buffer.flatten(gradients), [0, 0, 1, 0, 0])
     flat = tf.constant([1.0, 2.0, 3.0, 4.0, 5.0], tf.float64)
-    np.testing.assert_array_equal(
-        buffer.clear_missing(flat, gradients), [0, 0, 3, 0, 0]
-    )
-    np.testing.assert_array_equal(
-        buffer.keep_missing(flat, -flat, gradients), [1, 2, -3, 4, 5]
-    )
+    for has_gradient, expected in (
+        ((False, True, False), [1, 2, -3, 4, 5]),
+        ((True, False, False), [-1, -2, 3, 4, 5]),
+        ((True, True, True), [-1, -2, -3, -4, -5]),
+        ((False, False, False), [1, 2, 3, 4, 5]),
+    ):
+        kept = buffer.keep_missing(flat, -flat, has_gradient)
+        np.testing.assert_array_equal(kept, expected)
+        cleared = buffer.clear_missing(-flat, has_gradient)
+        np.testing.assert_array_equal(cleared, np.minimum(expected, 0))
 
 
 def test_flat_buffer_densifies_slices():

