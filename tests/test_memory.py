@@ -33,7 +33,7 @@ def copies(function, size, *args):
 def test_no_array_of_the_gradients_size_is_copied(sparsifier):
     """Neither to select, nor to damp scores, nor to clear what was sent."""
     size = 2**18
-    optimizer, variables = make_optimizer(sparsifier, [(size - 99,), (9, 11)])
+    optimizer, _variables = make_optimizer(sparsifier, [(size - 99,), (9, 11)])
     exchange = optimizer._gradient_exchange
     state = (
         *exchange.feedback_state.variables(),
@@ -42,7 +42,13 @@ def test_no_array_of_the_gradients_size_is_copied(sparsifier):
     sparse_step = exchange.step
     values = tf.nest.map_structure(lambda v: v.read_value(), state)
     step = optimizer.iterations.value
-    args = ([tf.zeros([size])], (True, True), *values, tf.zeros([]), (step, tf.constant(0)))
+    args = (
+        [tf.zeros([size])],
+        (True, True),
+        *values,
+        tf.zeros([]),
+        (step, tf.constant(0)),
+    )
     assert not copies(sparse_step.select_entries, size, *args)
     payload, _, indices, sent, _ = sparse_step.select_entries(*args)
     codec = tf_regtopk.Codec("int32").payload(len(sent), size)

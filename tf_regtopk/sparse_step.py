@@ -116,7 +116,14 @@ class SparseStep:
 
     @tf.function(jit_compile=True, autograph=False)
     def select_entries(
-        self, vectors, has_gradient, local, shared, memory, learning_rate, stream
+        self,
+        vectors,
+        has_gradient,
+        local,
+        shared,
+        memory,
+        learning_rate,
+        stream,
     ):
         """Accumulate -> score -> select -> encode, on one replica."""
         step, _ = stream
