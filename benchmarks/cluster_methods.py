@@ -24,19 +24,23 @@ _MOMENTUM = 0.9
 def hidden_units(size):
     """Width of the two hidden layers for about `size` parameters.
 
+    A multiple of 32, as of most networks: TensorFlow then splits the aggregate
+    without copying it.
+
     >>> hidden_units(1_000_000), hidden_units(11_000_000)
-    (678, 2942)
+    (672, 2944)
     """
     linear = _NUM_INPUTS + 2 + _NUM_CLASSES
     root = math.isqrt(linear**2 + 4 * max(0, size - _NUM_CLASSES))
-    return max(1, (root - linear) // 2)
+    units = (root - linear) / 2
+    return max(1, round(units / 32) * 32 if units >= 32 else int(units))
 
 
 def num_parameters(size):
     """How many parameters that network has.
 
     >>> num_parameters(1_000_000)
-    999382
+    986506
     """
     units = hidden_units(size)
     return units * (_NUM_INPUTS + units + _NUM_CLASSES + 2) + _NUM_CLASSES

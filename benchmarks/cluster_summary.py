@@ -60,8 +60,8 @@ def make_record(turns, header_bytes):
         header_bytes: Bytes of the headers of a packet.
 
     Returns:
-        Dict. A step takes as long as it took the slowest worker; bytes are
-        those a step and worker.
+        Dict. A step takes as long as it took the slowest worker; bytes and CPU
+        time are those a step and worker.
     """
     seconds = [
         max(of_workers)
@@ -69,9 +69,9 @@ def make_record(turns, header_bytes):
         for of_workers in zip(*(a["seconds"] for a in turn), strict=True)
     ]
     counted = sum(a["counted_steps"] for turn in turns for a in turn)
-    num_bytes, num_packets = (
+    num_bytes, num_packets, cpu_seconds = (
         sum(a[key] for turn in turns for a in turn) / counted
-        for key in ("sent_bytes", "sent_packets")
+        for key in ("sent_bytes", "sent_packets", "cpu_seconds")
     )
     return {
         "rounds": len(turns),
@@ -80,6 +80,7 @@ def make_record(turns, header_bytes):
         "milliseconds_10_to_90_percent": [
             1e3 * percentile(seconds, share) for share in (0.1, 0.9)
         ],
+        "cpu_milliseconds": 1e3 * cpu_seconds,
         "sent_bytes": num_bytes,
         "header_bytes": header_bytes * num_packets,
     }
@@ -106,12 +107,13 @@ def compare(records):
 def text_table(records):
     """The records as lines to print."""
     lines = [
-        f"{'network':9} {'size':>10} {'method':24} {'ms':>9} {'10-90 %':>17} "
+        f"{'network':9} {'size':>10} {'method':24} {'ms':>9} {'10-90 %':>17} {'CPU ms':>7} "
         f"{'speed-up':>8} {'exchange':>8} {'KB sent':>10} {'/ report':>8}"
     ]
     for r in records:
         low, high = r["milliseconds_10_to_90_percent"]
         columns = [
+            f"{r['cpu_milliseconds']:7.1f}",
             f"{r['speedup_over_dense'] or float('nan'):8.2f}",
             f"{100 * r['exchange_share']:7.0f}%"
             if r["exchange_share"] is not None

@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import math
 import os
+import resource
 import signal
 import sys
 import time
@@ -31,7 +32,7 @@ _KINDS = {
 
 
 def take_steps(worker, method, first, lead_in, steps):
-    """Takes steps of a method, and counts time and traffic.
+    """Takes steps of a method, and counts their time and traffic.
 
     Args:
         worker: One of `_KINDS`.
@@ -43,23 +44,32 @@ def take_steps(worker, method, first, lead_in, steps):
 
     Returns:
         Dict: `seconds` of each timed step; bytes and packets that the interface
-        sent in all of them, those before included.
+        sent in all of them, and seconds of a CPU that this process took, those
+        before included.
     """
     seconds = []
     before = cluster_network.sent_counters()
+    cpu_before = _cpu_seconds()
     for number in range(first, first + lead_in + steps):
         start = time.perf_counter()
         loss = worker.step(method, number)
         seconds.append(time.perf_counter() - start)
     after = cluster_network.sent_counters()
+    cpu_after = _cpu_seconds()
     if not math.isfinite(loss):
         raise ValueError(f"The loss of {method} is {loss}.")
     return {
         "seconds": seconds[lead_in:],
         "sent_bytes": after[0] - before[0],
         "sent_packets": after[1] - before[1],
+        "cpu_seconds": cpu_after - cpu_before,
         "counted_steps": lead_in + steps,
     }
+
+
+def _cpu_seconds():
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
 
 
 def serve(kind, args, output):
