@@ -107,8 +107,9 @@ def compare(records):
 def text_table(records):
     """The records as lines to print."""
     lines = [
-        f"{'network':9} {'size':>10} {'method':24} {'ms':>9} {'10-90 %':>17} {'CPU ms':>7} "
-        f"{'speed-up':>8} {'exchange':>8} {'KB sent':>10} {'/ report':>8}"
+        f"{'network':9} {'size':>10} {'method':24} {'ms':>9} {'10-90 %':>17} "
+        f"{'CPU ms':>7} {'speed-up':>8} {'exchange':>8} {'KB sent':>10} "
+        f"{'/ report':>8}"
     ]
     for r in records:
         low, high = r["milliseconds_10_to_90_percent"]

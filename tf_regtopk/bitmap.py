@@ -21,7 +21,8 @@ def pack(*masks):
     """Packs bool tensors of `[n]` entries into bitmaps.
 
     Args:
-        *masks: Bool tensors, of any shapes with a multiple of 1024 entries.
+        *masks: Each a bool tensor, or a list of several that follow each other,
+            of any shapes with a multiple of 1024 entries.
 
     Returns:
         For each a uint32 tensor `[n / 32]`.
@@ -38,16 +39,20 @@ def pack(*masks):
     columns = [
         tf.reduce_sum(
             tf.where(
-                tf.reshape(mask, [-1, WORD, WORD]),
+                tf.reshape(part, [-1, WORD, WORD]),
                 weights[:, tf.newaxis],
                 tf.constant(0, tf.uint32),
             ),
             axis=1,
         )
-        for mask in masks
+        for part in tf.nest.flatten(masks)
     ]
     words = tf.reshape(_transpose(tf.concat(columns, axis=0)), [-1])
-    return tf.split(words, [WORD * part.shape[0] for part in columns])
+    return tf.split(words, [_size(mask) // WORD for mask in masks])
+
+
+def _size(mask):
+    return sum(part.shape.num_elements() for part in tf.nest.flatten(mask))
 
 
 def _transpose(squares):

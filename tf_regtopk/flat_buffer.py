@@ -186,10 +186,12 @@ class FlatBuffer:
 
 def _has_threads():
     """Whether XLA computes on a CPU, with more than one thread."""
+    if tf.config.list_logical_devices("GPU"):
+        return False
     num_threads = tf.config.threading.get_intra_op_parallelism_threads()
-    return (num_threads or os.cpu_count()) > 1 and not (
-        tf.config.list_logical_devices("GPU")
-    )
+    if num_threads == 0 and hasattr(os, "sched_getaffinity"):
+        num_threads = len(os.sched_getaffinity(0))
+    return (num_threads or os.cpu_count()) > 1
 
 
 def _narrow(values, dtype):

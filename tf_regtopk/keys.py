@@ -137,12 +137,8 @@ def pack_where(scores, *conditions):
     rest = scores.shape[0] % bitmap.SQUARE
     parts = tf.split(scores, [scores.shape[0] - rest, rest])
     padding = [[0, -rest % bitmap.SQUARE]]
-    words = []
+    masks = []
     for condition in conditions:
         whole, rest = (condition(order_preserving(p)) for p in parts)
-        words += [whole, tf.pad(rest, padding)]
-    words = bitmap.pack(*words)
-    return [
-        tf.concat(pair, axis=0)
-        for pair in zip(words[::2], words[1::2], strict=True)
-    ]
+        masks.append([whole, tf.pad(rest, padding)])
+    return bitmap.pack(*masks)
