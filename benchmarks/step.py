@@ -3,8 +3,7 @@ r"""How long each part of a step takes, from the gradients to the aggregate.
 * `step`: one replica's own work on the flat gradient: accumulate, score,
   select, encode, and clear the error.
 * `sum of 8`: the entries of 8 replicas into one dense gradient.
-* `flatten`, `split`: the variables' gradients to one vector and back; `few`:
-  of a network with two large kernels; `in XLA`: by XLA instead of TensorFlow.
+* `flatten`, `split`: the variables' gradients to one vector and back.
 * `apply`: a whole update of all variables by the optimizer with one replica,
   and by plain SGD.
 
@@ -111,23 +110,14 @@ def methods_for(gradient, density, k, rng):
         tuple((n,) for n in sizes), (tf.float32,) * len(sizes)
     )
     parts, flat = parts_of(gradient, sizes), tf.constant(gradient)
-    few_sizes = [n := size // 5, 3000, size - n - 3000]
-    few_parts = parts_of(gradient, few_sizes)
-
-    def flatten(parts, jit_compile=False):
-        return benchmark_utils.compiled(
-            lambda: tf.concat(parts, axis=0), jit_compile=jit_compile
-        )
-
     return {
         benchmark_utils.FLOOR: benchmark_utils.floor(gradient),
         "step, TopK": replica_step(tf_regtopk.TopK(density), gradient),
         "step, RegTopK": replica_step(tf_regtopk.RegTopK(density), gradient),
         "sum of 8": sum_of_workers(size, k, rng),
-        "flatten": flatten(parts),
-        "flatten in XLA": flatten(parts, jit_compile=True),
-        "flatten few": flatten(few_parts),
-        "flatten few in XLA": flatten(few_parts, jit_compile=True),
+        "flatten": benchmark_utils.compiled(
+            lambda: buffer.flatten(parts), jit_compile=False
+        ),
         "split": benchmark_utils.compiled(
             lambda: buffer.split(flat), jit_compile=False
         ),

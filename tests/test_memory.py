@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 
 import tf_regtopk
+from tf_regtopk import selection
 
 SPARSIFIERS = [tf_regtopk.TopK(0.01), tf_regtopk.RegTopK(0.01)]
 
@@ -56,6 +57,23 @@ def test_no_array_of_the_gradients_size_is_copied(sparsifier):
     entries = sparse_step.decode(payload[tf.newaxis, header:])[:2]
     args = (*entries, indices, sent, *state, tf.zeros([]), step, (True, True))
     assert not copies(sparse_step.add_entries, size, *args)
+
+
+@pytest.mark.parametrize("k", [2**10, 2**17])
+def test_selection_concatenates_no_bitmaps(k):
+    """Several threads may take long for it: see `FlatBuffer.vectors`."""
+    size = 2**20 + 5
+    scores = tf.random.stateless_normal([size], [0, 0])
+    select = tf.function(
+        lambda s: selection.select_largest(s, [selection.Group(size, k)]),
+        jit_compile=True,
+    )
+    ir = select.experimental_get_compiler_ir(scores)
+    program = ir(stage="optimized_hlo")
+    words = range(size // 32, size // 32 + 100)
+    lengths = re.findall(r" = \w+\[(\d+)\]\S* concatenate\(", program)
+    assert " concatenate(" in program
+    assert not [n for n in lengths if int(n) in words]
 
 
 @pytest.mark.parametrize("sparsifier", SPARSIFIERS)

@@ -109,6 +109,22 @@ def test_flat_buffer_without_some_gradients():
         np.testing.assert_array_equal(cleared, np.minimum(expected, 0))
 
 
+@pytest.mark.parametrize("num_threads, num_vectors", [(1, 3), (2, 1)])
+def test_flat_buffer_leaves_to_xla_what_it_does_fast(
+    num_threads, num_vectors, monkeypatch
+):
+    """See `bitmap.pack` for the other place with such an array."""
+    monkeypatch.setattr(
+        tf.config.threading,
+        "get_intra_op_parallelism_threads",
+        lambda: num_threads,
+    )
+    buffer = flat_buffer.FlatBuffer(((2,), (1,), (2,)), (tf.float32,) * 3)
+    vectors = buffer.vectors([tf.ones([2]), None, tf.ones([2])])
+    assert len(vectors) == num_vectors
+    np.testing.assert_array_equal(tf.concat(vectors, 0), [1, 1, 0, 1, 1])
+
+
 def test_flat_buffer_densifies_slices():
     buffer = flat_buffer.FlatBuffer(((4, 2),), (tf.float32,))
     slices = tf.IndexedSlices(

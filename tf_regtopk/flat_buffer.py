@@ -101,10 +101,10 @@ class FlatBuffer:
     def vectors(self, gradients):
         """Vectors that make up the flat one, for XLA to concatenate.
 
-        One a variable, with zeros where a gradient is None; but all in one
-        where XLA would take long: for a CPU with several threads, a few large
-        vectors take it a hundred times longer than TensorFlow
-        (benchmarks/step.py), and for one thread less than half as long.
+        One a variable, with zeros where a gradient is None. But with several
+        threads of a CPU all in one, by TensorFlow: there XLA's code for a
+        concatenation loads beyond the ends of vectors and masks what it finds,
+        which takes a hundred times as long where no memory is.
         """
         vectors = [
             tf.zeros([size], self.dtype)
