@@ -121,13 +121,19 @@ def methods_for(gradient, density, k, rng):
         "split": benchmark_utils.compiled(
             lambda: buffer.split(flat), jit_compile=False
         ),
-        "apply, RegTopK": apply(
-            tf_regtopk.SparsifiedOptimizer(
-                keras.optimizers.SGD(), tf_regtopk.RegTopK(density)
-            ),
-            gradient,
-            sizes,
-        ),
+        **{
+            f"apply, {type(sparsifier).__name__}": apply(
+                tf_regtopk.SparsifiedOptimizer(
+                    keras.optimizers.SGD(), sparsifier
+                ),
+                gradient,
+                sizes,
+            )
+            for sparsifier in (
+                tf_regtopk.TopK(density),
+                tf_regtopk.RegTopK(density),
+            )
+        },
         "apply, SGD": apply(keras.optimizers.SGD(), gradient, sizes),
     }
 
