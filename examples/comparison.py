@@ -52,6 +52,17 @@ def define_flags(output_dir, learning_rates, batch_size, rounds):
     flags.DEFINE_float(
         "momentum", 0.9, "Momentum.", lower_bound=0.0, upper_bound=0.999
     )
+    flags.DEFINE_enum(
+        "inner_optimizer",
+        "sgd",
+        ["sgd", "adam"],
+        "What applies the aggregate; Adam needs --momentum=0.",
+    )
+    flags.register_multi_flags_validator(
+        ["inner_optimizer", "momentum"],
+        lambda f: f["inner_optimizer"] == "sgd" or not f["momentum"],
+        "--inner_optimizer=adam has a momentum of its own: use --momentum=0",
+    )
     flags.DEFINE_list("seeds", ["0"], "Seeds of weights, shards and batches.")
     flags.DEFINE_list(
         "tuning_seeds", ["1000"], "Seeds of the runs that compare these rates."
@@ -183,6 +194,8 @@ def _cached(setting, args, compute):
         name: value
         for name, value in example_utils.config().items()
         if name not in _NOT_OF_A_RUN
+        # There are runs from before the flag.
+        and (name, value) != ("inner_optimizer", "sgd")
     }
     setting = {**shared, **setting}
     path = os.path.join(args.output_dir, "runs.jsonl")

@@ -64,6 +64,7 @@ def make_training(method, density, args):
         optimizer.error_feedback,
         args.num_workers,
         args.rounds,
+        simulation.MomentumSGD(),
     )
 
 

@@ -116,8 +116,9 @@ def train(args, trainings, is_tuning, method, learning_rate, seed):
     )
     numbers = worker_data.batches(parts, args.batch_size, args.rounds, seed)
     weights = start_weights(seed)
+    is_adam = args.inner_optimizer == "adam"
     optimizer = example_utils.make_optimizer(
-        method, args, learning_rate, args.density, args.momentum
+        method, args, learning_rate, args.density, args.momentum, is_adam
     )
     inner, num_bytes = optimizer, 2 * 4 * len(weights) / args.num_workers
     sparsifier, rule = tf_regtopk.Dense(), tf_regtopk.Accumulate()
@@ -136,7 +137,9 @@ def train(args, trainings, is_tuning, method, learning_rate, seed):
             rule,
             args.num_workers,
             args.rounds,
-            inner.momentum,
+            simulation.Adam()
+            if is_adam
+            else simulation.MomentumSGD(inner.momentum),
         )
     data = tuple(tf.constant(part) for part in (x[numbers], y[numbers], *test))
     curve = trainings[method](weights, inner.learning_rate.value, data).numpy()

@@ -138,7 +138,9 @@ def define_method_flags(mu, methods=("dense", "topk", "regtopk")):
     )
 
 
-def make_optimizer(method, args, learning_rate, density, momentum=0.0):
+def make_optimizer(
+    method, args, learning_rate, density, momentum=0.0, adam=False
+):
     """Gradient descent as it is for "dense", else wrapped for the method.
 
     Momentum is the inner optimizer's, but the workers' own for "dgc", "ef21",
@@ -152,9 +154,13 @@ def make_optimizer(method, args, learning_rate, density, momentum=0.0):
         learning_rate: Float.
         density: The share of entries that are sent.
         momentum: Float in [0, 1).
+        adam: Boolean, whether the inner optimizer is Adam; without momentum,
+            which it has of its own.
     """
 
     def sgd(momentum, scale=1.0):
+        if adam:
+            return keras.optimizers.Adam(learning_rate)
         return keras.optimizers.SGD(scale * learning_rate, momentum)
 
     if method == "dense":

@@ -83,7 +83,12 @@ def train(task, strategy, args, is_tuning, method, learning_rate, seed):
     with strategy.scope():
         model = task.build_model()
         optimizer = example_utils.make_optimizer(
-            method, args, learning_rate, args.density, args.momentum
+            method,
+            args,
+            learning_rate,
+            args.density,
+            args.momentum,
+            adam=args.inner_optimizer == "adam",
         )
         model.compile(
             optimizer=optimizer,

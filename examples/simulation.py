@@ -5,11 +5,65 @@ replica, called for one worker after the other: for small problems, of which the
 exchange between replicas would take all the time.
 """
 
+from typing import NamedTuple
+
 import tensorflow as tf
 
 from tf_regtopk import aggregation
 from tf_regtopk import error_feedback as error_feedback_lib
 from tf_regtopk import selection
+
+
+class MomentumSGD(NamedTuple):
+    """`v = momentum v + g`, and the weights follow v.
+
+    Args:
+        momentum: Float in [0, 1).
+    """
+
+    momentum: float = 0.0
+    num_arrays = 1  # Of the weights' size, that it keeps.
+
+    def __call__(self, arrays, g, t):
+        """What to subtract from the weights, in units of the learning rate.
+
+        Args:
+            arrays: Tuple of what it keeps; zeros at first.
+            g: Float tensor `[J]`.
+            t: Scalar int32 tensor, the number of steps before.
+
+        Returns:
+            `(change, arrays)`.
+        """
+        del t
+        v = self.momentum * arrays[0] + g
+        return v, (v,)
+
+
+class Adam(NamedTuple):
+    """As `keras.optimizers.Adam`, and called as `MomentumSGD`.
+
+        m = beta_1 m + (1 - beta_1) g,      v = beta_2 v + (1 - beta_2) g^2
+        change = sqrt(1 - beta_2^(t+1)) / (1 - beta_1^(t+1)) m / (sqrt(v) + eps)
+
+    Args:
+        beta_1: Float in [0, 1).
+        beta_2: Float in [0, 1).
+        epsilon: Positive float.
+    """
+
+    beta_1: float = 0.9
+    beta_2: float = 0.999
+    epsilon: float = 1e-7
+    num_arrays = 2
+
+    def __call__(self, arrays, g, t):
+        m, v = arrays
+        m = self.beta_1 * m + (1 - self.beta_1) * g
+        v = self.beta_2 * v + (1 - self.beta_2) * g**2
+        power = tf.cast(t + 1, g.dtype)
+        scale = tf.sqrt(1 - self.beta_2**power) / (1 - self.beta_1**power)
+        return scale * m / (tf.sqrt(v) + self.epsilon), (m, v)
 
 
 def gradient_descent(
@@ -19,11 +73,9 @@ def gradient_descent(
     error_feedback,
     num_workers,
     num_steps,
-    momentum=0.0,
+    inner,
 ):
-    """A function that takes steps of momentum SGD with the aggregate.
-
-        v = momentum v + aggregate,         w = w - learning_rate v
+    """A function that takes steps of an inner optimizer with the aggregate.
 
     Args:
         gradients_of: Function of the weights `[J]`, the data and the number of
@@ -34,7 +86,7 @@ def gradient_descent(
         error_feedback: `tf_regtopk.ErrorFeedback`.
         num_workers: N.
         num_steps: Number of steps.
-        momentum: Float in [0, 1).
+        inner: `MomentumSGD` or `Adam`.
 
     Returns:
         Function of the weights `[J]` to start with, the learning rate, and the
@@ -42,7 +94,7 @@ def gradient_descent(
         step, a float tensor `[num_steps]`.
     """
 
-    def step(t, weights, v, local, shared, memory, measured, rate, data):
+    def step(t, weights, arrays, local, shared, memory, measured, rate, data):
         size, k = weights.shape[0], _num_selected(sparsifier, weights)
         groups = [selection.Group(size, k)]
         context = error_feedback_lib.Step(num_workers, k / size, rate, t)
@@ -89,12 +141,12 @@ def gradient_descent(
             ),
         )
         aggregate, shared = error_feedback.aggregate(shared, total, context)
-        v = momentum * v + aggregate
-        weights -= rate * v
+        change, arrays = inner(arrays, aggregate, t)
+        weights -= rate * change
         measured = tf.tensor_scatter_nd_update(
             measured, [[t]], [measure(weights, data)]
         )
-        return t + 1, weights, v, local, shared, memory, measured
+        return t + 1, weights, arrays, local, shared, memory, measured
 
     def for_each_worker(values):
         return tuple(tf.stack([value] * num_workers) for value in values)
@@ -107,7 +159,7 @@ def gradient_descent(
         state = (
             tf.constant(0),
             weights,
-            tf.zeros_like(weights),
+            (tf.zeros_like(weights),) * inner.num_arrays,
             for_each_worker(error_feedback.initial_local(size, dtype)),
             error_feedback.initial_shared(size, dtype),
             for_each_worker(sparsifier.initial_memory(k, dtype)),

@@ -100,6 +100,20 @@ def test_digits_study_script(tmp_path):
     )
 
 
+def test_digits_study_with_adam(tmp_path):
+    summary, _ = example_runner.run_example(
+        "digits_study",
+        tmp_path,
+        methods="shift_regtopk",
+        inner_optimizer="adam",
+        momentum=0,
+        density=0.02,
+        learning_rates=0.002,
+        rounds=300,
+    )
+    assert summary["methods"]["shift_regtopk"]["accuracy"] > 0.85
+
+
 def test_gradients_of_the_digits():
     """Each worker's own, against differences of its loss."""
     rng = np.random.default_rng(0)

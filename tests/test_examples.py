@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import reference
 import shift_variants
+import simulation
 import tensorflow as tf
 import toy_logistic
 
@@ -102,6 +103,11 @@ def test_methods_are_what_their_flags_say():
     dense = example_utils.make_optimizer("dense", METHOD_ARGS, 0.5, 0.25, 0.75)
     assert type(dense) is keras.optimizers.SGD
     assert dense.momentum == 0.75
+    made = example_utils.make_optimizer(
+        "topk", METHOD_ARGS, 0.5, 0.25, adam=True
+    )
+    assert type(made.inner_optimizer) is keras.optimizers.Adam
+    assert float(made.inner_optimizer.learning_rate) == 0.5
 
 
 @pytest.mark.parametrize(
@@ -185,6 +191,23 @@ def test_simulation_follows_the_reference(method, score, rule):
         w = w - args.learning_rate * workers.step(gradients)
         expected.append(np.sum((w - optimum) ** 2))
     np.testing.assert_allclose(curve, np.log10(expected), rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "inner, optimizer",
+    [
+        (simulation.MomentumSGD(0.75), keras.optimizers.SGD(0.5, 0.75)),
+        (simulation.Adam(), keras.optimizers.Adam(0.5)),
+    ],
+)
+def test_inner_optimizers_of_the_simulation(inner, optimizer):
+    variable = keras.Variable(np.zeros(6), dtype="float64")
+    w, arrays = np.zeros(6), (tf.zeros(6, tf.float64),) * inner.num_arrays
+    for t, g in enumerate(np.random.default_rng(0).standard_normal((5, 6))):
+        optimizer.apply([tf.constant(g)], [variable])
+        change, arrays = inner(arrays, tf.constant(g), tf.constant(t))
+        w -= 0.5 * change
+        np.testing.assert_allclose(variable.numpy(), w, rtol=1e-5)
 
 
 def test_density_sweep_script(tmp_path):
