@@ -8,6 +8,7 @@ to worker, by SGD with a momentum.
 import datetime
 import functools
 import gc
+import itertools
 import math
 import signal
 
@@ -42,8 +43,22 @@ def num_parameters(size):
     >>> num_parameters(1_000_000)
     986506
     """
+    return sum(math.prod(shape) for shape in shapes(size))
+
+
+def shapes(size):
+    """The shapes of its kernels and biases.
+
+    >>> shapes(1_000_000)[:4]
+    [(784, 672), (672,), (672, 672), (672,)]
+    """
     units = hidden_units(size)
-    return units * (_NUM_INPUTS + units + _NUM_CLASSES + 2) + _NUM_CLASSES
+    widths = (_NUM_INPUTS, units, units, _NUM_CLASSES)
+    return [
+        shape
+        for inputs, outputs in itertools.pairwise(widths)
+        for shape in ((inputs, outputs), (outputs,))
+    ]
 
 
 def batches(index):

@@ -98,7 +98,8 @@ def train(sparsifier, images, labels):
         with tf.GradientTape() as tape:
             loss = loss_of(y, model(x, training=True))
         gradients = tape.gradient(loss, model.trainable_variables)
-        return loss, buffer.flatten(gradients) / args.num_workers
+        flat = tf.concat(buffer.vectors(gradients), axis=0)
+        return loss, flat / args.num_workers
 
     rng = np.random.default_rng(args.seed)
     workers = [Worker(sparsifier, buffer.size) for _ in range(args.num_workers)]

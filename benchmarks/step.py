@@ -116,7 +116,7 @@ def methods_for(gradient, density, k, rng):
         "step, RegTopK": replica_step(tf_regtopk.RegTopK(density), gradient),
         "sum of 8": sum_of_workers(size, k, rng),
         "flatten": benchmark_utils.compiled(
-            lambda: buffer.flatten(parts), jit_compile=False
+            lambda: tf.concat(buffer.vectors(parts), axis=0), jit_compile=False
         ),
         "split": benchmark_utils.compiled(
             lambda: buffer.split(flat), jit_compile=False

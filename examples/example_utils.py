@@ -158,13 +158,13 @@ def make_optimizer(
             which it has of its own.
     """
 
-    def sgd(momentum, scale=1.0):
+    def inner(momentum, scale=1.0):
         if adam:
             return keras.optimizers.Adam(learning_rate)
         return keras.optimizers.SGD(scale * learning_rate, momentum)
 
     if method == "dense":
-        return sgd(momentum)
+        return inner(momentum)
     topk = tf_regtopk.TopK(density)
     regtopk = tf_regtopk.RegTopK(density, args.mu, denominator=args.denominator)
     accumulate = tf_regtopk.Accumulate()
@@ -173,36 +173,36 @@ def make_optimizer(
     ef21, averaging = tf_regtopk.EF21(1 - momentum), 1 / (1 - momentum)
     shift = tf_regtopk.LearnedShift(momentum=momentum)
     inner_optimizer, sparsifier, error_feedback = {
-        "topk_no_feedback": (sgd(momentum), topk, tf_regtopk.NoFeedback()),
-        "topk": (sgd(momentum), topk, accumulate),
-        "regtopk": (sgd(momentum), regtopk, accumulate),
-        "randomk": (sgd(momentum), tf_regtopk.RandomK(density), accumulate),
-        "dgc": (sgd(0.0), topk, dgc),
-        "ef21": (sgd(0.0, averaging), topk, ef21),
-        "shift": (sgd(0.0), topk, shift),
-        "shift_regtopk": (sgd(0.0), regtopk, shift),
+        "topk_no_feedback": (inner(momentum), topk, tf_regtopk.NoFeedback()),
+        "topk": (inner(momentum), topk, accumulate),
+        "regtopk": (inner(momentum), regtopk, accumulate),
+        "randomk": (inner(momentum), tf_regtopk.RandomK(density), accumulate),
+        "dgc": (inner(0.0), topk, dgc),
+        "ef21": (inner(0.0, averaging), topk, ef21),
+        "shift": (inner(0.0), topk, shift),
+        "shift_regtopk": (inner(0.0), regtopk, shift),
         "shift_regtopk_inner": (
-            sgd(momentum),
+            inner(momentum),
             regtopk,
             tf_regtopk.LearnedShift(),
         ),
         "shift_slow": (
-            sgd(0.0),
+            inner(0.0),
             regtopk,
             tf_regtopk.LearnedShift(density / 4, momentum),
         ),
         "shift_fast": (
-            sgd(0.0),
+            inner(0.0),
             regtopk,
             tf_regtopk.LearnedShift(min(1, 4 * density), momentum),
         ),
         "shift_masked": (
-            sgd(0.0),
+            inner(0.0),
             regtopk,
             shift_variants.MaskedShift(momentum=momentum),
         ),
         "shift_rounded": (
-            sgd(0.0),
+            inner(0.0),
             regtopk,
             shift_variants.RoundedShift(momentum=momentum),
         ),

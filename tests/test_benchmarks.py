@@ -30,6 +30,7 @@ SHARED = [f"--sizes={','.join(map(str, SIZES))}", "--densities=0.01"]
             "codecs.py",
             {"F", "golomb, encode", "natural, decode", "raw, encode"},
         ),
+        ("flatten.py", {"F", "all in XLA", "joined before"}),
         ("step.py", {"F", "step, RegTopK", "sum of 8", "flatten", "split"}),
     ],
 )

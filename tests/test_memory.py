@@ -1,13 +1,16 @@
 """Arrays of the gradient's size: how many a step needs; none is copied."""
 
+import functools
 import pathlib
 import re
 
 import keras
+import numpy as np
 import pytest
 import tensorflow as tf
 
 import tf_regtopk
+from tf_regtopk import flat_buffer
 from tf_regtopk import selection
 
 SPARSIFIERS = [tf_regtopk.TopK(0.01), tf_regtopk.RegTopK(0.01)]
@@ -74,6 +77,45 @@ def test_selection_concatenates_no_bitmaps(k):
     lengths = re.findall(r" = \w+\[(\d+)\]\S* concatenate\(", program)
     assert " concatenate(" in program
     assert not [n for n in lengths if int(n) in words]
+
+
+def test_missing_gradients_are_no_constant_of_their_size():
+    """Which TensorFlow would put into the program, and keep with it."""
+    size = 2**18
+    buffer = flat_buffer.FlatBuffer(((size // 2,),) * 2, (tf.float32,) * 2)
+    keep = tf.function(
+        lambda kept, flat: buffer.keep_missing(kept, flat, (True, False)),
+        jit_compile=True,
+    )
+    flat = tf.zeros([size])
+    program = keep.experimental_get_compiler_ir(flat, flat)(stage="hlo")
+    assert f"[{size}]" in program
+    assert not re.findall(rf"\[{size}\]\S* constant\(", program)
+
+
+def test_several_threads_do_not_concatenate_in_xla(monkeypatch):
+    """There TensorFlow does; the step is the same."""
+    weights = []
+    for num_threads, joins in ((1, 0), (2, 1)):
+        monkeypatch.setattr(
+            tf.config.threading,
+            "get_intra_op_parallelism_threads",
+            lambda num_threads=num_threads: num_threads,
+        )
+        optimizer, variables = make_optimizer(
+            tf_regtopk.TopK(0.3), [(9,), (3,), (5,)]
+        )
+        gradients = [tf.range(9.0), None, 3.0 - tf.range(5.0)]
+        step = tf.function(
+            functools.partial(optimizer.apply, gradients, variables),
+            autograph=False,
+        )
+        operations = step.get_concrete_function().graph.get_operations()
+        assert [op.type for op in operations].count("ConcatV2") == joins
+        step()
+        weights.append(np.concatenate(variables))
+    np.testing.assert_array_equal(*weights)
+    assert np.count_nonzero(weights[0]) == 5
 
 
 @pytest.mark.parametrize("sparsifier", SPARSIFIERS)

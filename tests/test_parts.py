@@ -84,7 +84,7 @@ def test_flat_buffer():
         tf.constant(5.0, tf.bfloat16),
         tf.constant([6.0, 7.0, 8.0]),
     ]
-    flat = buffer.flatten(gradients)
+    flat = tf.concat(buffer.vectors(gradients), axis=0)
     np.testing.assert_array_equal(flat, np.arange(1.0, 9.0))
     for part, gradient in zip(buffer.split(flat), gradients, strict=True):
         assert part.dtype == gradient.dtype
@@ -95,7 +95,8 @@ def test_flat_buffer_without_some_gradients():
     buffer = flat_buffer.FlatBuffer(((2,), (1,), (2,)), (tf.float64,) * 3)
     gradients = [None, tf.constant([1.0], tf.float64), None]
     assert buffer.dtype == tf.float64
-    np.testing.assert_array_equal(buffer.flatten(gradients), [0, 0, 1, 0, 0])
+    flat = tf.concat(buffer.vectors(gradients), axis=0)
+    np.testing.assert_array_equal(flat, [0, 0, 1, 0, 0])
     flat = tf.constant([1.0, 2.0, 3.0, 4.0, 5.0], tf.float64)
     for has_gradient, expected in (
         ((False, True, False), [1, 2, -3, 4, 5]),
@@ -107,22 +108,6 @@ def test_flat_buffer_without_some_gradients():
         np.testing.assert_array_equal(kept, expected)
         cleared = buffer.clear_missing(-flat, has_gradient)
         np.testing.assert_array_equal(cleared, np.minimum(expected, 0))
-
-
-@pytest.mark.parametrize("num_threads, num_vectors", [(1, 3), (2, 1)])
-def test_flat_buffer_leaves_to_xla_what_it_does_fast(
-    num_threads, num_vectors, monkeypatch
-):
-    """See `bitmap.pack` for the other place with such an array."""
-    monkeypatch.setattr(
-        tf.config.threading,
-        "get_intra_op_parallelism_threads",
-        lambda: num_threads,
-    )
-    buffer = flat_buffer.FlatBuffer(((2,), (1,), (2,)), (tf.float32,) * 3)
-    vectors = buffer.vectors([tf.ones([2]), None, tf.ones([2])])
-    assert len(vectors) == num_vectors
-    np.testing.assert_array_equal(tf.concat(vectors, 0), [1, 1, 0, 1, 1])
 
 
 def test_flat_buffer_densifies_slices():

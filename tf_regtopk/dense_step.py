@@ -50,7 +50,7 @@ class DenseStep:
             shared,
             learning_rate,
             number,
-            tuple(has_gradient),
+            has_gradient,
         )
         return self._buffer.split(total)
 

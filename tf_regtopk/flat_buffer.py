@@ -23,7 +23,8 @@ class FlatBuffer:
     Example:
 
     >>> buffer = FlatBuffer(((2,), ()), (tf.float32, tf.float32))
-    >>> flat = buffer.flatten([tf.constant([1.0, 2.0]), tf.constant(3.0)])
+    >>> gradients = [tf.constant([1.0, 2.0]), tf.constant(3.0)]
+    >>> flat = tf.concat(buffer.vectors(gradients), axis=0)
     >>> flat.numpy()
     array([1., 2., 3.], dtype=float32)
     >>> buffer.split(flat)[1].numpy()
@@ -99,12 +100,12 @@ class FlatBuffer:
         ]
 
     def vectors(self, gradients):
-        """Vectors that make up the flat one, for XLA to concatenate.
+        """Vectors of which XLA has to make the flat one, by a concatenation.
 
         One a variable, with zeros where a gradient is None. But with several
         threads of a CPU all in one, by TensorFlow: there XLA's code for a
         concatenation loads beyond the ends of vectors and masks what it finds,
-        which takes a hundred times as long where no memory is.
+        which takes much longer where no memory is (benchmarks/flatten.py).
         """
         vectors = [
             tf.zeros([size], self.dtype)
@@ -114,12 +115,8 @@ class FlatBuffer:
         ]
         return [tf.concat(vectors, axis=0)] if _has_threads() else vectors
 
-    def flatten(self, gradients):
-        """One vector `[J]` of all gradients; zeros where one is None."""
-        return tf.concat(self.vectors(gradients), axis=0)
-
     def split(self, flat):
-        """The inverse of `flatten`: a list in the variables' shapes, dtypes.
+        """A flat vector as gradients: a list in the variables' shapes, dtypes.
 
         Outside of XLA: there slices share the memory of `flat` where they lie
         on the bounds that TensorFlow requires.
@@ -149,7 +146,9 @@ class FlatBuffer:
         """
         if all(has_gradient):
             return flat
-        position = sequence.range_from(tf.constant(0), self.size)
+        # 0, which XLA does not know, see `range_from`.
+        start = tf.cast(flat[0] != flat[0], tf.int32) * 0
+        position = sequence.range_from(start, self.size)
         is_kept = tf.zeros([self.size], tf.bool)
         for start, end in self._runs_without(has_gradient):
             is_kept |= (position >= start) & (position < end)

@@ -147,7 +147,7 @@ class GradientExchange:
                 self.memory.variables(),
                 learning_rate,
                 number,
-                [has_gradient[slot] for slot in self._sparse_slots],
+                tuple(has_gradient[slot] for slot in self._sparse_slots),
             )
             for slot, part in zip(self._sparse_slots, parts, strict=True):
                 aggregate[slot] = part if has_gradient[slot] else None

@@ -110,7 +110,7 @@ class SparseStep:
             memory,
             learning_rate,
             number,
-            tuple(has_gradient),
+            has_gradient,
         )
         return self._buffer.split(total)
 
