@@ -277,6 +277,7 @@ def main(argv):
         print(e, file=sys.stderr)
         return 1
     finally:
+        cluster_network.remove_rest()
         left = cluster_network.leftovers(os.getpid())
         left += cluster_network.children(os.getpid())
         if left:

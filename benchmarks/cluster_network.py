@@ -21,6 +21,7 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -118,6 +119,21 @@ def children(pid):
     return path.read_text("utf-8").split()
 
 
+def remove_rest():
+    """Ends children of this process, and removes namespaces of its run.
+
+    For what a signal leaves that comes while a process is being started: no
+    one knows that process yet, so no clean-up of its own ends it.
+    """
+    pid = os.getpid()
+    for child in map(int, children(pid)):
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+    for name in leftovers(pid):
+        _run("ip", "netns", "del", name, check=False)
+
+
 class Network:
     """The namespaces of one run. A context manager, that removes them.
 
@@ -177,7 +193,7 @@ class Network:
             for pid in map(int, pids):
                 if pid != os.getpid():
                     with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, 9)
+                        os.kill(pid, signal.SIGKILL)
             _run("ip", "netns", "del", name, check=False)
 
     def command(self, worker, *args):

@@ -289,6 +289,33 @@ def test_nothing_is_left_after_sigterm(needs_network, tmp_path):
         time.sleep(0.1)
 
 
+# As after a signal between the start of a process and its being known.
+LOSES_TRACK = """
+import os, subprocess, sys
+sys.path.append(sys.argv[1])
+import cluster_network
+pid = os.getpid()
+name = f"{cluster_network.PREFIX}-{pid}-w0"
+subprocess.run(["ip", "netns", "add", name], check=True)
+lost = [
+    subprocess.Popen(["sleep", "100"]),
+    subprocess.Popen(["ip", "netns", "exec", name, "sleep", "100"]),
+    subprocess.Popen(["true"]),
+]
+assert len(cluster_network.children(pid)) == 3
+assert cluster_network.leftovers(pid) == [name]
+cluster_network.remove_rest()
+print(cluster_network.children(pid), cluster_network.leftovers(pid))
+"""
+
+
+def test_what_no_one_knows_is_removed(needs_network):
+    printed = subprocess.check_output(
+        [sys.executable, "-c", LOSES_TRACK, BENCHMARKS], text=True, timeout=60
+    )
+    assert printed == "[] []\n"
+
+
 def test_without_root_it_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cluster_network.os, "geteuid", lambda: 1000)
     assert cluster.main(["cluster.py"]) == 2
