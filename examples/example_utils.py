@@ -70,6 +70,7 @@ METHODS = (
     "topk_no_feedback",
     "topk",
     "regtopk",
+    "regtopk_local",
     "randomk",
     "dgc",
     "ef21",
@@ -143,8 +144,8 @@ def make_optimizer(
 ):
     """Gradient descent as it is for "dense", else wrapped for the method.
 
-    Momentum is the inner optimizer's, but the workers' own for "dgc", "ef21",
-    and all of "shift" but the "inner" one. At density 1 all methods take the
+    Momentum is the inner optimizer's, but the workers' own for "regtopk_local",
+    "dgc", "ef21", and all of "shift" but the "inner" one. At density 1 all methods take the
     same steps (but "dgc" and "shift_masked", which then have no momentum, and
     "shift_rounded").
 
@@ -176,6 +177,11 @@ def make_optimizer(
         "topk_no_feedback": (inner(momentum), topk, tf_regtopk.NoFeedback()),
         "topk": (inner(momentum), topk, accumulate),
         "regtopk": (inner(momentum), regtopk, accumulate),
+        "regtopk_local": (
+            inner(0.0),
+            regtopk,
+            tf_regtopk.Accumulate(momentum),
+        ),
         "randomk": (inner(momentum), tf_regtopk.RandomK(density), accumulate),
         "dgc": (inner(0.0), topk, dgc),
         "ef21": (inner(0.0, averaging), topk, ef21),

@@ -61,6 +61,7 @@ def test_methods_are_what_their_flags_say():
         "topk_no_feedback": (topk, tf_regtopk.NoFeedback(), 0.75, 0.5),
         "topk": (topk, accumulate, 0.75, 0.5),
         "regtopk": (regtopk, accumulate, 0.75, 0.5),
+        "regtopk_local": (regtopk, tf_regtopk.Accumulate(0.75), 0.0, 0.5),
         "randomk": (tf_regtopk.RandomK(0.25), accumulate, 0.75, 0.5),
         "dgc": (topk, tf_regtopk.Accumulate(0.75, True), 0.0, 0.5),
         "ef21": (topk, tf_regtopk.EF21(momentum=0.25), 0.0, 2.0),
