@@ -79,6 +79,14 @@ def make_gradient(size, rng):
     return (rng.standard_normal(size) * scale).astype(np.float32)
 
 
+def variable_sizes(size, num_layers=60):
+    """Kernels that grow with depth as in a network, each with a bias of 64."""
+    growth = np.geomspace(1, 100, num_layers)
+    layers = (growth / growth.sum() * size // 64 * 64).astype(int).tolist()
+    sizes = [n for layer in layers if layer > 64 for n in (layer - 64, 64)]
+    return [*sizes, size - sum(sizes)]
+
+
 def floor(gradient):
     """The pass over the gradient that all else is a multiple of."""
     if tf.config.list_logical_devices("GPU"):

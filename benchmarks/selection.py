@@ -2,7 +2,8 @@ r"""How long it takes to select the k largest of J entries, exactly.
 
 Against what else finds them: `tf.math.top_k` and `np.argpartition`, and where
 PyTorch is installed `torch.topk` and a whole `torch.sort`. These are given the
-magnitudes; ours makes them itself.
+magnitudes; ours makes them itself. A second time it selects in each of some 120
+variables separately, as with `scope="per_variable"`.
 
     python benchmarks/selection.py --sizes=1000000,11200000
 """
@@ -25,13 +26,15 @@ flags.DEFINE_boolean("peers", True, "Whether others are timed as well.")
 
 def methods_for(gradient, density, k, rng):
     """Name to function, each running to its end; all select the same."""
-    del density, rng
+    del rng
     tensor, magnitudes = tf.constant(gradient), np.abs(gradient)
-    groups = [selection.Group(len(gradient), k)]
-    ours = benchmark_utils.compiled(
-        lambda step: selection.select_largest(tensor, groups, step)
-    )
     steps = iter(range(2**31))
+
+    def ours(groups):
+        select = benchmark_utils.compiled(
+            lambda step: selection.select_largest(tensor, groups, step)
+        )
+        return lambda: select(tf.constant(next(steps)))
 
     tf_magnitudes = tf.constant(magnitudes)
 
@@ -40,7 +43,13 @@ def methods_for(gradient, density, k, rng):
 
     methods = {
         benchmark_utils.FLOOR: benchmark_utils.floor(gradient),
-        "tf_regtopk": lambda: ours(tf.constant(next(steps))),
+        "tf_regtopk": ours([selection.Group(len(gradient), k)]),
+        "tf_regtopk, by variable": ours(
+            [
+                selection.Group(size, max(1, round(density * size)))
+                for size in benchmark_utils.variable_sizes(len(gradient))
+            ]
+        ),
     }
     check_selects_the_largest(methods["tf_regtopk"], magnitudes, k)
     if not flags.FLAGS.peers:

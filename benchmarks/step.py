@@ -22,14 +22,6 @@ from tf_regtopk import flat_buffer
 from tf_regtopk import selection
 
 
-def variable_sizes(size, num_layers=60):
-    """Kernels that grow with depth as in a network, each with a bias of 64."""
-    growth = np.geomspace(1, 100, num_layers)
-    layers = (growth / growth.sum() * size // 64 * 64).astype(int).tolist()
-    sizes = [n for layer in layers if layer > 64 for n in (layer - 64, 64)]
-    return [*sizes, size - sum(sizes)]
-
-
 def replica_step(sparsifier, gradient):
     """A function that takes one replica's step after the other."""
     size = len(gradient)
@@ -105,7 +97,7 @@ def apply(optimizer, gradient, sizes):
 
 def methods_for(gradient, density, k, rng):
     size = len(gradient)
-    sizes = variable_sizes(size)
+    sizes = benchmark_utils.variable_sizes(size)
     buffer = flat_buffer.FlatBuffer(
         tuple((n,) for n in sizes), (tf.float32,) * len(sizes)
     )

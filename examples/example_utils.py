@@ -145,9 +145,9 @@ def make_optimizer(
     """Gradient descent as it is for "dense", else wrapped for the method.
 
     Momentum is the inner optimizer's, but the workers' own for "regtopk_local",
-    "dgc", "ef21", and all of "shift" but the "inner" one. At density 1 all methods take the
-    same steps (but "dgc" and "shift_masked", which then have no momentum, and
-    "shift_rounded").
+    "dgc", "ef21", and all of "shift" but the "inner" one. At density 1 all
+    methods take the same steps (but "dgc" and "shift_masked", which then have
+    no momentum, and "shift_rounded").
 
     Args:
         method: One of `METHODS`.

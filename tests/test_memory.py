@@ -79,6 +79,21 @@ def test_selection_concatenates_no_bitmaps(k):
     assert not [n for n in lengths if int(n) in words]
 
 
+def test_selection_in_groups_has_no_constant_of_their_size():
+    groups = [selection.Group(2**18, 200), selection.Group(2**18, 300)]
+    size = 2**19
+    select = tf.function(
+        lambda s, step: selection.select_largest(s, groups, step),
+        jit_compile=True,
+    )
+    ir = select.experimental_get_compiler_ir(tf.zeros([size]), tf.constant(0))
+    for stage in ("hlo", "optimized_hlo"):
+        constants = re.findall(r"\[([\d,]+)\]\S* constant\(", ir(stage=stage))
+        lengths = [np.prod([*map(int, c.split(","))]) for c in constants]
+        assert lengths
+        assert max(lengths) < size / 100
+
+
 def test_missing_gradients_are_no_constant_of_their_size():
     """Which TensorFlow would put into the program, and keep with it."""
     size = 2**18

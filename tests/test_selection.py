@@ -9,6 +9,7 @@ import pytest
 import reference
 import tensorflow as tf
 
+from tf_regtopk import group_sampling
 from tf_regtopk import sampling
 from tf_regtopk import selection
 
@@ -133,17 +134,29 @@ def layered_scores(rng, size):
 
 
 LARGE_SCORES = {
-    "normal": lambda rng: np.abs(rng.standard_normal(LARGE)),
-    "layers": lambda rng: layered_scores(rng, LARGE),
-    "ties": lambda rng: rng.integers(0, 3, LARGE),
-    "few_ties": lambda rng: np.floor(5 * rng.standard_exponential(LARGE)),
-    "zeros": lambda rng: np.zeros(LARGE),
-    "constant": lambda rng: np.full(LARGE, 1e37),
-    "spike": lambda rng: np.where(np.arange(LARGE) == 98765, 2.0, 0.0),
-    "rising": lambda rng: np.arange(LARGE),
-    "every_96th": lambda rng: (np.arange(LARGE) % 96 == 0) + rng.random(LARGE),
-    "infinite": lambda rng: np.where(rng.random(LARGE) < 0.01, np.inf, 1.0),
+    "normal": lambda rng, size: np.abs(rng.standard_normal(size)),
+    "layers": layered_scores,
+    "ties": lambda rng, size: rng.integers(0, 3, size),
+    "few_ties": lambda rng, size: np.floor(5 * rng.standard_exponential(size)),
+    "zeros": lambda rng, size: np.zeros(size),
+    "constant": lambda rng, size: np.full(size, 1e37),
+    "spike": lambda rng, size: np.where(np.arange(size) == 98765, 2.0, 0.0),
+    "rising": lambda rng, size: np.arange(size),
+    "every_96th": lambda rng, size: (
+        (np.arange(size) % 96 == 0) + rng.random(size)
+    ),
+    "infinite": lambda rng, size: np.where(
+        rng.random(size) < 0.01, np.inf, 1.0
+    ),
 }
+
+
+def draw_large_scores(data, size, dtype=np.float32):
+    name = data.draw(st.sampled_from(sorted(LARGE_SCORES)))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    scores = LARGE_SCORES[name](rng, size) * rng.choice([-1.0, 1.0], size)
+    scores[rng.integers(size, size=data.draw(st.integers(0, 3)))] = 1e37
+    return scores.astype(dtype)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -151,11 +164,8 @@ LARGE_SCORES = {
 @settings(max_examples=8, deadline=None)
 @given(data=st.data())
 def test_sampling_never_changes_the_result(k, mode, data):
-    name = data.draw(st.sampled_from(sorted(LARGE_SCORES)))
-    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
-    scores = LARGE_SCORES[name](rng) * rng.choice([-1.0, 1.0], LARGE)
-    scores[rng.integers(LARGE, size=data.draw(st.integers(0, 3)))] = 1e37
-    check(scores.astype(np.float32), [selection.Group(LARGE, k)], MODES[mode])
+    scores = draw_large_scores(data, LARGE)
+    check(scores, [selection.Group(LARGE, k)], MODES[mode])
 
 
 def test_every_step_samples_anew_and_selects_the_same():
@@ -167,7 +177,7 @@ def test_every_step_samples_anew_and_selects_the_same():
         autograph=False,
     )
     for make in LARGE_SCORES.values():
-        scores = make(rng).astype(np.float32)
+        scores = make(rng, LARGE).astype(np.float32)
         for step in range(3):
             np.testing.assert_array_equal(
                 compiled(tf.constant(scores), tf.constant(step)),
@@ -178,7 +188,7 @@ def test_every_step_samples_anew_and_selects_the_same():
 @pytest.mark.parametrize("chunk", [1000, LARGE // 3, LARGE - 1])
 def test_all_scores_are_searched_in_chunks(chunk, monkeypatch):
     monkeypatch.setattr(selection, "_CHUNK", chunk)
-    scores = LARGE_SCORES["few_ties"](np.random.default_rng(0))
+    scores = LARGE_SCORES["few_ties"](np.random.default_rng(0), LARGE)
     check(scores.astype(np.float32), [selection.Group(LARGE, 40001)], select)
 
 
@@ -198,12 +208,63 @@ def test_sampling_nearly_always_pays(density):
     misses = 0
     for step in range(100):
         make = LARGE_SCORES[("layers", "every_96th")[step % 2]]
-        scores = tf.constant(make(rng).astype(np.float32))
+        scores = tf.constant(make(rng, LARGE).astype(np.float32))
         *_, suffices = sample_candidates(
             scores, selection.Group(LARGE, k), tf.constant(step)
         )
         misses += not suffices
     assert misses <= 2
+
+
+# Some are sampled, and some share a word of 32 scores with others.
+LARGE_GROUP_SIZES = [8192, 3, 1, 5, 70001, 17, 32, 8191, 64, 33333, 20000]
+
+
+def large_groups(density):
+    return [
+        selection.Group(size, max(1, round(density * size)))
+        for size in LARGE_GROUP_SIZES
+    ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("density", [0.0005, 0.01])
+@settings(max_examples=12, deadline=None)
+@given(data=st.data())
+def test_sampling_of_groups_never_changes_the_result(
+    density, mode, dtype, data
+):
+    groups = large_groups(density)
+    assert group_sampling.plan(groups)
+    check(
+        draw_large_scores(data, sum(LARGE_GROUP_SIZES), dtype),
+        groups,
+        MODES[mode],
+    )
+
+
+@pytest.mark.parametrize("density", [0.001, 0.02])
+def test_sampling_of_groups_nearly_always_pays(density):
+    """Far more groups than in a network; one that fails is felt by all."""
+    groups = [selection.Group(8200, max(1, round(density * 8200)))] * 300
+    size = sum(group.size for group in groups)
+    sample = tf.function(
+        lambda scores, step: group_sampling.candidates(scores, groups, step),
+        jit_compile=True,
+        autograph=False,
+    )
+    scores = layered_scores(np.random.default_rng(0), size)
+    found = [sample(tf.constant(scores), tf.constant(i)) for i in range(40)]
+    assert sum(bool(f.suffice) for f in found) >= 39
+    room = group_sampling.plan(groups).room
+    assert all(0.2 * room < int(f.number) < room for f in found)
+    assert len({int(f.number) for f in found}) > 30  # Each step anew.
+
+
+@pytest.mark.parametrize("density", [0.05, 1.0])
+def test_groups_are_not_sampled_where_that_does_not_pay(density):
+    assert group_sampling.plan(large_groups(density)) is None
 
 
 def test_many_groups():

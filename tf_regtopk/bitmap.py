@@ -234,6 +234,25 @@ def histogram(values, num_bins):
     )
 
 
+def run_of_each(starts, size):
+    """Which of consecutive runs each of `size` places lies in.
+
+    Args:
+        starts: int32 tensor, where the runs after the first one start, rising.
+            (If XLA knows them, the result becomes a literal of the program.)
+        size: Python integer.
+
+    Returns:
+        int32 tensor `[size]`.
+
+    Example:
+
+    >>> run_of_each(tf.constant([2, 3]), 5).numpy()
+    array([0, 0, 1, 2, 2], dtype=int32)
+    """
+    return cumulative_sum(histogram(starts, size))
+
+
 def cumulative_sum(values, largest=None):
     """`tf.cumsum` of an int32 vector, in short rows.
 

@@ -10,7 +10,7 @@ from tf_regtopk import radix
 
 # Bits in a digit of the radix search.  Wide digits take fewer passes; few keys
 # and many groups take narrow ones, because of the size of the histograms.
-WIDE_DIGIT, _NARROW_DIGIT = 16, 8
+WIDE_DIGIT, NARROW_DIGIT = 16, 8
 _FEWEST_FOR_WIDE = 1 << 18
 
 
@@ -61,13 +61,17 @@ def in_rows(keys, sizes):
     for part, n in zip(tf.split(keys, sizes), num_words, strict=True):
         padding = n * bitmap.WORD - part.shape[0]
         parts += [part, tf.fill([padding], tf.constant(-1, keys.dtype))]
-    group_of_word = [tf.fill([n], g) for g, n in enumerate(num_words)]
+    first_word = np.cumsum([0] + num_words[:-1], dtype=np.int32)
+    if len(sizes) > 1:
+        # No key is negative, but XLA does not know, and makes no literal.
+        starts = first_word[1:] + tf.cast(tf.minimum(keys[0], 0), tf.int32)
+        group_of_word = bitmap.run_of_each(starts, sum(num_words))
+    else:
+        group_of_word = tf.zeros([1], tf.int32)
     return Keys(
         rows=tf.reshape(tf.concat(parts, axis=0), [-1, bitmap.WORD]),
-        group_of_word=tf.concat(group_of_word, axis=0)[
-            : None if len(sizes) > 1 else 1
-        ],
-        first_word=np.cumsum([0] + num_words[:-1], dtype=np.int32),
+        group_of_word=group_of_word,
+        first_word=first_word,
     )
 
 
@@ -75,7 +79,7 @@ def kth_largest(keys, ks):
     """As `radix.kth_largest`, of `Keys`; negative ones do not take part."""
     rows, group = keys.rows, keys.group_of_word[:, tf.newaxis]
     is_large = rows.shape.num_elements() >= _FEWEST_FOR_WIDE
-    digit_bits = WIDE_DIGIT if len(ks) == 1 and is_large else _NARROW_DIGIT
+    digit_bits = WIDE_DIGIT if len(ks) == 1 and is_large else NARROW_DIGIT
     return radix.kth_largest(
         lambda shift, prefix: radix.digit_histogram(
             rows, group, shift, prefix, digit_bits

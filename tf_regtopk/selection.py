@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_regtopk import bitmap
+from tf_regtopk import group_sampling
 from tf_regtopk import keys as keys_lib
 from tf_regtopk import radix
 from tf_regtopk import sampling
@@ -16,7 +17,7 @@ from tf_regtopk import sequence
 
 Group = keys_lib.Group
 
-# Below this size, sampling costs more than it saves.
+# Below this size (of all groups), sampling costs more than it saves.
 _SMALLEST_SAMPLED = 1 << 17
 # Where all scores are searched, only so many keys exist at a time.
 _CHUNK = 1 << 20
@@ -56,12 +57,17 @@ def select_largest(scores, groups, step=0):
     if all(group.k == group.size for group in groups):
         # A start that XLA does not know, see `range_from`.
         return sequence.range_from(tf.cast(step, tf.int32) * 0, scores.shape[0])
-    if len(groups) == 1 and groups[0].size >= _SMALLEST_SAMPLED:
+    if scores.shape[0] < _SMALLEST_SAMPLED:
+        return _select(keys_lib.order_preserving(scores), groups)
+    if len(groups) == 1:
         [group] = groups
         if plan := sampling.plan(*group):
             select = _select_many if plan.upper_rank else _select_few
             candidates = sampling.candidates(scores, group, step)
             return select(scores, group.k, candidates, plan.room)
+    elif plan := group_sampling.plan(groups):
+        candidates = group_sampling.candidates(scores, groups, step)
+        return _select_few_of_each(scores, groups, candidates, plan.room)
     return _select(keys_lib.order_preserving(scores), groups)
 
 
@@ -117,6 +123,52 @@ def _select_many(scores, k, candidates, room):
         lambda: _mark_largest_of_many(scores, k),
     )
     return bitmap.positions(words, k)
+
+
+def _select_few_of_each(scores, groups, candidates, room):
+    """The k largest of each group, of candidates that are not many more."""
+    ks = [group.k for group in groups]
+    return tf.cond(
+        candidates.suffice,
+        lambda: _select_candidates(scores, ks, candidates, room),
+        lambda: _select(keys_lib.order_preserving(scores), groups),
+    )
+
+
+def _select_candidates(scores, ks, candidates, room):
+    """The k largest of each group, of candidates that suffice."""
+    positions, keys = _keys_at(
+        scores, candidates.words, candidates.number, room
+    )
+    # The candidates of one group follow those of another.
+    first = candidates.first
+    group = bitmap.run_of_each(first[1:], room)
+    threshold, num_ties = radix.kth_largest(
+        lambda shift, prefix: radix.digit_histogram(
+            keys, group, shift, prefix, keys_lib.NARROW_DIGIT
+        ),
+        ks,
+        keys.dtype,
+        keys_lib.NARROW_DIGIT,
+    )
+    threshold = tf.gather(threshold, group)
+    is_tie = keys == threshold
+    ties_before = _count_before(is_tie)
+    end_of_ties = tf.gather(ties_before, first) + num_ties
+    is_selected = (keys > threshold) | (
+        is_tie & (ties_before < tf.gather(end_of_ties, group))
+    )
+    # What is not selected goes to a slot past the last.
+    slot = tf.where(is_selected, _count_before(is_selected), sum(ks))
+    return tf.tensor_scatter_nd_update(
+        tf.zeros([sum(ks) + 1], tf.int32), slot[:, tf.newaxis], positions
+    )[: sum(ks)]
+
+
+def _count_before(mask):
+    """How many are true before each place of a vector, int32."""
+    counts = tf.cast(mask, tf.int32)
+    return bitmap.cumulative_sum(counts, largest=1) - counts
 
 
 def _keys_at(scores, words, num_set, room):
