@@ -62,6 +62,7 @@ def make_training(method, density, args):
         distance,
         optimizer.sparsifier,
         optimizer.error_feedback,
+        optimizer.codec,
         args.num_workers,
         args.rounds,
         simulation.MomentumSGD(),

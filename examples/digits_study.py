@@ -15,6 +15,7 @@ from absl import app
 from absl import flags
 import comparison
 import example_utils
+import keras
 import multi_worker
 import numpy as np
 import simulation
@@ -22,7 +23,6 @@ import tensorflow as tf
 import worker_data
 
 import tf_regtopk
-from tf_regtopk import exchange
 
 # Of the network: pixels, hidden units, classes.
 LAYERS = (64, 64, 10)
@@ -121,20 +121,25 @@ def train(args, trainings, is_tuning, method, learning_rate, seed):
         method, args, learning_rate, args.density, args.momentum, is_adam
     )
     inner, num_bytes = optimizer, 2 * 4 * len(weights) / args.num_workers
-    sparsifier, rule = tf_regtopk.Dense(), tf_regtopk.Accumulate()
+    compression = (
+        tf_regtopk.Dense(),
+        tf_regtopk.Accumulate(),
+        tf_regtopk.Codec(),
+    )
     if isinstance(optimizer, tf_regtopk.SparsifiedOptimizer):
         inner = optimizer.inner_optimizer
-        sparsifier, rule = optimizer.sparsifier, optimizer.error_feedback
-        k = sparsifier.num_selected(len(weights))
-        payload = optimizer.codec.payload(k, len(weights))
-        num_header_words = exchange.header_words(weights.dtype)
-        num_bytes = 4 * (num_header_words + payload.num_words)
+        compression = (
+            optimizer.sparsifier,
+            optimizer.error_feedback,
+            optimizer.codec,
+        )
+        optimizer.build([keras.Variable(weights)])
+        num_bytes = optimizer.wire_report().payload_bytes
     if method not in trainings:  # Compiled once for all seeds.
         trainings[method] = simulation.gradient_descent(
             gradients_of,
             accuracy,
-            sparsifier,
-            rule,
+            *compression,
             args.num_workers,
             args.rounds,
             simulation.Adam()

@@ -71,6 +71,7 @@ def gradient_descent(
     measure,
     sparsifier,
     error_feedback,
+    codec,
     num_workers,
     num_steps,
     inner,
@@ -84,6 +85,7 @@ def gradient_descent(
         measure: Function of the weights and the data that returns a scalar.
         sparsifier: `tf_regtopk.Sparsifier`.
         error_feedback: `tf_regtopk.ErrorFeedback`.
+        codec: `tf_regtopk.Codec`.
         num_workers: N.
         num_steps: Number of steps.
         inner: `MomentumSGD` or `Adam`.
@@ -97,10 +99,11 @@ def gradient_descent(
     def step(t, weights, arrays, local, shared, memory, measured, rate, data):
         size, k = weights.shape[0], _num_selected(sparsifier, weights)
         groups = [selection.Group(size, k)]
+        payload_codec = codec.payload(k, size, weights.dtype)
         context = error_feedback_lib.Step(num_workers, k / size, rate, t)
 
         def select(of_worker):
-            gradient, local, memory = of_worker
+            number, gradient, local, memory = of_worker
             a, accumulated = error_feedback.accumulate(
                 local, shared, gradient, context
             )
@@ -109,7 +112,9 @@ def gradient_descent(
             if error_feedback.keeps_a:
                 accumulated = (a, *accumulated[1:])
             local = _fill(accumulated, local)
-            return indices, selection.take(a, indices), local
+            values = selection.take(a, indices)
+            _, sent = payload_codec.encode(indices, values, (t, number))
+            return indices, sent, local
 
         def remember(of_worker):
             indices, sent, local = of_worker
@@ -123,7 +128,7 @@ def gradient_descent(
         gradients = gradients_of(weights, data, t) / num_workers
         indices, sent, local = tf.map_fn(
             select,
-            (gradients, local, memory),
+            (tf.range(num_workers), gradients, local, memory),
             fn_output_signature=(
                 tf.TensorSpec([k], tf.int32),
                 tf.TensorSpec([k], weights.dtype),

@@ -244,7 +244,7 @@ def test_more_is_not_faster(job, network, factor):
     for change in (
         {"step_seconds": job.step_seconds * factor},
         {"density": min(0.25, job.density * factor)},
-        {"parameters": job.parameters * factor},
+        {"parameters": min(2**31 - 1, job.parameters * factor)},
         {"memory_bandwidth": job.memory_bandwidth / factor},
     ):
         # Of all entries no index is written.
@@ -387,6 +387,7 @@ def test_wrong_arguments():
     for make, argument, value in (
         (make_job, "parameters", 0),
         (make_job, "parameters", 1.5),
+        (make_job, "parameters", 2**31),
         (make_job, "workers", 1),
         (make_job, "step_seconds", -1.0),
         (make_job, "step_seconds", math.nan),

@@ -235,3 +235,19 @@ def test_gradients_that_do_not_match():
         optimizer.apply([tf.constant(1.0)])
     with pytest.raises(ValueError, match="1 gradients for 2 variables"):
         optimizer.apply([tf.constant(1.0)], variables)
+
+
+@pytest.mark.parametrize(
+    "kwargs, error",
+    [
+        ({"initial_scale": 0.0}, ValueError),
+        ({"initial_scale": "1"}, TypeError),
+        ({"dynamic_growth_steps": 0}, ValueError),
+        ({"dynamic_growth_steps": 2.5}, TypeError),
+    ],
+)
+def test_loss_scale(kwargs, error):
+    [name] = kwargs
+    wrapped = tf_regtopk.SparsifiedOptimizer(keras.optimizers.SGD())
+    with pytest.raises(error, match=f"`{name}` must be"):
+        tf_regtopk.LossScaleOptimizer(wrapped, **kwargs)

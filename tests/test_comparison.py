@@ -100,6 +100,26 @@ def test_digits_study_script(tmp_path):
     )
 
 
+def test_digits_study_rounds_values(tmp_path):
+    """What takes fewer bytes is what the weights follow."""
+    results = []
+    for values in ("float32", "ternary"):
+        summary, _ = example_runner.run_example(
+            "digits_study",
+            tmp_path,
+            methods="topk",
+            values=values,
+            density=0.02,
+            learning_rates=0.05,
+            rounds=50,
+        )
+        run = summary["methods"]["topk"]["runs"]["0"]
+        results.append((run["bytes_a_step"], run["accuracy"]))
+    (exact_bytes, exact), (ternary_bytes, ternary) = results
+    assert ternary_bytes < 0.4 * exact_bytes
+    assert ternary != exact
+
+
 def test_digits_study_with_adam(tmp_path):
     summary, _ = example_runner.run_example(
         "digits_study",

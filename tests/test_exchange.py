@@ -353,3 +353,74 @@ def test_config():
     config = keras.saving.serialize_keras_object(optimizer)
     copy = keras.saving.deserialize_keras_object(config)
     assert (copy.exchange, copy.hierarchical) == ("auto", True)
+
+
+MOMENTUM_RULES = [
+    tf_regtopk.Accumulate(0.75, factor_masking=False),
+    tf_regtopk.EF21(0.25),
+    tf_regtopk.LearnedShift(momentum=0.75),
+]
+
+
+@pytest.mark.parametrize("rule", MOMENTUM_RULES, ids=str)
+def test_small_variables_have_the_momentum_of_the_rule(rule, mirrored):
+    """At density 1 all exchanges are the same, whatever is dense in them."""
+    strategy = mirrored(2)
+    rng = np.random.default_rng(0)
+    per_step = rng.standard_normal((4, 2, 9))
+    results = []
+    for kwargs in (
+        {},
+        {"dense_below": 5},
+        {"dense_below": 99},
+        {"exchange": "dense", "dense_below": 5},
+    ):
+        with strategy.scope():
+            variables = [tf.Variable(tf.zeros([n], tf.float64)) for n in (6, 3)]
+            optimizer = tf_regtopk.SparsifiedOptimizer(
+                keras.optimizers.SGD(0.5),
+                tf_regtopk.TopK(1.0),
+                error_feedback=rule,
+                **kwargs,
+            )
+            optimizer.build(variables)
+
+        @tf.function(autograph=False)
+        def step(g, optimizer=optimizer, variables=variables):
+            def apply():
+                replica = tf.distribute.get_replica_context()
+                mine = tf.gather(g, replica.replica_id_in_sync_group)
+                optimizer.apply([mine[:6], mine[6:]], variables)
+
+            strategy.run(apply)
+
+        for number, g in enumerate(per_step):
+            if number == 2:  # The state is saved, and is all there is.
+                saved = optimizer.save_state()
+                optimizer.load_state(
+                    saved._replace(
+                        replicas={
+                            n: [np.zeros_like(part) for part in parts]
+                            for n, parts in saved.replicas.items()
+                        }
+                    )
+                )
+                assert str(optimizer.save_state()) != str(saved)
+                optimizer.load_state(saved)
+            step(tf.constant(g))
+        results.append(np.concatenate([v.numpy() for v in variables]))
+    for result in results[1:]:
+        np.testing.assert_allclose(result, results[0], rtol=1e-12)
+
+
+def test_small_variables_of_a_rule_without_a_dense_form_are_summed():
+    class Rule(tf_regtopk.Accumulate):
+        when_dense = tf_regtopk.ErrorFeedback.when_dense
+
+    variable = tf.Variable(tf.zeros([3]))
+    optimizer = tf_regtopk.SparsifiedOptimizer(
+        keras.optimizers.SGD(1.0), error_feedback=Rule(0.5), dense_below=5
+    )
+    for _ in range(2):
+        optimizer.apply([tf.ones([3])], [variable])
+    np.testing.assert_array_equal(variable, [-2, -2, -2])

@@ -674,7 +674,7 @@ def test_no_retracing(mirrored):
         strategy, wrap(INNER_OPTIMIZERS["sgd"], tf_regtopk.RegTopK(0.3))
     )
     optimizer = model.optimizer
-    select = optimizer._gradient_exchange.step.select_entries
+    select = optimizer._gradient_exchange.sparse_step.select_entries
     before = select.experimental_get_tracing_count()
     model.fit(*small_data(), batch_size=12, epochs=2, verbose=0)
     assert select.experimental_get_tracing_count() == before

@@ -132,3 +132,43 @@ def test_backup_and_restore_and_model_checkpoint(tmp_path):
     assert_same_wrapper(
         keras.saving.load_model(tmp_path / "best.keras").optimizer
     )
+
+
+def test_a_model_saved_before_it_was_trained(tmp_path):
+    """Nothing is in the file; what is there stays."""
+    path = tmp_path / "m.keras"
+    train(tf.distribute.get_strategy(), epochs=0).save(path)
+    with pytest.warns(UserWarning, match="'mine' was not built yet"):
+        loaded = keras.saving.load_model(path)
+    assert_same_wrapper(loaded.optimizer)
+    weights = tmp_path / "m.weights.h5"
+    train(tf.distribute.get_strategy(), epochs=0).save_weights(weights)
+    model = train(tf.distribute.get_strategy())
+    before = [v.numpy() for v in model.optimizer.variables]
+    with pytest.warns(UserWarning, match="'mine' was not built yet"):
+        model.load_weights(weights)
+    for value, variable in zip(before, model.optimizer.variables, strict=True):
+        np.testing.assert_array_equal(value, variable)
+
+
+def test_a_model_of_which_layers_were_frozen_later(tmp_path):
+    model = train(tf.distribute.get_strategy())
+    model.add(keras.layers.Dense(1))
+    model.layers[0].trainable = False
+    model.save(tmp_path / "m.keras")
+    with pytest.raises(ValueError, match="frozen or unfrozen before it was"):
+        keras.saving.load_model(tmp_path / "m.keras")
+    keras.saving.load_model(tmp_path / "m.keras", compile=False)
+
+
+def test_set_weights():
+    optimizer = tf_regtopk.SparsifiedOptimizer(keras.optimizers.SGD(0.1, 0.9))
+    optimizer.build([keras.Variable(np.zeros(3))])
+    weights = [np.full(v.shape, 7, v.dtype) for v in optimizer.variables]
+    optimizer.set_weights(weights)
+    for variable in optimizer.variables:
+        np.testing.assert_array_equal(variable, np.full(variable.shape, 7))
+    with pytest.raises(ValueError, match="`weights` must have variables of"):
+        optimizer.set_weights([0 * w for w in weights][:-1])
+    for variable in optimizer.variables:
+        np.testing.assert_array_equal(variable, np.full(variable.shape, 7))

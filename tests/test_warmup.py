@@ -197,6 +197,8 @@ def test_bad_arguments(mirrored):
         tf_regtopk.DensityWarmup((0.5, 0))
     with pytest.raises(TypeError, match="Received: densities='0.5'"):
         tf_regtopk.DensityWarmup(["0.5"])
+    with pytest.raises(TypeError, match="must be a list of floats .*=0.5"):
+        tf_regtopk.DensityWarmup(0.5)
     model = make_model(mirrored(0))
     with pytest.raises(ValueError, match="must be built before `set_density`"):
         model.optimizer.set_density(0.5)

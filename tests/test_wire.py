@@ -288,3 +288,19 @@ def test_report_where_all_is_dense():
     assert report.payload_bytes == 0
     assert report.dense_below_bytes == report.dense_bytes == 4 * SIZE
     assert report.ratio == 1.0
+
+
+def test_what_a_code_makes_of_a_missing_gradient_is_not_remembered():
+    """Nothing of it is applied; so it was not cancelled by others either."""
+    for values in ("float32", "ternary", "sign"):
+        variables = [tf.Variable(tf.zeros([n])) for n in (9, 7)]
+        optimizer = tf_regtopk.SparsifiedOptimizer(
+            keras.optimizers.SGD(1.0),
+            tf_regtopk.RegTopK(0.5),
+            codec=tf_regtopk.Codec(values=values),
+            scope="per_variable",
+        )
+        optimizer.apply([tf.range(1.0, 10.0), None], variables)
+        np.testing.assert_array_equal(variables[1], np.zeros(7))
+        optimizer.apply([tf.zeros([9]), tf.range(7.0)], variables)
+        np.testing.assert_array_equal(variables[1] != 0, np.arange(7) > 2)

@@ -67,6 +67,12 @@ class Job:
             ("devices_per_worker", 1),
         ):
             validation.check_integer(name, getattr(self, name), least)
+        validation.check_number(
+            "parameters",
+            self.parameters,
+            "below 2^31, the most that indices of 32 bits reach",
+            lambda parameters: parameters < 2**31,
+        )
         links.check_time("step_seconds", self.step_seconds)
         links.check_rate("memory_bandwidth", self.memory_bandwidth)
         validation.check_number(

@@ -7,12 +7,31 @@ from tf_regtopk import exchange
 from tf_regtopk import finiteness
 
 
+class PlainStep:
+    """Sums whole gradients, and nothing else."""
+
+    def exchange(self, gradients, feedback, memory, learning_rate, number):
+        """As `SparseStep.exchange`."""
+        del feedback, memory, learning_rate, number
+        totals = exchange.all_reduce_sum(
+            [gradient for gradient in gradients if gradient is not None]
+        )
+        return finiteness.are_finite(totals), tuple(totals)
+
+    def aggregate(
+        self, exchanged, feedback, memory, learning_rate, number, has_gradient
+    ):
+        """As `SparseStep.aggregate`."""
+        del feedback, memory, learning_rate, number
+        totals = iter(exchanged)
+        return [next(totals) if has else None for has in has_gradient]
+
+
 class DenseStep:
     """Sums whole gradients, for rules of error feedback that keep momentum.
 
     What `SparseStep` comes to if every entry is sent as it is, with an
-    all-reduce. Where the rule has no momentum, nothing is left to do but the
-    all-reduce, and this is not needed.
+    all-reduce.
 
     Args:
         buffer: `FlatBuffer` of the variables.

@@ -149,10 +149,22 @@ class FlatBuffer:
         # 0, which XLA does not know, see `range_from`.
         start = tf.cast(flat[0] != flat[0], tf.int32) * 0
         position = sequence.range_from(start, self.size)
-        is_kept = tf.zeros([self.size], tf.bool)
+        return tf.where(self.is_missing(position, has_gradient), kept, flat)
+
+    def is_missing(self, positions, has_gradient):
+        """Whether entries are of variables without a gradient.
+
+        Args:
+            positions: int32 tensor.
+            has_gradient: For each variable whether there is a gradient.
+
+        Returns:
+            bool tensor of the shape of `positions`.
+        """
+        is_missing = tf.zeros_like(positions, tf.bool)
         for start, end in self._runs_without(has_gradient):
-            is_kept |= (position >= start) & (position < end)
-        return tf.where(is_kept, kept, flat)
+            is_missing |= (positions >= start) & (positions < end)
+        return is_missing
 
     def keep_missing_state(self, old, new, has_gradient):
         """As `keep_missing`, for each of a list of tensors.

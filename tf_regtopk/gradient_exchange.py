@@ -3,12 +3,13 @@
 import dataclasses
 import math
 
+import tensorflow as tf
+
 from tf_regtopk import dense_step
 from tf_regtopk import error_feedback as error_feedback_lib
-from tf_regtopk import exchange
-from tf_regtopk import finiteness
 from tf_regtopk import flat_buffer
 from tf_regtopk import replica_state
+from tf_regtopk import saved_state
 from tf_regtopk import sparse_step
 from tf_regtopk import wire
 
@@ -51,17 +52,25 @@ class GradientExchange:
         self._codec = codec
         self._scope = scope
         self._rule = error_feedback
-        if kind == "dense":
-            self._rule = error_feedback.when_dense()
-            is_plain = self._rule == error_feedback_lib.NoFeedback()
-            dense_below = math.inf if is_plain else 0
-        sparse, dense = _partition(variables, dense_below)
-        self._sparse_slots, self._dense_slots = sparse, dense
-        self.sparse_variables = [variables[slot] for slot in sparse]
-        self._dense_variables = [variables[slot] for slot in dense]
-        self.buffer = flat_buffer.FlatBuffer.for_variables(
-            self.sparse_variables
+        self._dense_rule = _rule_when_dense(error_feedback)
+        sparse, dense = _partition(
+            variables, dense_below if kind == "sparse" else math.inf
         )
+        self._sparse_slots, self._dense_slots = sparse, dense
+        self._sparse_variables = [variables[slot] for slot in sparse]
+        self._dense_variables = [variables[slot] for slot in dense]
+        self._buffer = flat_buffer.FlatBuffer.for_variables(
+            self._sparse_variables
+        )
+        self._dense_step = dense_step.PlainStep()
+        # Those of which the state below is.
+        self.variables = self._sparse_variables
+        if self._dense_rule != error_feedback_lib.NoFeedback():
+            self.variables = [*self._sparse_variables, *self._dense_variables]
+            self._dense_step = dense_step.DenseStep(
+                flat_buffer.FlatBuffer.for_variables(self._dense_variables),
+                self._dense_rule,
+            )
         self.feedback_state = replica_state.ReplicaState(
             self._initial_feedback, participants
         )
@@ -73,15 +82,12 @@ class GradientExchange:
         self.memory = replica_state.ReplicaState(
             lambda: self.initial_memory(density), self._participants
         )
-        if self.kind == "dense":
-            self.step = dense_step.DenseStep(self.buffer, self._rule)
-            return
         # Of a single participant nothing is sent, and nothing has to be short.
         codec = self._codec
         if self._participants.count == 1:
             codec = dataclasses.replace(codec, indices="int32")
-        self.step = sparse_step.SparseStep(
-            self.buffer,
+        self.sparse_step = sparse_step.SparseStep(
+            self._buffer,
             self._groups_at(density),
             self._sparsifier,
             self._rule,
@@ -100,31 +106,25 @@ class GradientExchange:
         Returns:
             `(is_finite, exchanged)`, as of `OptimizerWrapper._exchange`.
         """
-        dense = {
-            slot: gradients[slot]
-            for slot in self._dense_slots
-            if gradients[slot] is not None
-        }
-        totals = exchange.all_reduce_sum(list(dense.values()))
-        is_finite = finiteness.are_finite(totals)
+        exchanged, are_finite = [], []
+        for slots, step, feedback, memory in self._parts():
+            part = [gradients[slot] for slot in slots]
+            if all(gradient is None for gradient in part):
+                exchanged.append(())
+                continue
+            is_finite, sent = step.exchange(
+                part, feedback, memory, learning_rate, number
+            )
+            exchanged.append(sent)
+            are_finite.append(is_finite)
         # What the inner optimizer is to see as it is.
+        summed = {*self._sparse_slots, *self._dense_slots}
         as_it_is = {
             slot: gradient
             for slot, gradient in enumerate(gradients)
-            if gradient is not None and slot not in self._sparse_slots
-        } | dict(zip(dense, totals, strict=True))
-
-        sparse = [gradients[slot] for slot in self._sparse_slots]
-        if all(gradient is None for gradient in sparse):
-            return is_finite, (as_it_is, ())
-        are_finite, exchanged = self.step.exchange(
-            sparse,
-            self.feedback_state.variables(),
-            self.memory.variables(),
-            learning_rate,
-            number,
-        )
-        return is_finite & are_finite, (as_it_is, exchanged)
+            if gradient is not None and slot not in summed
+        }
+        return tf.reduce_all(are_finite), (as_it_is, *exchanged)
 
     def aggregate(self, exchanged, has_gradient, learning_rate, number):
         """The second half of a step: the sums over all replicas.
@@ -138,31 +138,39 @@ class GradientExchange:
         Returns:
             For each variable its gradient or None.
         """
-        as_it_is, exchanged = exchanged
+        as_it_is, *exchanged = exchanged
         aggregate = [as_it_is.get(slot) for slot in range(len(has_gradient))]
-        if exchanged:
-            parts = self.step.aggregate(
-                exchanged,
-                self.feedback_state.variables(),
-                self.memory.variables(),
-                learning_rate,
-                number,
-                tuple(has_gradient[slot] for slot in self._sparse_slots),
-            )
-            for slot, part in zip(self._sparse_slots, parts, strict=True):
-                aggregate[slot] = part if has_gradient[slot] else None
+        for sent, part in zip(exchanged, self._parts(), strict=True):
+            slots, step, feedback, memory = part
+            has = tuple(has_gradient[slot] for slot in slots)
+            if any(has):
+                sums = step.aggregate(
+                    sent, feedback, memory, learning_rate, number, has
+                )
+                for slot, value in zip(slots, sums, strict=True):
+                    aggregate[slot] = value if has_gradient[slot] else None
         return aggregate
+
+    def _parts(self):
+        """What is exchanged in which way: `(slots, step, feedback, memory)`."""
+        local, shared, dense_shared = self.feedback_state.variables()
+        return (
+            (self._dense_slots, self._dense_step, ((), dense_shared), ()),
+            (
+                self._sparse_slots,
+                self.sparse_step,
+                (local, shared),
+                self.memory.variables(),
+            ),
+        )
 
     def wire_report(self):
         """What each participant sends a step, as a `WireReport`."""
-        sparse, dense = self.sparse_variables, self._dense_variables
-        payload_codec = None
-        if self.kind == "sparse":
-            payload_codec = self._payload_codec_of(self._codec)
-        else:
-            sparse, dense = [], [*sparse, *dense]
         return wire.report(
-            payload_codec, sparse, dense, self._participants.count
+            self._payload_codec_of(self._codec),
+            self._sparse_variables,
+            self._dense_variables,
+            self._participants.count,
         )
 
     def initial_memory(self, density):
@@ -170,25 +178,53 @@ class GradientExchange:
         if self.kind == "dense":
             return ()
         k = sum(group.k for group in self._groups_at(density))
-        return self._sparsifier.initial_memory(k, self.buffer.dtype)
+        return self._sparsifier.initial_memory(k, self._buffer.dtype)
+
+    def layout(self):
+        """What a saved state must agree in to fit."""
+        shapes = [list(variable.shape) for variable in self.variables]
+        has_double = any(v.dtype == "float64" for v in self.variables)
+        return {
+            "variables": saved_state.canonical_names(
+                [getattr(v, "path", v.name) for v in self.variables]
+            ),
+            "shapes": shapes,
+            "dtype": "float64" if has_double else "float32",
+            "scope": self._scope,
+        }
 
     def _initial_feedback(self):
-        size, dtype = self.buffer.size, self.buffer.dtype
-        return (
-            self._rule.initial_local(size, dtype),
-            self._rule.initial_shared(size, dtype),
-        )
+        """`(local, shared, shared of the variables exchanged densely)`."""
+        local = shared = dense_shared = ()
+        if self.kind == "sparse":
+            args = self._buffer.size, self._buffer.dtype
+            local = self._rule.initial_local(*args)
+            shared = self._rule.initial_shared(*args)
+        if self._dense_variables:
+            buffer = flat_buffer.FlatBuffer.for_variables(self._dense_variables)
+            dense_shared = self._dense_rule.initial_shared(
+                buffer.size, buffer.dtype
+            )
+        return local, shared, dense_shared
 
     def _groups_at(self, density):
         sparsifier = dataclasses.replace(self._sparsifier, density=density)
-        return self.buffer.groups(self._scope, sparsifier.num_selected)
+        return self._buffer.groups(self._scope, sparsifier.num_selected)
 
     def _payload_codec_of(self, codec):
         """The `PayloadCodec` of a `Codec`; None if nothing is selected."""
         k = sum(group.k for group in self._groups_at(self.density))
         if not k:
             return None
-        return codec.payload(k, self.buffer.size, self.buffer.dtype)
+        return codec.payload(k, self._buffer.size, self._buffer.dtype)
+
+
+def _rule_when_dense(error_feedback):
+    """The rule of the variables exchanged densely."""
+    try:
+        return error_feedback.when_dense()
+    except ValueError:  # It does not say: they are just summed.
+        return error_feedback_lib.NoFeedback()
 
 
 def _partition(variables, dense_below):

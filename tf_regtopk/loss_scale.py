@@ -3,6 +3,7 @@
 import keras
 import tensorflow as tf
 
+from tf_regtopk import validation
 from tf_regtopk import wrapper
 
 
@@ -28,7 +29,9 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         name: String. The name of the optimizer.
 
     Raises:
-        TypeError: If `inner_optimizer` is another optimizer.
+        TypeError: If `inner_optimizer` is another optimizer, or an argument of
+            another type.
+        ValueError: If an argument breaks its rule.
 
     Example:
 
@@ -45,13 +48,32 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     ```
     """
 
-    def __init__(self, inner_optimizer, *args, **kwargs):
+    def __init__(
+        self,
+        inner_optimizer,
+        initial_scale=2.0**15,
+        dynamic_growth_steps=2000,
+        name=None,
+        **kwargs,
+    ):
         if not isinstance(inner_optimizer, wrapper.OptimizerWrapper):
             raise TypeError(
                 "`inner_optimizer` must be a `SparsifiedOptimizer`. "
                 f"Received: inner_optimizer={inner_optimizer!r}"
             )
-        super().__init__(inner_optimizer, *args, **kwargs)
+        validation.check_number(
+            "initial_scale", initial_scale, "positive", lambda scale: scale > 0
+        )
+        validation.check_integer(
+            "dynamic_growth_steps", dynamic_growth_steps, 1
+        )
+        super().__init__(
+            inner_optimizer,
+            initial_scale=initial_scale,
+            dynamic_growth_steps=dynamic_growth_steps,
+            name=name,
+            **kwargs,
+        )
         inner_optimizer.is_scaled_locally = False
 
     def build(self, var_list):

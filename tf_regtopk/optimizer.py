@@ -1,6 +1,7 @@
 """The optimizer wrapper: one training step, from gradients to the update."""
 
 import dataclasses
+import itertools
 
 import keras
 import tensorflow as tf
@@ -72,8 +73,10 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
             and leaves the variable alone. `tf.IndexedSlices` (of embeddings)
             reach the inner optimizer as dense gradients.
         dense_below: Variables with fewer entries than this are exchanged
-            densely, by an all-reduce, and have no residual error: the inner
-            optimizer sees what it would have seen without the wrapper.
+            densely, by an all-reduce, and have no residual error, but the
+            momentum of `error_feedback` (and a `clip_norm` of their own).
+            Without momentum the inner optimizer sees what it would have seen
+            without the wrapper.
         exchange: `"sparse"`; `"dense"`, which sums whole gradients by an
             all-reduce, without sparsifier, codec and error, but with the
             momentum of `error_feedback`; or `"auto"`, which runs both a few
@@ -360,19 +363,21 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         state = exchange.feedback_state
         # Older ones could not have another than the sparsifier's.
         density = saved.moment.get("density", self.sparsifier.density)
-        feedback = state.initial_arrays()
+        local, *shared = state.initial_arrays()
+        shared = [*itertools.chain(*shared)]
         replicas = saved_state.state_of_replicas(
             worker_files.complete(saved, state.replicas, state.num_replicas),
             state.replicas,
             state.num_replicas,
-            *feedback,
+            local,
+            shared,
             [part.numpy() for part in exchange.initial_memory(density)],
         )
         if exchange is not self._gradient_exchange:
             self._change(lambda: setattr(self, "_gradient_exchange", exchange))
         if density != self.density:
             self.set_density(density)
-        split = sum(map(len, feedback))
+        split = len(local) + len(shared)
         state, memory = self._states()
         state.assign_local([parts[:split] for parts in replicas])
         memory.assign_local([parts[split:] for parts in replicas])
@@ -409,12 +414,7 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
     def _layout_of(self, exchange):
         """What a saved state must agree in with this optimizer."""
         return {
-            "variables": saved_state.canonical_names(
-                [getattr(v, "path", v.name) for v in exchange.sparse_variables]
-            ),
-            "shapes": [list(shape) for shape in exchange.buffer.shapes],
-            "dtype": exchange.buffer.dtype.name,
-            "scope": self.scope,
+            **exchange.layout(),
             "sparsifier": [
                 type(self.sparsifier).__name__,
                 keras.saving.serialize_keras_object(self.sparsifier)["config"],

@@ -184,10 +184,16 @@ class SparseStep:
             aggregation.sum_entries(all_indices, values, self._buffer.size),
             has_gradient,
         )
+        # What a codec made of the zeros of a missing gradient was not applied.
+        applied = tf.where(
+            self._buffer.is_missing(indices, has_gradient),
+            tf.zeros_like(sent),
+            sent,
+        )
         _assign(
             memory,
             self._sparsifier.remember(
-                indices, sent, selection.take(total, indices)
+                indices, applied, selection.take(total, indices)
             ),
         )
         old = _read(shared)

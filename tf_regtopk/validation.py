@@ -190,12 +190,24 @@ def _refuse_base_setting(name, value):
 
 def check_loaded_shapes(variables, values):
     """Raises unless each of an optimizer's variables can have its value."""
+    check_shapes(
+        "The saved optimizer",
+        variables,
+        values,
+        ". (If layers were frozen or unfrozen before it was saved, load with "
+        "them as they were when the optimizer was built, or, without what it "
+        "keeps, with `compile=False`)",
+    )
+
+
+def check_shapes(name, variables, values, advice=""):
+    """Raises unless the values are of the shapes of the variables."""
     expected = [tuple(variable.shape) for variable in variables]
     received = [tuple(value.shape) for value in values]
     if expected != received:
         raise ValueError(
-            "The saved optimizer must have variables of the shapes "
-            f"{expected}. Received: {received}"
+            f"{name} must have variables of the shapes {expected}. "
+            f"Received: {received}{advice}"
         )
 
 

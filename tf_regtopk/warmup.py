@@ -1,5 +1,7 @@
 """Warm-up of the density under `model.fit`."""
 
+import collections.abc
+
 import keras
 
 from tf_regtopk import validation
@@ -19,6 +21,7 @@ class DensityWarmup(keras.callbacks.Callback):
         densities: List of floats in (0, 1], one for each epoch.
 
     Raises:
+        TypeError: If `densities` is no list of numbers.
         ValueError: If a density is not in (0, 1].
 
     Example:
@@ -37,6 +40,11 @@ class DensityWarmup(keras.callbacks.Callback):
 
     def __init__(self, densities=(0.25, 0.0625, 0.015625, 0.004)):
         super().__init__()
+        if not isinstance(densities, collections.abc.Iterable):
+            raise TypeError(
+                "`densities` must be a list of floats such as `[0.25, 0.01]`. "
+                f"Received: densities={densities!r}"
+            )
         self.densities = tuple(densities)
         for density in self.densities:
             validation.check_number(

@@ -2,8 +2,10 @@
 
 import abc
 import copy
+import warnings
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tf_regtopk import conditional
@@ -252,8 +254,10 @@ class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
 
     def set_weights(self, weights):
         # The base class knows only the wrapper's own.
-        for variable, weight in zip(self.variables, weights, strict=True):
-            variable.assign(weight)
+        values = [np.asarray(weight) for weight in weights]
+        validation.check_shapes("`weights`", self.variables, values)
+        for variable, value in zip(self.variables, values, strict=True):
+            variable.assign(value)
 
     def save_own_variables(self, store):
         if self.built:
@@ -268,6 +272,13 @@ class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
         if not self.built:
             numbered = {n: a for n, a in arrays.items() if n.isdigit()}
             super().load_own_variables(numbered)  # Warns, and loads nothing.
+            return
+        if not arrays:
+            warnings.warn(
+                f"The saved optimizer '{self.name}' was not built yet, and "
+                "holds nothing: this one stays as it is.",
+                stacklevel=2,
+            )
             return
         # All is checked before anything is assigned.
         saved, values = saved_state.from_arrays(arrays)
