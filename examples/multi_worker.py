@@ -356,14 +356,17 @@ def slurm_resolver(port_base):
 def describe_peers(peers):
     """Says which of the other workers accept no connection."""
     silent = []
-    for name, address in peers.items():
-        host, port = address.rsplit(":", 1)
-        try:
-            socket.create_connection((host.strip("[]"), port), 1).close()
-        except OSError:
-            silent.append(f"{name} ({address})")
-    if silent:
-        return f"No connection to: {', '.join(silent)}."
+    # One that is just ending may still accept some.
+    for attempt in range(3):
+        time.sleep(attempt)
+        for name, address in peers.items():
+            host, port = address.rsplit(":", 1)
+            try:
+                socket.create_connection((host.strip("[]"), port), 1).close()
+            except OSError:
+                silent.append(f"{name} ({address})")
+        if silent:
+            return f"No connection to: {', '.join(silent)}."
     return "All of them accept connections, so one is stopped or stuck."
 
 
@@ -392,7 +395,7 @@ def start_deadline(cluster, seconds):
     # Not imported from this file, which would import TensorFlow first.
     code = "\n".join(
         [
-            "import os, select, signal, socket, sys",
+            "import os, select, signal, socket, sys, time",
             inspect.getsource(describe_peers),
             inspect.getsource(watch),
             f"watch({os.getpid()}, {seconds}, {cluster.name!r}, "

@@ -189,6 +189,22 @@ def test_worker_ends_when_another_is_ended(started, tmp_path):
     ) in pair[1].output
 
 
+def test_a_worker_that_is_just_ending_is_named():
+    """Its port may accept connections for a moment."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+
+        def end():
+            server.accept()[0].close()  # As if all were well.
+            server.close()
+
+        thread = threading.Thread(target=end)
+        thread.start()
+        text = multi_worker.describe_peers({"worker 1": address})
+        thread.join()
+    assert text == f"No connection to: worker 1 ({address})."
+
+
 def test_worker_ends_when_another_is_stopped(started, tmp_path):
     pair, _ = start_pair(started, tmp_path)
     pair[1].popen.send_signal(signal.SIGSTOP)
