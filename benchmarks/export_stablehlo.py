@@ -107,6 +107,7 @@ def main(argv):
                         "name": name,
                         "size": size,
                         "density": density,
+                        "k": tf_regtopk.TopK(density).num_selected(size),
                         "arguments": arguments,
                     }
                 )

@@ -53,6 +53,17 @@ def define_flags():
     flags.adopt_module_key_flags(comparison)
 
 
+def build_model(args):
+    """The network that the flags name, for images of bytes."""
+    return keras.Sequential(
+        [
+            keras.Input((32, 32, 3)),
+            keras.layers.Rescaling(1 / 64, offset=-2.0),
+            resnet.build_resnet(args.model, args.norm),
+        ]
+    )
+
+
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments: {argv[1:]}")
@@ -65,13 +76,7 @@ def main(argv):
             )
             for split in ("train", "test")
         ),
-        lambda: keras.Sequential(
-            [
-                keras.Input((32, 32, 3)),
-                keras.layers.Rescaling(1 / 64, offset=-2.0),
-                resnet.build_resnet(args.model, args.norm),
-            ]
-        ),
+        lambda: build_model(args),
         HELD_OUT,
         strategy,
         args,

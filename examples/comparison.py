@@ -188,16 +188,27 @@ def _std(values):
     return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
-def _cached(setting, args, compute):
-    """The result of a run, from disk if it is there."""
-    shared = {
+def shared_setting(config):
+    """What all runs of a comparison are kept under, of the values of its flags.
+
+    Args:
+        config: Dictionary of the flags of the script.
+
+    Returns:
+        Dictionary.
+    """
+    return {
         name: value
-        for name, value in example_utils.config().items()
+        for name, value in config.items()
         if name not in _NOT_OF_A_RUN
         # There are runs from before the flag.
         and (name, value) != ("inner_optimizer", "sgd")
     }
-    setting = {**shared, **setting}
+
+
+def _cached(setting, args, compute):
+    """The result of a run, from disk if it is there."""
+    setting = {**shared_setting(example_utils.config()), **setting}
     path = os.path.join(args.output_dir, "runs.jsonl")
     if os.path.exists(path):
         with open(path, encoding="utf-8") as f:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
+import tf_regtopk
 from tf_regtopk import aggregation
 from tf_regtopk import error_feedback as error_feedback_lib
 from tf_regtopk import selection
@@ -66,41 +67,90 @@ class Adam(NamedTuple):
         return scale * m / (tf.sqrt(v) + self.epsilon), (m, v)
 
 
-def gradient_descent(
-    gradients_of,
-    measure,
-    sparsifier,
-    error_feedback,
-    codec,
-    num_workers,
-    num_steps,
-    inner,
-):
-    """A function that takes steps of an inner optimizer with the aggregate.
+class State(NamedTuple):
+    """What a step changes.
 
     Args:
-        gradients_of: Function of the weights `[J]`, the data and the number of
-            the step that returns the gradients `[N, J]` of the workers' own
-            losses.
-        measure: Function of the weights and the data that returns a scalar.
+        weights: Float tensor `[J]`.
+        arrays: Tuple of what the inner optimizer keeps.
+        local: Tuple of float tensors `[N, J]`, the workers' own of the error
+            feedback.
+        shared: Tuple of tensors, those that the workers share.
+        memory: Tuple of tensors `[N, ...]`, what the sparsifier remembers.
+    """
+
+    weights: tf.Tensor
+    arrays: tuple
+    local: tuple = ()
+    shared: tuple = ()
+    memory: tuple = ()
+
+
+class DenseDescent(NamedTuple):
+    """Steps with the mean of the workers' gradients, as `SparseDescent`."""
+
+    inner: MomentumSGD | Adam
+
+    def initial_state(self, weights):
+        return State(weights, (tf.zeros_like(weights),) * self.inner.num_arrays)
+
+    def step(self, state, gradients, t, rate):
+        aggregate = tf.reduce_mean(gradients, axis=0)
+        change, arrays = self.inner(state.arrays, aggregate, t)
+        return State(state.weights - rate * change, arrays)
+
+
+class SparseDescent(NamedTuple):
+    """Steps with the sum of the entries that the workers send.
+
+    Args:
         sparsifier: `tf_regtopk.Sparsifier`.
         error_feedback: `tf_regtopk.ErrorFeedback`.
         codec: `tf_regtopk.Codec`.
         num_workers: N.
-        num_steps: Number of steps.
         inner: `MomentumSGD` or `Adam`.
-
-    Returns:
-        Function of the weights `[J]` to start with, the learning rate, and the
-        data, a tuple of tensors. It returns `measure` of the weights after each
-        step, a float tensor `[num_steps]`.
     """
 
-    def step(t, weights, arrays, local, shared, memory, measured, rate, data):
-        size, k = weights.shape[0], _num_selected(sparsifier, weights)
+    sparsifier: tf_regtopk.Sparsifier
+    error_feedback: tf_regtopk.ErrorFeedback
+    codec: tf_regtopk.Codec
+    num_workers: int
+    inner: MomentumSGD | Adam
+
+    def initial_state(self, weights):
+        """`State` before the first step, with these weights `[J]`."""
+        size, dtype = weights.shape[0], weights.dtype
+        k = self.sparsifier.num_selected(size)
+
+        def for_each_worker(values):
+            return tuple(
+                tf.stack([value] * self.num_workers) for value in values
+            )
+
+        return State(
+            weights,
+            (tf.zeros_like(weights),) * self.inner.num_arrays,
+            for_each_worker(self.error_feedback.initial_local(size, dtype)),
+            self.error_feedback.initial_shared(size, dtype),
+            for_each_worker(self.sparsifier.initial_memory(k, dtype)),
+        )
+
+    def step(self, state, gradients, t, rate):
+        """The state after a step.
+
+        Args:
+            state: `State` before it.
+            gradients: Float tensor `[N, J]`, those of the workers' own losses.
+            t: Scalar int32 tensor, the number of steps before.
+            rate: Scalar float tensor, the learning rate.
+        """
+        weights, arrays, local, shared, memory = state
+        sparsifier, error_feedback = self.sparsifier, self.error_feedback
+        size = weights.shape[0]
+        k = sparsifier.num_selected(size)
         groups = [selection.Group(size, k)]
-        payload_codec = codec.payload(k, size, weights.dtype)
-        context = error_feedback_lib.Step(num_workers, k / size, rate, t)
+        payload_codec = self.codec.payload(k, size, weights.dtype)
+        context = error_feedback_lib.Step(self.num_workers, k / size, rate, t)
 
         def select(of_worker):
             number, gradient, local, memory = of_worker
@@ -125,10 +175,14 @@ def gradient_descent(
             # Something, even if there is nothing to remember.
             return indices, _fill(new, local), memory
 
-        gradients = gradients_of(weights, data, t) / num_workers
         indices, sent, local = tf.map_fn(
             select,
-            (tf.range(num_workers), gradients, local, memory),
+            (
+                tf.range(self.num_workers),
+                gradients / self.num_workers,
+                local,
+                memory,
+            ),
             fn_output_signature=(
                 tf.TensorSpec([k], tf.int32),
                 tf.TensorSpec([k], weights.dtype),
@@ -146,41 +200,65 @@ def gradient_descent(
             ),
         )
         aggregate, shared = error_feedback.aggregate(shared, total, context)
-        change, arrays = inner(arrays, aggregate, t)
-        weights -= rate * change
-        measured = tf.tensor_scatter_nd_update(
-            measured, [[t]], [measure(weights, data)]
-        )
-        return t + 1, weights, arrays, local, shared, memory, measured
+        change, arrays = self.inner(arrays, aggregate, t)
+        return State(weights - rate * change, arrays, local, shared, memory)
 
-    def for_each_worker(values):
-        return tuple(tf.stack([value] * num_workers) for value in values)
+
+def gradient_descent(
+    gradients_of,
+    measure,
+    sparsifier,
+    error_feedback,
+    codec,
+    num_workers,
+    num_steps,
+    inner,
+):
+    """A function that takes steps of an inner optimizer with the aggregate.
+
+    Args:
+        gradients_of: Function of the weights `[J]`, the data and the number of
+            the step that returns the gradients `[N, J]` of the workers' own
+            losses.
+        measure: Function of the weights and the data that returns a scalar.
+        sparsifier: As of `SparseDescent`, and so the next three.
+        error_feedback: See above.
+        codec: See above.
+        num_workers: See above.
+        num_steps: Number of steps.
+        inner: `MomentumSGD` or `Adam`.
+
+    Returns:
+        Function of the weights `[J]` to start with, the learning rate, and the
+        data, a tuple of tensors. It returns `measure` of the weights after each
+        step, a float tensor `[num_steps]`.
+    """
+    descent = SparseDescent(
+        sparsifier, error_feedback, codec, num_workers, inner
+    )
+
+    def step(t, state, measured, rate, data):
+        gradients = gradients_of(state.weights, data, t)
+        state = descent.step(state, gradients, t, rate)
+        measured = tf.tensor_scatter_nd_update(
+            measured, [[t]], [measure(state.weights, data)]
+        )
+        return t + 1, state, measured
 
     @tf.function(jit_compile=True, autograph=False)
     def run(weights, learning_rate, data):
-        size, k = weights.shape[0], _num_selected(sparsifier, weights)
-        dtype = weights.dtype
-        rate = tf.cast(learning_rate, dtype)
-        state = (
-            tf.constant(0),
-            weights,
-            (tf.zeros_like(weights),) * inner.num_arrays,
-            for_each_worker(error_feedback.initial_local(size, dtype)),
-            error_feedback.initial_shared(size, dtype),
-            for_each_worker(sparsifier.initial_memory(k, dtype)),
-            tf.zeros([num_steps], dtype),
-        )
+        rate = tf.cast(learning_rate, weights.dtype)
         return tf.while_loop(
             lambda t, *_: t < num_steps,
-            lambda *state: step(*state, rate, data),
-            state,
+            lambda *loop: step(*loop, rate, data),
+            (
+                tf.constant(0),
+                descent.initial_state(weights),
+                tf.zeros([num_steps], weights.dtype),
+            ),
         )[-1]
 
     return run
-
-
-def _num_selected(sparsifier, weights):
-    return sparsifier.num_selected(weights.shape[0])
 
 
 def _fill(new, old):

@@ -7,6 +7,7 @@ import pytest
 import tensorflow as tf
 
 from tf_regtopk import aggregation
+from tf_regtopk import device_kind
 from tf_regtopk import error_feedback
 from tf_regtopk import flat_buffer
 from tf_regtopk import replica_state
@@ -24,10 +25,12 @@ def test_sum_is_that_of_the_replicas_in_order(compiled):
     expected = np.zeros(size, np.float32)
     for n in range(num_replicas):
         expected[indices[n]] += values[n]
-    actual = tf.function(aggregation.sum_entries, jit_compile=compiled)(
-        tf.constant(indices), tf.constant(values), size
-    )
-    np.testing.assert_array_equal(actual, expected)
+    for kind in ("CPU", "GPU"):
+        with device_kind.compile_for(kind):
+            actual = tf.function(aggregation.sum_entries, jit_compile=compiled)(
+                tf.constant(indices), tf.constant(values), size
+            )
+        np.testing.assert_array_equal(actual, expected)
 
 
 def test_nothing_is_lost():

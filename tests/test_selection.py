@@ -9,6 +9,7 @@ import pytest
 import reference
 import tensorflow as tf
 
+from tf_regtopk import device_kind
 from tf_regtopk import group_sampling
 from tf_regtopk import sampling
 from tf_regtopk import selection
@@ -34,10 +35,19 @@ def select(scores, groups):
 
 
 compiled_select = tf.function(select, jit_compile=True, autograph=False)
+
+
+@tf.function(jit_compile=True, autograph=False)
+def select_as_on_gpu(scores, groups):
+    with device_kind.compile_for("GPU"):
+        return select(scores, groups)
+
+
 MODES = {
     "eager": select,
     "graph": tf.function(select, autograph=False),
     "xla": compiled_select,
+    "as on GPUs": select_as_on_gpu,
 }
 
 

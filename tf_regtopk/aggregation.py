@@ -2,6 +2,8 @@
 
 import tensorflow as tf
 
+from tf_regtopk import device_kind
+
 # As many entries of one replica are added at a time as span about this many
 # entries of the gradient, so that those of the other replicas find it in cache,
 _SPAN = 1 << 18
@@ -54,6 +56,8 @@ def sum_entries(indices, values, size):
         )[1]
 
     length = min(k, max(_SHORTEST_RUN, _SPAN * k // size))
+    if device_kind.is_gpu():
+        length = k  # To start a run costs more than the cache saves.
     num_runs, rest = divmod(k, length)
     aggregate = tf.zeros([size], values.dtype)
     aggregate = add_runs(aggregate, 0, length, num_runs)

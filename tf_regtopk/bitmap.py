@@ -7,6 +7,7 @@ scan, sort or scatter over more than one element a word.
 import numpy as np
 import tensorflow as tf
 
+from tf_regtopk import device_kind
 from tf_regtopk import sequence
 
 WORD = 32
@@ -34,20 +35,22 @@ def pack(*masks):
     '0xc0000000'
     """
     weights = tf.constant([1 << bit for bit in range(WORD)], tf.uint32)
-    # Summed down the columns of squares, which compiles to vector code where a
-    # sum along rows would not.  That makes the square's columns words.
-    columns = [
+    # A CPU has vector code for sums down the columns of squares, and none for
+    # sums along rows.  That makes the square's columns words.
+    is_by_row = device_kind.is_gpu()
+    sums = [
         tf.reduce_sum(
             tf.where(
                 tf.reshape(part, [-1, WORD, WORD]),
-                weights[:, tf.newaxis],
+                weights if is_by_row else weights[:, tf.newaxis],
                 tf.constant(0, tf.uint32),
             ),
-            axis=1,
+            axis=2 if is_by_row else 1,
         )
         for part in tf.nest.flatten(masks)
     ]
-    words = tf.reshape(_transpose(tf.concat(columns, axis=0)), [-1])
+    words = tf.concat(sums, axis=0)
+    words = tf.reshape(words if is_by_row else _transpose(words), [-1])
     return tf.split(words, [_size(mask) // WORD for mask in masks])
 
 

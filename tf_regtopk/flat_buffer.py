@@ -8,6 +8,7 @@ import os
 
 import tensorflow as tf
 
+from tf_regtopk import device_kind
 from tf_regtopk import selection
 from tf_regtopk import sequence
 
@@ -197,7 +198,7 @@ class FlatBuffer:
 
 def _has_threads():
     """Whether XLA computes on a CPU, with more than one thread."""
-    if tf.config.list_logical_devices("GPU"):
+    if device_kind.is_gpu():
         return False
     num_threads = tf.config.threading.get_intra_op_parallelism_threads()
     if num_threads == 0 and hasattr(os, "sched_getaffinity"):

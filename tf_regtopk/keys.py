@@ -6,6 +6,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_regtopk import bitmap
+from tf_regtopk import device_kind
 from tf_regtopk import radix
 
 # Bits in a digit of the radix search.  Wide digits take fewer passes; few keys
@@ -77,6 +78,9 @@ def in_rows(keys, sizes):
 
 def kth_largest(keys, ks):
     """As `radix.kth_largest`, of `Keys`; negative ones do not take part."""
+    if len(ks) == 1 and device_kind.is_gpu():
+        threshold, num_ties = radix.kth_largest_by_counting(keys.rows, ks[0])
+        return threshold[tf.newaxis], num_ties[tf.newaxis]
     rows, group = keys.rows, keys.group_of_word[:, tf.newaxis]
     is_large = rows.shape.num_elements() >= _FEWEST_FOR_WIDE
     digit_bits = WIDE_DIGIT if len(ks) == 1 and is_large else NARROW_DIGIT

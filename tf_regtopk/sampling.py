@@ -12,8 +12,10 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from tf_regtopk import bitmap
+from tf_regtopk import device_kind
 from tf_regtopk import hashing
 from tf_regtopk import keys as keys_lib
+from tf_regtopk import radix
 
 # Standard deviations (of a Poisson count) that a bound is away from k.
 _MARGIN = 4.0
@@ -130,6 +132,10 @@ def _bounds(scores, p, step):
     keys = keys_lib.in_rows(keys_lib.order_preserving(samples), [p.num_samples])
 
     def bound(rank):
+        if device_kind.is_gpu():
+            # A little lower, and in half the time.
+            num_bits = 4 * keys.rows.dtype.size + 2
+            return radix.kth_largest_by_counting(keys.rows, rank, num_bits)[0]
         return keys_lib.kth_largest(keys, [rank])[0][0]
 
     return bound(p.lower_rank), bound(p.upper_rank) if p.upper_rank else None

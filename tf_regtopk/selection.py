@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_regtopk import bitmap
+from tf_regtopk import device_kind
 from tf_regtopk import group_sampling
 from tf_regtopk import keys as keys_lib
 from tf_regtopk import radix
@@ -184,6 +185,20 @@ def _keys_at(scores, words, num_set, room):
 
 def _mark_largest_of_many(scores, k):
     """Bitmap of the k largest magnitudes, without an array of all keys."""
+    if device_kind.is_gpu():
+        threshold, num_ties = radix.kth_largest_by_counting(
+            keys_lib.order_preserving(scores), k
+        )
+    else:
+        threshold, num_ties = _kth_largest_by_chunks(scores, k)
+    larger, ties = keys_lib.pack_where(
+        scores, lambda key: key > threshold, lambda key: key == threshold
+    )
+    return larger | keys_lib.first_bits(ties, tf.reshape(num_ties, [1]))
+
+
+def _kth_largest_by_chunks(scores, k):
+    """As `radix.kth_largest`, a chunk of the scores at a time."""
     size = scores.shape[0]
     chunk = min(size, _CHUNK)
     digit_bits = keys_lib.WIDE_DIGIT
@@ -205,13 +220,9 @@ def _mark_largest_of_many(scores, k):
             (0, tf.zeros([1, 1 << digit_bits], tf.int32)),
         )[1]
 
-    threshold, num_ties = radix.kth_largest(
+    return radix.kth_largest(
         histogram_of, [k], keys_lib.key_type(scores.dtype), digit_bits
     )
-    larger, ties = keys_lib.pack_where(
-        scores, lambda key: key > threshold, lambda key: key == threshold
-    )
-    return larger | keys_lib.first_bits(ties, num_ties)
 
 
 def _select(keys, groups):

@@ -1,0 +1,143 @@
+"""The training of cifar10_resnet.py as functions that can be exported."""
+
+import dataclasses
+import pathlib
+import sys
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import tf_regtopk
+
+sys.path.append(str(pathlib.Path(__file__).parent.parent / "examples"))
+
+import example_utils
+import image_training
+import simulation
+
+
+class Network:
+    """The model as functions of its weights in one vector.
+
+    Args:
+        model: A built Keras model without variables that are not trained.
+    """
+
+    def __init__(self, model):
+        if model.non_trainable_variables:
+            raise ValueError(
+                "`model` must have trainable variables only. Received: "
+                f"{[v.path for v in model.non_trainable_variables]}"
+            )
+        self._model = model
+        self._loss = keras.losses.SparseCategoricalCrossentropy(
+            from_logits=True
+        )
+        self._shapes = [tuple(v.shape) for v in model.trainable_variables]
+        self._sizes = [int(np.prod(shape)) for shape in self._shapes]
+        self.size = sum(self._sizes)
+
+    def gradients(self, weights, images, labels, numbers):
+        """Each worker's, of its own mean loss.
+
+        Args:
+            weights: Float tensor `[J]`.
+            images: All images `[n, height, width, channels]`.
+            labels: int32 tensor `[n]`.
+            numbers: int32 tensor `[N, batch]`, those in the workers' batches.
+
+        Returns:
+            Float tensor `[N, J]`.
+        """
+
+        def gradient(numbers):
+            with tf.GradientTape() as tape:
+                tape.watch(weights)
+                logits = self._logits(weights, tf.gather(images, numbers), True)
+                loss = self._loss(tf.gather(labels, numbers), logits)
+            return tape.gradient(loss, weights)
+
+        # One worker after the other: compiled once, whatever their number.
+        return tf.map_fn(
+            gradient,
+            numbers,
+            fn_output_signature=tf.TensorSpec(weights.shape, weights.dtype),
+        )
+
+    def predict(self, weights, images):
+        logits = self._logits(weights, images, False)
+        return tf.argmax(logits, axis=-1, output_type=tf.int32)
+
+    def _logits(self, weights, images, training):
+        values = [
+            tf.reshape(part, shape)
+            for part, shape in zip(
+                tf.split(weights, self._sizes), self._shapes, strict=True
+            )
+        ]
+        return self._model.stateless_call(
+            values, [], images, training=training
+        )[0]
+
+
+class Method:
+    """A method of the example: how a step goes after the gradients.
+
+    Args:
+        name: As of `example_utils.make_optimizer`.
+        args: The flags.
+        model: A built Keras model.
+    """
+
+    def __init__(self, name, args, model):
+        optimizer = example_utils.make_optimizer(
+            name,
+            args,
+            1.0,
+            args.density,
+            args.momentum,
+            adam=args.inner_optimizer == "adam",
+        )
+        is_sparse = isinstance(optimizer, tf_regtopk.SparsifiedOptimizer)
+        inner = optimizer.inner_optimizer if is_sparse else optimizer
+        # Some take a multiple of the learning rate.
+        self._scale = float(inner.learning_rate)
+        if isinstance(inner, keras.optimizers.Adam):
+            inner = simulation.Adam(inner.beta_1, inner.beta_2, inner.epsilon)
+        else:
+            inner = simulation.MomentumSGD(inner.momentum)
+        if is_sparse:
+            self._descent = simulation.SparseDescent(
+                optimizer.sparsifier,
+                optimizer.error_feedback,
+                optimizer.codec,
+                args.num_workers,
+                inner,
+            )
+            optimizer.build(model.trainable_variables)
+            self.bytes_a_step = dataclasses.replace(
+                optimizer.wire_report(), num_replicas=args.num_workers
+            ).sent_bytes
+        else:
+            self._descent = simulation.DenseDescent(inner)
+            self.bytes_a_step = image_training.bytes_a_step(
+                optimizer, model, args.num_workers
+            )
+
+    def start(self, weights):
+        """The list of arrays of the state before the first step."""
+        return tf.nest.flatten(self._descent.initial_state(weights))
+
+    def step(self, gradients, t, learning_rate, *arrays):
+        """Those after a step, of which the weights are the first."""
+        weights = tf.TensorSpec(gradients.shape[1:], gradients.dtype)
+        state = tf.nest.pack_sequence_as(
+            tf.function(self._descent.initial_state)
+            .get_concrete_function(weights)
+            .structured_outputs,
+            arrays,
+        )
+        return tf.nest.flatten(
+            self._descent.step(state, gradients, t, self._scale * learning_rate)
+        )
