@@ -4,11 +4,11 @@ from tf_regtopk.backup import Backup
 from tf_regtopk.backup import load_scope
 from tf_regtopk.codec import Codec
 from tf_regtopk.downlink import CompressedDownlink
-from tf_regtopk.error_feedback import Accumulate
-from tf_regtopk.error_feedback import EF21
+from tf_regtopk.ef21 import EF21
+from tf_regtopk.error_accumulation import Accumulate
 from tf_regtopk.error_feedback import ErrorFeedback
-from tf_regtopk.error_feedback import LearnedShift
 from tf_regtopk.error_feedback import NoFeedback
+from tf_regtopk.learned_shift import LearnedShift
 from tf_regtopk.loss_scale import LossScaleOptimizer
 from tf_regtopk.optimizer import SparsifiedOptimizer
 from tf_regtopk.sparsifiers import Dense

@@ -6,6 +6,7 @@ import keras
 import tensorflow as tf
 
 from tf_regtopk import codec as codec_lib
+from tf_regtopk import error_accumulation
 from tf_regtopk import error_feedback as error_feedback_lib
 from tf_regtopk import selection
 from tf_regtopk import validation
@@ -47,7 +48,7 @@ class CompressedDownlink(error_feedback_lib.ErrorFeedback):
     """
 
     error_feedback: error_feedback_lib.ErrorFeedback = dataclasses.field(
-        default_factory=error_feedback_lib.Accumulate
+        default_factory=error_accumulation.Accumulate
     )
     density: float | None = None
     codec: codec_lib.Codec = dataclasses.field(

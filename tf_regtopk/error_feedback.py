@@ -20,7 +20,6 @@ import keras
 import tensorflow as tf
 
 from tf_regtopk import record
-from tf_regtopk import validation
 
 
 def accumulate(e, g):
@@ -197,102 +196,6 @@ class ErrorFeedback(record.Record, abc.ABC):
 
 @keras.saving.register_keras_serializable(package="tf_regtopk")
 @dataclasses.dataclass(frozen=True)
-class Accumulate(ErrorFeedback):
-    r"""Error accumulation: what was not sent is added to the next gradient.
-
-        a = e + g,          e = a - sent
-
-    With local momentum m, of which each sent entry is cleared if
-    `factor_masking` (Deep Gradient Compression; the inner optimizer then is
-    plain SGD):
-
-        u = m u + g,        a = e + u,          e = a - sent
-        u = 0 where sent                        (factor masking)
-
-    Args:
-        momentum: Float m in [0, 1).
-        factor_masking: Boolean.
-        clip_norm: Positive float, or None. g is scaled down to a norm of at
-            most `clip_norm / sqrt(N)` before it is accumulated, so that the sum
-            of N independent ones is clipped to about `clip_norm`.
-        follow_learning_rate: Boolean. Whether e is multiplied by the learning
-            rate of the last step over that of this one, so that it moves the
-            weights as far as if it had been sent at once. (Not in steps in
-            which its variable has no gradient.)
-
-    Example:
-
-    >>> dgc = Accumulate(momentum=0.9, factor_masking=True)
-
-    Sources: Stich, Cordonnier, Jaggi, "Sparsified SGD with Memory" (2018); Lin
-    et al., "Deep Gradient Compression" (2018).
-    """
-
-    momentum: float = 0.0
-    factor_masking: bool = False
-    clip_norm: float | None = None
-    follow_learning_rate: bool = False
-
-    keeps_a = True
-
-    def __post_init__(self):
-        self._check_number("momentum", "in [0, 1)", lambda m: 0 <= m < 1)
-        validation.check_boolean("factor_masking", self.factor_masking)
-        if self.factor_masking and not self.momentum:
-            raise ValueError(
-                "`factor_masking` must go with `momentum`, which it masks. "
-                "Received: factor_masking=True, momentum=0"
-            )
-        validation.check_boolean(
-            "follow_learning_rate", self.follow_learning_rate
-        )
-        if self.clip_norm is not None:
-            self._check_number("clip_norm", "positive", lambda c: c > 0)
-
-    @property
-    def num_local(self):
-        return 2 if self.momentum else 1
-
-    @property
-    def needs_learning_rate(self):
-        return self.follow_learning_rate
-
-    def initial_shared(self, size, dtype):
-        del size
-        return (tf.zeros([], dtype),) if self.follow_learning_rate else ()
-
-    def accumulate(self, local, shared, gradient, step):
-        if self.clip_norm is not None:
-            gradient = _clip(gradient, self.clip_norm / step.num_replicas**0.5)
-        e, *u = local
-        if self.follow_learning_rate:
-            e *= _ratio(shared[0], tf.cast(step.learning_rate, e.dtype))
-        if not self.momentum:
-            return accumulate(e, gradient), (None,)
-        u = self.momentum * u[0] + gradient
-        return accumulate(e, u), (None, u)
-
-    def update(self, local, indices, sent, step):
-        del step
-        e = residual_error(local[0], indices, sent)
-        if not self.momentum:
-            return (e,)
-        if not self.factor_masking:
-            return e, None
-        return e, clear_sent(local[1], indices)
-
-    def aggregate(self, shared, total, step):
-        if self.follow_learning_rate:
-            shared = (tf.cast(step.learning_rate, total.dtype),)
-        return total, shared
-
-    def when_dense(self):
-        # Factor masking is for what was held back.
-        return _of_sum(self.momentum, clip_norm=self.clip_norm)
-
-
-@keras.saving.register_keras_serializable(package="tf_regtopk")
-@dataclasses.dataclass(frozen=True)
 class NoFeedback(ErrorFeedback):
     """What was not sent is forgotten: `a = g`.
 
@@ -312,136 +215,6 @@ class NoFeedback(ErrorFeedback):
 
     def when_dense(self):
         return self
-
-
-@keras.saving.register_keras_serializable(package="tf_regtopk")
-@dataclasses.dataclass(frozen=True)
-class EF21(ErrorFeedback):
-    r"""EF21: the replicas send what changes in their gradients.
-
-        a = v - h,          h = h + sent,           v = (1 - eta) v + eta g
-        aggregate = H = H + total                   H: the sum of all h
-
-    With eta = 1, v is g itself; with less this is EF21-SGDM, for stochastic
-    gradients. What was not sent is in the next difference again.
-
-    Args:
-        momentum: Float eta in (0, 1].
-
-    Sources: Richtarik, Sokolov, Fatkhullin, "EF21" (2021); Fatkhullin,
-    Tyurin, Richtarik, "Momentum Provably Improves Error Feedback!" (2023).
-    """
-
-    momentum: float = 1.0
-
-    def __post_init__(self):
-        self._check_number("momentum", "in (0, 1]", lambda m: 0 < m <= 1)
-
-    @property
-    def num_local(self):
-        return 1 if self.momentum == 1 else 2
-
-    def initial_shared(self, size, dtype):
-        return (tf.zeros([size], dtype),)
-
-    def accumulate(self, local, shared, gradient, step):
-        del shared, step
-        if self.momentum == 1:
-            [h] = local
-            return gradient - h, (None,)
-        h, v = local
-        v = (1 - self.momentum) * v + self.momentum * gradient
-        return v - h, (None, v)
-
-    def update(self, local, indices, sent, step):
-        del step
-        h = add_sent(local[0], indices, sent)
-        return (h, *(None for _ in local[1:]))
-
-    def aggregate(self, shared, total, step):
-        del step
-        [h_sum] = shared
-        h_sum += total
-        return h_sum, (h_sum,)
-
-    def when_dense(self):
-        return _of_sum(1 - self.momentum, scale=self.momentum)
-
-
-@keras.saving.register_keras_serializable(package="tf_regtopk")
-@dataclasses.dataclass(frozen=True)
-class LearnedShift(ErrorFeedback):
-    r"""Error accumulation around a slowly learned shift h of the gradient.
-
-        a = e + g - h,      e = a - sent,           h = h + rate sent
-        aggregate = H + total,                      H = H + rate total
-
-    H is the sum of all h. At a fixed point h is the local gradient, so that
-    what is left to send goes to zero. The aggregates of all steps and the
-    errors add up to all gradients: nothing is lost. With local momentum m, for
-    which the inner optimizer is plain SGD:
-
-        u = m u + g - h,    a = e + u,              e = a - sent
-        p = m p + H,        aggregate = total + p
-        h = h + rate (1 - m) sent,                  H alike
-
-    It keeps e and h, and the shared H; with momentum u and p as well.
-
-    Args:
-        rate: Float in (0, 1], or None for the density. In the distributed
-            linear regression a quarter of the density learns too slowly, and
-            four times the density diverges.
-        momentum: Float m in [0, 1).
-
-    A relative of EC-SGD-DIANA (Gorbunov et al., 2020), which learns the shift
-    from a second message.
-    """
-
-    rate: float | None = None
-    momentum: float = 0.0
-
-    keeps_a = True
-
-    def __post_init__(self):
-        if self.rate is not None:
-            self._check_number("rate", "in (0, 1]", lambda r: 0 < r <= 1)
-        self._check_number("momentum", "in [0, 1)", lambda m: 0 <= m < 1)
-
-    @property
-    def num_local(self):
-        return 3 if self.momentum else 2
-
-    def initial_shared(self, size, dtype):
-        return (tf.zeros([size], dtype),) * (2 if self.momentum else 1)
-
-    def accumulate(self, local, shared, gradient, step):
-        del shared, step
-        if not self.momentum:
-            e, h = local
-            return e + (gradient - h), (None, None)
-        e, h, u = local
-        u = self.momentum * u + (gradient - h)
-        return e + u, (None, None, u)
-
-    def update(self, local, indices, sent, step):
-        a, h, *u = local
-        e = residual_error(a, indices, sent)
-        h = add_sent(h, indices, self._rate(step) * sent)
-        return (e, h, *(None for _ in u))
-
-    def aggregate(self, shared, total, step):
-        h_sum = shared[0] + self._rate(step) * total
-        if not self.momentum:
-            return shared[0] + total, (h_sum,)
-        p = self.momentum * shared[1] + shared[0]
-        return total + p, (h_sum, p)
-
-    def when_dense(self):
-        return _of_sum(self.momentum)
-
-    def _rate(self, step):
-        rate = step.density if self.rate is None else self.rate
-        return rate * (1 - self.momentum)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -468,7 +241,7 @@ class MomentumOfSum(ErrorFeedback):
     def accumulate(self, local, shared, gradient, step):
         del shared
         if self.clip_norm is not None:
-            gradient = _clip(gradient, self.clip_norm / step.num_replicas**0.5)
+            gradient = clip(gradient, self.clip_norm / step.num_replicas**0.5)
         return gradient, local
 
     def update(self, local, indices, sent, step):
@@ -483,25 +256,17 @@ class MomentumOfSum(ErrorFeedback):
         return u, (u,)
 
 
-def _of_sum(momentum, scale=1.0, clip_norm=None):
+def momentum_of_sum(momentum, scale=1.0, clip_norm=None):
+    """`MomentumOfSum`, or what there is without one."""
     if not momentum and clip_norm is None:
         return NoFeedback()
     return MomentumOfSum(momentum, scale, clip_norm)
 
 
-def _clip(gradient, norm):
+def clip(gradient, norm):
     """`gradient`, scaled down to at most this Euclidean norm."""
     # The squares of what is not scaled may be too large for a float.
     largest = tf.reduce_max(tf.abs(gradient))
     scaled = tf.math.divide_no_nan(gradient, largest)
     ratio = tf.math.divide_no_nan(norm / tf.norm(scaled), largest)
     return tf.where(ratio < 1, gradient * ratio, gradient)
-
-
-def _ratio(previous, current):
-    """`previous / current`, 1 where either is 0."""
-    is_defined = (previous > 0) & (current > 0)
-    one = tf.ones_like(current)
-    return tf.where(
-        is_defined, previous / tf.where(is_defined, current, one), one
-    )

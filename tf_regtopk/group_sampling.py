@@ -182,16 +182,15 @@ def _bounds_of_words(bounds, starts, size, step):
 
 def _pack_at_least(scores, bounds):
     """Bitmap of the scores whose keys reach the bound of their word."""
-    # Only the rest is padded: XLA would slow down the whole pass.
-    rest = scores.shape[0] % bitmap.SQUARE
-    whole = scores.shape[0] - rest
-    keys = tf.split(keys_lib.order_preserving(scores), [whole, rest])
-    keys[1] = tf.pad(keys[1], [[0, -rest % bitmap.SQUARE]], constant_values=-1)
-    bounds = tf.split(bounds, [whole // bitmap.WORD, -1])
+    parts = [
+        tf.reshape(part, [-1, bitmap.WORD])
+        for part in keys_lib.in_squares(scores)
+    ]
+    bounds = tf.split(bounds, [part.shape[0] for part in parts])
     [words] = bitmap.pack(
         [
-            tf.reshape(part, [-1, bitmap.WORD]) >= bound[:, tf.newaxis]
-            for part, bound in zip(keys, bounds, strict=True)
+            part >= bound[:, tf.newaxis]
+            for part, bound in zip(parts, bounds, strict=True)
         ]
     )
     return words

@@ -139,14 +139,19 @@ def first_bits(words, num_kept, group_of_word=(0,), first_word=(0,)):
     )
 
 
-def pack_where(scores, *conditions):
-    """Bitmaps of the scores whose keys meet each condition."""
+def in_squares(scores):
+    """Keys of whole squares of bits, and of the rest, filled up with -1."""
     # Only the rest is padded: XLA would slow down the whole pass.
     rest = scores.shape[0] % bitmap.SQUARE
     parts = tf.split(scores, [scores.shape[0] - rest, rest])
+    whole, rest_keys = map(order_preserving, parts)
     padding = [[0, -rest % bitmap.SQUARE]]
-    masks = []
-    for condition in conditions:
-        whole, rest = (condition(order_preserving(p)) for p in parts)
-        masks.append([whole, tf.pad(rest, padding)])
-    return bitmap.pack(*masks)
+    return [whole, tf.pad(rest_keys, padding, constant_values=-1)]
+
+
+def pack_where(scores, *conditions):
+    """Bitmaps of the scores whose keys meet each condition; no -1 may do."""
+    parts = in_squares(scores)
+    return bitmap.pack(
+        *([condition(part) for part in parts] for condition in conditions)
+    )

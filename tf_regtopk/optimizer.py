@@ -7,6 +7,7 @@ import keras
 import tensorflow as tf
 
 from tf_regtopk import codec as codec_lib
+from tf_regtopk import error_accumulation
 from tf_regtopk import error_feedback as error_feedback_lib
 from tf_regtopk import exchange as exchange_lib
 from tf_regtopk import exchange_choice
@@ -128,7 +129,7 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         if codec is None:
             codec = codec_lib.Codec()
         if error_feedback is None:
-            error_feedback = error_feedback_lib.Accumulate()
+            error_feedback = error_accumulation.Accumulate()
         validation.check_instance(
             "sparsifier",
             sparsifier,
