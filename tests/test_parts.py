@@ -137,3 +137,22 @@ def test_groups():
     assert buffer.groups("global", half) == (selection.Group(14, 7),)
     assert buffer.groups("per_variable", half) == ((10, 5), (1, 1), (3, 1))
     assert flat_buffer.FlatBuffer((), ()).groups("global", half) == ()
+
+
+def test_a_gpu_that_no_replica_uses_does_not_count(monkeypatch, mirrored):
+    monkeypatch.setattr(tf.config, "list_logical_devices", lambda _: ["GPU:0"])
+    found = []
+    compiled = tf.function(lambda: found.append(device_kind.is_gpu()))
+    mirrored(2).run(compiled)
+    assert found and not any(found)
+    assert device_kind.is_gpu()
+
+
+def test_replicas_on_gpus_are_recognised(monkeypatch):
+    devices = tuple(f"/replica:0/task:0/device:GPU:{i}" for i in range(2))
+    strategy = types.SimpleNamespace(
+        extended=types.SimpleNamespace(worker_devices=devices)
+    )
+    monkeypatch.setattr(tf.distribute, "has_strategy", lambda: True)
+    monkeypatch.setattr(tf.distribute, "get_strategy", lambda: strategy)
+    assert device_kind.is_gpu()

@@ -14,7 +14,12 @@ def is_gpu():
     """Whether what is traced now is to run on a GPU."""
     if _forced:
         return _forced[-1] == "GPU"
-    return bool(tf.config.list_logical_devices("GPU"))
+    if not tf.distribute.has_strategy():
+        return bool(tf.config.list_logical_devices("GPU"))
+    # There may be a GPU that the replicas do not use.
+    devices = tf.distribute.get_strategy().extended.worker_devices
+    types = {tf.DeviceSpec.from_string(d).device_type for d in devices}
+    return types == {"GPU"}
 
 
 @contextlib.contextmanager
