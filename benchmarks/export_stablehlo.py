@@ -17,6 +17,7 @@ import tqdm
 
 import tf_regtopk
 from tf_regtopk import aggregation
+from tf_regtopk import device_kind
 from tf_regtopk import error_feedback
 from tf_regtopk import radix
 from tf_regtopk import selection
@@ -29,6 +30,9 @@ def define_flags():
     flags.DEFINE_list("sizes", ["25600000", "100000000"], "Values of J.")
     flags.DEFINE_list("densities", ["0.001", "0.01", "0.1"], "Values of k / J.")
     flags.DEFINE_string("output_dir", "stablehlo", "Where the programs go.")
+    flags.DEFINE_enum(
+        "compile_for", "GPU", ["GPU", "CPU"], "What JAX will run them on."
+    )
 
 
 def programs_for(size, density):
@@ -95,12 +99,14 @@ def main(argv):
                 compiled = tf.function(
                     function, jit_compile=True, autograph=False
                 )
-                ir = compiled.experimental_get_compiler_ir(*specs)
+                with device_kind.compile_for(args.compile_for):
+                    ir = compiled.experimental_get_compiler_ir(*specs)
+                    text = ir(stage="stablehlo")
                 file = f"{len(index)}.mlir"
                 with open(
                     os.path.join(args.output_dir, file), "w", encoding="utf-8"
                 ) as f:
-                    f.write(ir(stage="stablehlo"))
+                    f.write(text)
                 index.append(
                     {
                         "file": file,

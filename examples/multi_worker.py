@@ -354,7 +354,7 @@ def slurm_resolver(port_base):
 
 
 def describe_peers(peers):
-    """Says which of the other workers accept no connection."""
+    """Says, after some seconds, which other workers accept no connection."""
     silent = []
     # One that is just ending may still accept some.
     for attempt in range(3):

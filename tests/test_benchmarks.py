@@ -47,7 +47,15 @@ def test_speed(benchmark, methods, tmp_path):
 def test_exported_programs_do_not_hold_the_gradient(tmp_path):
     """They are sent to another machine, and compiled there."""
     run("export_stablehlo.py", tmp_path, *SHARED)
+    run("export_stablehlo.py", tmp_path / "cpu", *SHARED, "--compile_for=CPU")
     index = json.loads((tmp_path / "index.json").read_text("utf-8"))
+    for program in index:
+        if program["name"] == "selection":
+            texts = [
+                (folder / program["file"]).read_text("utf-8")
+                for folder in (tmp_path, tmp_path / "cpu")
+            ]
+            assert texts[0] != texts[1]
     assert {program["size"] for program in index} == set(SIZES)
     for program in index:
         text = (tmp_path / program["file"]).read_text("utf-8")

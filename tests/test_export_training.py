@@ -14,7 +14,9 @@ import pytest
 import run_with_mock_data
 import tensorflow as tf
 
-BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
+ROOT = pathlib.Path(__file__).parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+KEPT_RUNS = ROOT / "docs/results/cifar10_resnet8_iid/runs.jsonl"
 sys.path.append(str(BENCHMARKS))
 
 import export_training  # noqa: E402
@@ -132,6 +134,11 @@ def test_exported_files(tmp_path, start):
     assert result.returncode == 0, result.stderr[-3000:]
     index = json.loads((programs / "index.json").read_text("utf-8"))
     assert index["setting"]["rounds"] == 4 and index["tuning_seeds"] == []
+    # The example finds runs by all flags that say something of them.
+    with open(KEPT_RUNS, encoding="utf-8") as runs:
+        kept = json.loads(runs.readline())["setting"]
+    of_a_run = {"is_tuning", "method", "learning_rate", "seed"}
+    assert set(index["setting"]) == set(kept) - of_a_run
     for name in ("gradients", "predict", "start", "step"):
         [path] = programs.glob(f"{name}*.mlir")
         assert "stablehlo" in path.read_text("utf-8")

@@ -10,6 +10,7 @@ from tf_regtopk import aggregation
 from tf_regtopk import device_kind
 from tf_regtopk import error_feedback
 from tf_regtopk import flat_buffer
+from tf_regtopk import radix
 from tf_regtopk import replica_state
 from tf_regtopk import selection
 
@@ -137,6 +138,27 @@ def test_groups():
     assert buffer.groups("global", half) == (selection.Group(14, 7),)
     assert buffer.groups("per_variable", half) == ((10, 5), (1, 1), (3, 1))
     assert flat_buffer.FlatBuffer((), ()).groups("global", half) == ()
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+@pytest.mark.parametrize("most_for_wide", [0, 1000])
+def test_kth_largest_by_counting(most_for_wide, dtype, monkeypatch):
+    """With narrow and wide digits; keys of all sizes, ties and padding."""
+    monkeypatch.setattr(radix, "_MOST_FOR_WIDE_COUNTED", most_for_wide)
+    largest = np.iinfo(dtype).max
+    rng = np.random.default_rng(0)
+    keys = (largest * rng.random(300) ** 8).astype(dtype)
+    keys[:40], keys[40:90], keys[90:100] = -1, 12345, largest
+    ordered = np.sort(keys)[::-1]
+    for k in (1, 9, 10, 11, 100, 200, 260):
+        threshold, num_ties = radix.kth_largest_by_counting(
+            tf.constant(keys), tf.constant(k)
+        )
+        assert threshold == ordered[k - 1]
+        assert num_ties == k - (keys > ordered[k - 1]).sum()
+        bound, _ = radix.kth_largest_by_counting(tf.constant(keys), k, 18)
+        shift = 8 * np.dtype(dtype).itemsize - 1 - 18
+        assert bound == ordered[k - 1] >> shift << shift
 
 
 def test_a_gpu_that_no_replica_uses_does_not_count(monkeypatch, mirrored):

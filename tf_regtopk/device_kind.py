@@ -11,7 +11,10 @@ _forced = []
 
 
 def is_gpu():
-    """Whether what is traced now is to run on a GPU."""
+    """Whether what is traced now is to run on a GPU.
+
+    Without a strategy, whether there is one.
+    """
     if _forced:
         return _forced[-1] == "GPU"
     if not tf.distribute.has_strategy():
