@@ -2,7 +2,7 @@ r"""Times the programs of export_stablehlo.py by JAX, on an accelerator.
 
 Needs jax and numpy only. Times are medians over runs of several calls, in
 passes over the gradient at the device's own copy bandwidth: one pass reads and
-writes J floats. Uses internals of JAX (tried with 0.11).
+writes J floats.
 
     python benchmarks/run_stablehlo.py stablehlo
     python benchmarks/run_stablehlo.py stablehlo profile   # Kernels as well.
@@ -20,33 +20,11 @@ import time
 
 import jax
 from jax import numpy as jnp
-from jax._src import xla_bridge
-from jax._src.interpreters import mlir as jax_mlir
-from jax._src.lib import xla_client
-from jaxlib.mlir import ir
+import jax_program
 
 ROUNDS = 15
 # Seconds that the calls of a round take, so that starting them does not count.
 ROUND_SECONDS = 0.02
-
-
-def load(path):
-    """A function of device arrays that runs the program in the file."""
-    backend = xla_bridge.get_backend()
-    with jax_mlir.make_ir_context():
-        module = ir.Module.parse(path.read_text("utf-8"))
-        executable = backend.compile_and_load(
-            module,
-            xla_client.DeviceList(tuple(backend.local_devices()[:1])),
-            xla_client.CompileOptions(),
-        )
-
-    def run(arguments):
-        results = executable.execute_sharded(arguments)
-        outputs = results.disassemble_into_single_device_arrays()
-        return [shards[0] for shards in outputs]
-
-    return run
 
 
 def make_arguments(program, seed=0):
@@ -98,7 +76,7 @@ def seconds_of(run, arguments, calls):
     """Seconds a call."""
     start = time.perf_counter()
     for _ in range(calls):
-        outputs = run(arguments)
+        outputs = run(*arguments)
     jax.block_until_ready(outputs)
     return (time.perf_counter() - start) / calls
 
@@ -136,18 +114,23 @@ def main(directory, profile=False):
     copy = jax.jit(lambda x: x + 1)
     with concurrent.futures.ThreadPoolExecutor() as pool:
         programs = list(
-            pool.map(lambda program: load(directory / program["file"]), index)
+            pool.map(
+                lambda program: jax_program.Program(
+                    directory / program["file"]
+                ),
+                index,
+            )
         )
     results = []
     for program, run in zip(index, programs, strict=True):
         arguments = make_arguments(program)
         gradient = jnp.ones(program["size"])
-        check(program, arguments, run(arguments))
+        check(program, arguments, run(*arguments))
         copies, times = [], []
         calls = calls_a_round(run, arguments)
-        copy_calls = calls_a_round(copy, gradient)
+        copy_calls = calls_a_round(copy, [gradient])
         for _ in range(ROUNDS):
-            copies.append(seconds_of(copy, gradient, copy_calls))
+            copies.append(seconds_of(copy, [gradient], copy_calls))
             times.append(seconds_of(run, arguments, calls))
             if sum(times) * calls > 5:
                 break

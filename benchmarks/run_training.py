@@ -2,8 +2,7 @@ r"""Runs the programs of export_training.py by JAX, on an accelerator.
 
 Needs jax and numpy only. Each method trains once with each learning
 rate, and with the best of them from every seed. What has run is kept in
---output, as `cifar10_resnet.py` keeps it, and not run again. Uses internals of
-JAX (tried with 0.11).
+--output, as `cifar10_resnet.py` keeps it, and not run again.
 
     python benchmarks/run_training.py programs --methods=topk,regtopk
 """
@@ -18,68 +17,18 @@ import time
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
-from jax._src import xla_bridge
-from jax._src.interpreters import mlir as jax_mlir
-from jax._src.lib import xla_client
-from jaxlib.mlir import ir
+import jax_program
 import numpy as np
 
 # Steps that may wait to be run; each needs memory.
 QUEUE = 50
 
 
-class Program:
-    """A function of device arrays, compiled.
-
-    Args:
-        path: File of the program.
-        reused: Number of the first one of the last arguments, which the results
-            take the places of; None if there are none.
-    """
-
-    def __init__(self, path, reused=None):
-        backend = xla_bridge.get_backend()
-        with jax_mlir.make_ir_context():
-            module = ir.Module.parse(path.read_text("utf-8"))
-            if reused is not None:
-                _reuse(module, reused)
-            self._executable = backend.compile_and_load(
-                module,
-                xla_client.DeviceList(tuple(backend.local_devices()[:1])),
-                xla_client.CompileOptions(),
-            )
-
-    def __call__(self, *arguments):
-        results = self._executable.execute_sharded(arguments)
-        outputs = results.disassemble_into_single_device_arrays()
-        return [shards[0] for shards in outputs]
-
-
-def _reuse(module, first):
-    """Lets results, in their order, be written over arguments from `first`."""
-    [main] = [
-        operation
-        for operation in module.body.operations
-        if ir.StringAttr(operation.attributes["sym_name"]).value == "main"
-    ]
-    number_type = ir.IntegerType.get_signless(32)
-    main.attributes["arg_attrs"] = ir.ArrayAttr.get(
-        [
-            ir.DictAttr.get(
-                {"tf.aliasing_output": ir.IntegerAttr.get(number_type, i)}
-                if i >= 0
-                else {}
-            )
-            for i in range(-first, len(main.type.inputs) - first)
-        ]
-    )
-
-
 class Test:
     """Images to test on, on the device.
 
     Args:
-        predict: `Program`.
+        predict: `jax_program.Program`.
         images: Array `[n, ...]`.
         labels: Array `[n]`.
         num_predicted: Number of images that `predict` takes.
@@ -121,8 +70,8 @@ class Trainer:
             jax.device_put(images),
             jax.device_put(labels.astype(np.int32)),
         )
-        self._gradients = Program(directory / "gradients.mlir")
-        predict = Program(directory / "predict.mlir")
+        self._gradients = jax_program.Program(directory / "gradients.mlir")
+        predict = jax_program.Program(directory / "predict.mlir")
         held_out = len(images) - index["held_out"]
         self._test = {
             True: Test(predict, images[held_out:], labels[held_out:], count),
@@ -133,8 +82,10 @@ class Trainer:
     def method(self, name):
         """What is compiled for a method: how it starts, and steps."""
         return (
-            Program(self._directory / f"start_{name}.mlir"),
-            Program(self._directory / f"step_{name}.mlir", reused=3),
+            jax_program.Program(self._directory / f"start_{name}.mlir"),
+            jax_program.Program(
+                self._directory / f"step_{name}.mlir", reused=3
+            ),
         )
 
     def train(self, method, is_tuning, learning_rate, seed):
