@@ -238,8 +238,17 @@ def large_groups(density):
     ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mode, dtype",
+    [
+        *(
+            (mode, dtype)
+            for mode in ("eager", "graph", "xla")
+            for dtype in DTYPES
+        ),
+        ("as on GPUs", np.float32),
+    ],
+)
 @pytest.mark.parametrize("density", [0.0005, 0.01])
 @settings(max_examples=12, deadline=None)
 @given(data=st.data())
