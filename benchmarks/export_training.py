@@ -27,6 +27,7 @@ sys.path.append(str(pathlib.Path(__file__).parent.parent / "examples"))
 
 import cifar10_resnet
 import comparison
+import image_training
 import training_programs
 import worker_data
 
@@ -104,19 +105,6 @@ def export_programs(directory, network, methods, num_images, args):
         assert after == arrays, (after, arrays)
 
 
-def numbers_of(labels, args, seed):
-    """The images in every batch, as `image_training.train` draws them."""
-    parts = worker_data.shards(
-        labels,
-        args.num_workers,
-        args.split,
-        args.shard_sizes,
-        args.batch_size,
-        seed,
-    )
-    return worker_data.batches(parts, args.batch_size, args.rounds, seed)
-
-
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments: {argv[1:]}")
@@ -148,7 +136,9 @@ def main(argv):
         keras.backend.clear_session()
         keras.utils.set_random_seed(seed)
         model = cifar10_resnet.build_model(args)
-        numbers = numbers_of(labels[: len(labels) - held_out], args, seed)
+        numbers = image_training.numbers_of(
+            labels[: len(labels) - held_out], args, seed
+        )
         np.savez(
             directory / f"start_{seed}.npz",
             numbers=numbers.astype(np.int32),

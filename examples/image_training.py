@@ -64,15 +64,7 @@ def train(task, strategy, args, is_tuning, method, learning_rate, seed):
     """
     images, labels = task.images, task.labels
     held_out = len(labels) - task.held_out
-    parts = worker_data.shards(
-        labels[:held_out],
-        args.num_workers,
-        args.split,
-        args.shard_sizes,
-        args.batch_size,
-        seed,
-    )
-    numbers = worker_data.batches(parts, args.batch_size, args.rounds, seed)
+    numbers = numbers_of(labels[:held_out], args, seed)
     test = task.test
     if is_tuning:
         test = images[held_out:], labels[held_out:]
@@ -108,6 +100,19 @@ def train(task, strategy, args, is_tuning, method, learning_rate, seed):
         "accuracy": tester.accuracies,
         "bytes_a_step": bytes_a_step(optimizer, model, args.num_workers),
     }
+
+
+def numbers_of(labels, args, seed):
+    """The images in every batch of a run, as of `worker_data.batches`."""
+    parts = worker_data.shards(
+        labels,
+        args.num_workers,
+        args.split,
+        args.shard_sizes,
+        args.batch_size,
+        seed,
+    )
+    return worker_data.batches(parts, args.batch_size, args.rounds, seed)
 
 
 class Tester(keras.callbacks.Callback):

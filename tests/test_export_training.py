@@ -19,7 +19,6 @@ BENCHMARKS = ROOT / "benchmarks"
 KEPT_RUNS = ROOT / "docs/results/cifar10_resnet8_iid/runs.jsonl"
 sys.path.append(str(BENCHMARKS))
 
-import export_training  # noqa: E402
 import training_programs  # noqa: E402
 
 ARGS = types.SimpleNamespace(
@@ -101,7 +100,7 @@ def test_steps_are_those_of_the_example(
     monkeypatch, mirrored, data, start, gradients_of, name
 ):
     method = training_programs.Method(name, ARGS, start)
-    numbers = export_training.numbers_of(data[1][:-HELD_OUT], ARGS, SEED)
+    numbers = image_training.numbers_of(data[1][:-HELD_OUT], ARGS, SEED)
     before = flat(start.get_weights())
     state = method.start(tf.constant(before))
     step = tf.function(method.step, jit_compile=True, autograph=False)

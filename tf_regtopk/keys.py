@@ -76,10 +76,15 @@ def in_rows(keys, sizes):
     )
 
 
-def kth_largest(keys, ks):
-    """As `radix.kth_largest`, of `Keys`; negative ones do not take part."""
+def kth_largest(keys, ks, num_bits=None):
+    """As `radix.kth_largest`, of `Keys`; negative ones do not take part.
+
+    Where a lower bound will do, `num_bits` says of how many bits at least.
+    """
     if len(ks) == 1 and device_kind.is_gpu():
-        threshold, num_ties = radix.kth_largest_by_counting(keys.rows, ks[0])
+        threshold, num_ties = radix.kth_largest_by_counting(
+            keys.rows, ks[0], num_bits
+        )
         return threshold[tf.newaxis], num_ties[tf.newaxis]
     rows, group = keys.rows, keys.group_of_word[:, tf.newaxis]
     is_large = rows.shape.num_elements() >= _FEWEST_FOR_WIDE

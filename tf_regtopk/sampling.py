@@ -12,10 +12,8 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from tf_regtopk import bitmap
-from tf_regtopk import device_kind
 from tf_regtopk import hashing
 from tf_regtopk import keys as keys_lib
-from tf_regtopk import radix
 
 # Standard deviations (of a Poisson count) that a bound is away from k.
 _MARGIN = 4.0
@@ -131,12 +129,11 @@ def _bounds(scores, p, step):
     samples = tf.gather(scores, tf.range(p.num_samples) * stretch + offset)
     keys = keys_lib.in_rows(keys_lib.order_preserving(samples), [p.num_samples])
 
+    # The upper half of a key makes a good enough bound. (Scores that all have
+    # the same are all searched.)
+    num_bits = 4 * keys.rows.dtype.size + 2
+
     def bound(rank):
-        if device_kind.is_gpu():
-            # A little lower, and in half the time. (Where all scores are that
-            # close to each other, it fails, and all are searched.)
-            num_bits = 4 * keys.rows.dtype.size + 2
-            return radix.kth_largest_by_counting(keys.rows, rank, num_bits)[0]
-        return keys_lib.kth_largest(keys, [rank])[0][0]
+        return keys_lib.kth_largest(keys, [rank], num_bits)[0][0]
 
     return bound(p.lower_rank), bound(p.upper_rank) if p.upper_rank else None
