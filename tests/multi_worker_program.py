@@ -10,6 +10,7 @@ import tensorflow as tf
 
 import tf_regtopk
 from tf_regtopk import exchange
+from tf_regtopk import words
 
 
 def make_data():
@@ -194,15 +195,19 @@ def reduce_values(strategy):
 def gather(strategy):
     """What is gathered of different payloads, and by which collectives."""
 
-    @tf.function
-    def gather_on_replicas(words):
-        return strategy.run(exchange.all_gather, args=(words,))
+    def gather_numbers(numbers):
+        gathered = exchange.all_gather(words.hold(numbers))
+        return words.release(gathered, tf.int32)
 
-    words = strategy.experimental_distribute_values_from_function(
+    @tf.function
+    def gather_on_replicas(numbers):
+        return strategy.run(gather_numbers, args=(numbers,))
+
+    numbers = strategy.experimental_distribute_values_from_function(
         lambda context: tf.range(5) + 100 * context.replica_id_in_sync_group
     )
-    gathered = [gather_on_replicas(words).numpy().tolist() for _ in range(3)]
-    graph = gather_on_replicas.get_concrete_function(words).graph
+    gathered = [gather_on_replicas(numbers).numpy().tolist() for _ in range(3)]
+    graph = gather_on_replicas.get_concrete_function(numbers).graph
     return {
         "gathered": gathered,
         "collectives": [
@@ -210,9 +215,7 @@ def gather(strategy):
             for op in graph.get_operations()
             if op.type.startswith("Collective")
         ],
-        "eager": strategy.run(exchange.all_gather, args=(words,))
-        .numpy()
-        .tolist(),
+        "eager": strategy.run(gather_numbers, args=(numbers,)).numpy().tolist(),
     }
 
 

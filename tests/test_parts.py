@@ -13,6 +13,7 @@ from tf_regtopk import flat_buffer
 from tf_regtopk import radix
 from tf_regtopk import replica_state
 from tf_regtopk import selection
+from tf_regtopk import words
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -59,7 +60,8 @@ def test_replica_state(mirrored):
         n = tf.distribute.get_replica_context().replica_id_in_sync_group
         (error,), (memory,) = state.variables()
         error.assign_add(tf.fill([2], tf.cast(n + 1, tf.float32)))
-        memory.assign(memory * n)
+        number = words.release(memory.read_value(), tf.int32)
+        memory.assign(words.hold(number * n))
 
     for _ in range(2):
         strategy.run(step)

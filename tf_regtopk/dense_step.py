@@ -5,6 +5,7 @@ import tensorflow as tf
 from tf_regtopk import error_feedback as error_feedback_lib
 from tf_regtopk import exchange
 from tf_regtopk import finiteness
+from tf_regtopk import verdict
 
 
 class PlainStep:
@@ -16,7 +17,7 @@ class PlainStep:
         totals = exchange.all_reduce_sum(
             [gradient for gradient in gradients if gradient is not None]
         )
-        return finiteness.are_finite(totals), tuple(totals)
+        return _flags_of(totals), tuple(totals)
 
     def aggregate(
         self, exchanged, feedback, memory, learning_rate, number, has_gradient
@@ -56,7 +57,7 @@ class DenseStep:
             number,
         )
         totals = exchange.all_reduce_sum([a])
-        return finiteness.are_finite(totals), tuple(totals)
+        return _flags_of(totals), tuple(totals)
 
     def aggregate(
         self, exchanged, feedback, memory, learning_rate, number, has_gradient
@@ -95,3 +96,7 @@ class DenseStep:
     def _step_of(self, learning_rate, number):
         replicas = tf.distribute.get_strategy().num_replicas_in_sync
         return error_feedback_lib.Step(replicas, 1.0, learning_rate, number)
+
+
+def _flags_of(totals):
+    return verdict.Flags(are_finite=finiteness.are_finite(totals))

@@ -3,8 +3,6 @@
 import dataclasses
 import math
 
-import tensorflow as tf
-
 from tf_regtopk import dense_step
 from tf_regtopk import error_feedback as error_feedback_lib
 from tf_regtopk import flat_buffer
@@ -93,6 +91,7 @@ class GradientExchange:
             self._rule,
             self._payload_codec_of(codec),
             self._participants,
+            (*self.feedback_state.dtypes[:2], self.memory.dtypes),
         )
 
     def exchange(self, gradients, learning_rate, number):
@@ -104,19 +103,20 @@ class GradientExchange:
             number: Scalar integer tensor, the number of steps taken before.
 
         Returns:
-            `(is_finite, exchanged)`, as of `OptimizerWrapper._exchange`.
+            `(flags, exchanged)`: list of `verdict.Flags`, and for `aggregate` a
+            structure of tensors.
         """
-        exchanged, are_finite = [], []
+        exchanged, flags = [], []
         for slots, step, feedback, memory in self._parts():
             part = [gradients[slot] for slot in slots]
             if all(gradient is None for gradient in part):
                 exchanged.append(())
                 continue
-            is_finite, sent = step.exchange(
+            found, sent = step.exchange(
                 part, feedback, memory, learning_rate, number
             )
             exchanged.append(sent)
-            are_finite.append(is_finite)
+            flags.append(found)
         # What the inner optimizer is to see as it is.
         summed = {*self._sparse_slots, *self._dense_slots}
         as_it_is = {
@@ -124,7 +124,7 @@ class GradientExchange:
             for slot, gradient in enumerate(gradients)
             if gradient is not None and slot not in summed
         }
-        return tf.reduce_all(are_finite), (as_it_is, *exchanged)
+        return flags, (as_it_is, *exchanged)
 
     def aggregate(self, exchanged, has_gradient, learning_rate, number):
         """The second half of a step: the sums over all replicas.

@@ -63,34 +63,32 @@ def abort_collectives(message):
     context.context().abort_collective_ops(tf.errors.DEADLINE_EXCEEDED, message)
 
 
-def can_exchange_at_once():
-    """Whether `exchange_at_once` serves this replica: on workers' CPUs.
+def can_gather_at_once():
+    """Whether `gather_at_once` serves this replica, in a replica context.
 
-    In a replica context. Elsewhere it has not been tried (GPUs), is not needed
-    (one process), or would block (eager replicas run one after the other).
+    It would block eager replicas, which run one after the other. A
+    `MirroredStrategy` may have been given cross-device operations that are no
+    collectives.
     """
-    strategy = tf.distribute.get_strategy()
-    return (
-        isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
-        and not tf.executing_eagerly()
-        and "CPU" in _launcher()._device
+    cross_device_ops = tf.distribute.get_strategy().extended._cross_device_ops
+    return not tf.executing_eagerly() and hasattr(
+        cross_device_ops, "_launchers"
     )
 
 
-def exchange_at_once(payload):
-    """An all-gather in one round, in which each replica sends to all others.
+def gather_at_once(payload):
+    """An all-gather by one collective.
 
-    The public one makes two: of the shapes, then of the payloads; and each
-    passes the payloads on from replica to replica, N - 1 times, where this one
-    takes as long as one message. It sends as many bytes.
+    The public one makes two: of the shapes, then of the payloads, which it pads
+    and cuts; and passes int32 through the host of a single GPU.
 
     Args:
         payload: Tensor `[length]`, of the same length on every replica.
 
     Returns:
-        Tensor `[N, length]`.
+        Tensor `[N length]`.
     """
-    return _send_to_all(payload, _launcher())
+    return _gather(payload, _launcher())
 
 
 def sum_within_worker(gradients, worker, num_workers):
@@ -115,7 +113,7 @@ def sum_within_worker(gradients, worker, num_workers):
     return sums
 
 
-def exchange_among_workers(shares, worker, num_workers):
+def gather_among_workers(shares, worker, num_workers):
     """An all-gather of what each worker has to send, of which it sends it once.
 
     Each replica of a worker sends its share to the replicas of the same place
@@ -132,24 +130,42 @@ def exchange_among_workers(shares, worker, num_workers):
     """
     within, across = _launchers_of_worker(worker, num_workers)
     share = shares[tf.distribute.get_replica_context()._replica_id]
-    received = _send_to_all(share, across)
-    gathered = _send_to_all(tf.reshape(received, [-1]), within)
-    gathered = tf.reshape(gathered, [shares.shape[0], *received.shape])
+    gathered = _gather(_gather(share, across), within)
+    gathered = tf.reshape(gathered, [shares.shape[0], num_workers, -1])
     return tf.transpose(gathered, [1, 0, 2])
 
 
-def _send_to_all(payload, launcher):
-    """Each replica of a launcher's group sends the same to all the others."""
+def _gather(payload, launcher):
+    """The payloads of a launcher's group, one after the other."""
     options = launcher._options
+    are_workers = isinstance(
+        tf.distribute.get_strategy(), tf.distribute.MultiWorkerMirroredStrategy
+    )
+    if are_workers:
+        instance_key = launcher._next_instance_key()
+    else:
+        # TensorFlow's keys, one for each call, serve workers that trace at
+        # different times, and fail within loops, as of `steps_per_execution`.
+        instance_key = launcher._collective_keys.get_instance_key(
+            launcher._group_key, launcher._device
+        )
+    arguments = [
+        launcher._group_size,
+        launcher._group_key,
+        instance_key,
+        options.implementation.value,
+        options.timeout_seconds or 0,
+        launcher._get_ordering_token(),
+    ]
     with tf.device(launcher._device):
-        return collective_ops.all_to_all_v2(
-            tf.tile(payload[tf.newaxis], [launcher._group_size, 1]),
-            launcher._group_size,
-            launcher._group_key,
-            launcher._next_instance_key(),
-            communication_hint=options.implementation.value,
-            timeout=options.timeout_seconds or 0,
-            ordering_token=launcher._get_ordering_token(),
+        if "CPU" not in launcher._device or not are_workers:
+            return collective_ops.all_gather_v2(payload, *arguments)
+        # Between CPUs of several workers an all-gather passes payloads on from
+        # replica to replica, N - 1 times. Each to all others takes as long as
+        # one message, and as many bytes.
+        copies = tf.tile(payload[tf.newaxis], [launcher._group_size, 1])
+        return tf.reshape(
+            collective_ops.all_to_all_v2(copies, *arguments), [-1]
         )
 
 
@@ -200,10 +216,14 @@ def _group_launcher(group_key, group_size, launcher):
     """A launcher as the one given, but for another group of replicas."""
     device = launcher._device
     keys = cross_device_utils.CollectiveKeys(group_key_start=group_key)
-    return cross_device_utils.CollectiveReplicaLauncher(
+    of_group = cross_device_utils.CollectiveReplicaLauncher(
         keys.get_group_key([device]),
         group_size,
         keys,
         device,
         launcher._options,
     )
+    # Collectives of several groups must start in one order on all devices,
+    # because NCCL lets the first block those behind it.
+    of_group._ordering_token = launcher._ordering_token
+    return of_group

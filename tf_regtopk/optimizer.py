@@ -17,6 +17,7 @@ from tf_regtopk import replica_state
 from tf_regtopk import saved_state
 from tf_regtopk import sparsifiers
 from tf_regtopk import validation
+from tf_regtopk import verdict
 from tf_regtopk import worker_files
 from tf_regtopk import wrapper
 
@@ -165,13 +166,12 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
 
     def _exchange(self, gradients):
         """Select -> exchange: the first half of a step; nothing is kept yet."""
-        is_finite, exchanged = self._gradient_exchange.exchange(
+        flags, exchanged = self._gradient_exchange.exchange(
             gradients, self._read_learning_rate(), self._iterations.value
         )
-        is_current = validation.check_traced_after(
-            self.changes, self._changes.variables()
-        )
-        return is_finite & is_current, exchanged
+        is_current = tf.equal(self._changes.variables(), self.changes)
+        flags.append(verdict.Flags(are_current=is_current))
+        return verdict.is_finite(flags), exchanged
 
     def _aggregate(self, exchanged, has_gradient):
         """Sum -> remember -> clear the error: the second half of a step."""

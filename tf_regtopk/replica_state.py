@@ -4,13 +4,15 @@ import tensorflow as tf
 
 from tf_regtopk import exchange
 from tf_regtopk import keras_internals
+from tf_regtopk import words
 
 
 class ReplicaState:
     """A structure of tensors that differs from replica to replica.
 
     To be created in the scope of the strategy; `variables` is to be called in a
-    replica context.
+    replica context. Variables of integers of 32 bits hold them as `words.hold`
+    does; arrays have the dtypes of the initial structure.
 
     Args:
         initial: Function that returns the structure (nested tuples) of tensors
@@ -31,18 +33,21 @@ class ReplicaState:
         self._strategy = tf.distribute.get_strategy()
         self._participants = participants or exchange.Participants()
         self._initial = initial
+        values = initial()
+        # The structure of the tensors' own dtypes.
+        self.dtypes = tf.nest.map_structure(lambda v: v.dtype, values)
         # ON_READ without aggregation: each replica reads and writes its own
         # value, and nothing is ever reduced behind its back.
         # All start alike, so that no worker has to tell another.
         with keras_internals.initial_values_of_each_worker():
             self._variables = tf.nest.map_structure(
                 lambda value: tf.Variable(
-                    value,
+                    words.hold(value),
                     trainable=False,
                     synchronization=tf.VariableSynchronization.ON_READ,
                     aggregation=tf.VariableAggregation.NONE,
                 ),
-                initial(),
+                values,
             )
 
     def variables(self):
@@ -78,13 +83,12 @@ class ReplicaState:
 
     def local_arrays(self):
         """For each replica of this process its list of arrays."""
-        flat = [
-            self._strategy.experimental_local_results(variable)
-            for variable in tf.nest.flatten(self._variables)
-        ]
         copies = self._participants.copies
         return [
-            [values[i * copies].numpy() for values in flat]
+            [
+                words.release_array(parts[i * copies].numpy(), dtype)
+                for parts, dtype in self._parts()
+            ]
             for i in range(len(self.replicas))
         ]
 
@@ -94,12 +98,22 @@ class ReplicaState:
         Args:
             values: For each replica of this process its list of arrays.
         """
-        variables = [
-            self._strategy.experimental_local_results(variable)
-            for variable in tf.nest.flatten(self._variables)
-        ]
         copies = self._participants.copies
         for i, arrays in enumerate(values):
-            for parts, array in zip(variables, arrays, strict=True):
+            for (parts, dtype), array in zip(
+                self._parts(), arrays, strict=True
+            ):
+                held = words.hold_array(array, dtype)
                 for part in parts[i * copies : (i + 1) * copies]:
-                    part.assign(array)
+                    part.assign(held)
+
+    def _parts(self):
+        """For each variable its parts in this process, and its dtype."""
+        return [
+            (self._strategy.experimental_local_results(variable), dtype)
+            for variable, dtype in zip(
+                tf.nest.flatten(self._variables),
+                tf.nest.flatten(self.dtypes),
+                strict=True,
+            )
+        ]

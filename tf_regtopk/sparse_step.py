@@ -8,6 +8,8 @@ from tf_regtopk import exchange
 from tf_regtopk import finiteness
 from tf_regtopk import selection
 from tf_regtopk import validation
+from tf_regtopk import verdict
+from tf_regtopk import words
 
 
 class SparseStep:
@@ -23,6 +25,8 @@ class SparseStep:
         error_feedback: `ErrorFeedback`.
         payload_codec: `PayloadCodec` for the k of all groups.
         participants: `exchange.Participants`.
+        state_dtypes: `(local, shared, memory)`, tuples of dtypes: those of the
+            state, whose variables hold words.
     """
 
     def __init__(
@@ -33,6 +37,7 @@ class SparseStep:
         error_feedback,
         payload_codec,
         participants,
+        state_dtypes,
     ):
         self._buffer = buffer
         self._groups = groups
@@ -40,6 +45,7 @@ class SparseStep:
         self._error_feedback = error_feedback
         self._payload_codec = payload_codec
         self._participants = participants
+        self._state_dtypes = state_dtypes
 
     def exchange(self, gradients, feedback, memory, learning_rate, number):
         """Select -> exchange: the first half of a step; nothing is kept yet.
@@ -54,7 +60,8 @@ class SparseStep:
             number: Scalar integer tensor, the number of steps taken before.
 
         Returns:
-            `(is_finite, exchanged)`, as of `OptimizerWrapper._exchange`.
+            `(flags, exchanged)`: `verdict.Flags`, and for `aggregate` a
+            structure of tensors.
         """
         gradients = self._participants.sum_within(
             self._buffer.densify(gradients)
@@ -69,19 +76,9 @@ class SparseStep:
             learning_rate,
             (number, self._participants.number),
         )
-        payloads = self._participants.all_gather(
-            payload, num_used if self._payload_codec.is_variable else None
-        )
-        magnitudes, payloads = exchange.split_header(
-            payloads, number, self._buffer.dtype
-        )
-        *entries, is_valid, are_finite = self.decode(payloads)
-        is_finite = (
-            exchange.check_payloads(is_valid)
-            & are_finite
-            & finiteness.is_sum_finite(magnitudes)
-        )
-        return is_finite, (*entries, *rest)
+        payloads = self._participants.all_gather(payload, num_used)
+        *entries, flags = self.decode(payloads, number)
+        return flags, (*entries, *rest)
 
     def aggregate(
         self, exchanged, feedback, memory, learning_rate, number, has_gradient
@@ -127,6 +124,7 @@ class SparseStep:
     ):
         """Accumulate -> score -> select -> encode, on one replica."""
         step, _ = stream
+        local, shared, memory = self._release(local, shared, memory)
         g = tf.concat(vectors, axis=0)
         a, accumulated = self._error_feedback.accumulate(
             local, shared, g, self._step_of(learning_rate, step)
@@ -142,27 +140,47 @@ class SparseStep:
         magnitude = finiteness.largest_magnitude(
             values if self._sparsifier.selects_non_finite else a, sent
         )
-        payload, num_used = exchange.add_header(
-            magnitude, step, payload, self._payload_codec.num_used(payload)
-        )
+        num_used = self._num_used(payload)
+        payload = exchange.add_header(magnitude, step, payload)
         if self._error_feedback.keeps_a:
             accumulated = (a, *accumulated[1:])
         accumulated = self._buffer.keep_missing_state(
             local, accumulated, has_gradient
         )
         accumulated = {
-            i: value for i, value in enumerate(accumulated) if value is not None
+            i: words.hold(value)
+            for i, value in enumerate(accumulated)
+            if value is not None
         }
-        return payload, num_used, indices, sent, accumulated
+        return (
+            words.hold(payload),
+            num_used,
+            words.hold(indices),
+            sent,
+            accumulated,
+        )
 
     @tf.function(jit_compile=True, autograph=False)
-    def decode(self, payloads):
-        """The entries of all replicas, on each replica."""
+    def decode(self, payloads, number):
+        """The entries of all replicas, on each replica, and `Flags`."""
+        magnitudes, steps, payloads = exchange.split_header(
+            words.release(payloads, tf.int32), self._buffer.dtype
+        )
         indices, values, is_valid = self._payload_codec.decode(payloads)
         if values.shape[1] == self._buffer.size:
             # Nobody reads them, and they take as much memory as the values.
             indices = indices[:, :0]
-        return indices, values, is_valid, finiteness.are_finite([values])
+        flags = verdict.Flags(
+            are_finite=tf.stack(
+                [
+                    finiteness.are_finite([values]),
+                    finiteness.is_sum_finite(magnitudes),
+                ]
+            ),
+            are_of_this_step=tf.equal(steps, tf.cast(number, tf.int32)),
+            are_valid=is_valid,
+        )
+        return words.hold(indices), values, flags
 
     @tf.function(jit_compile=True, autograph=False)
     def add_entries(
@@ -180,6 +198,9 @@ class SparseStep:
     ):
         """Sum -> remember what became of this replica's entries."""
         step = self._step_of(learning_rate, number)
+        all_indices, indices = (
+            words.release(held, tf.int32) for held in (all_indices, indices)
+        )
         total = self._buffer.clear_missing(
             aggregation.sum_entries(all_indices, values, self._buffer.size),
             has_gradient,
@@ -196,14 +217,28 @@ class SparseStep:
                 indices, applied, selection.take(total, indices)
             ),
         )
-        old = _read(shared)
+        _, old, _ = self._release((), _read(shared), ())
         aggregate, new = self._error_feedback.aggregate(old, total, step)
         _assign(shared, self._buffer.keep_missing_state(old, new, has_gradient))
         # Last, and in place, because only now nothing else needs a.
-        old = _read(local)
+        old, _, _ = self._release(_read(local), (), ())
         new = self._error_feedback.update(old, indices, sent, step)
         _assign(local, self._buffer.keep_missing_state(old, new, has_gradient))
         return aggregate
+
+    def _num_used(self, payload):
+        """How many words of a payload with a header are sent; None for all."""
+        if not self._payload_codec.is_variable:
+            return None
+        header = exchange.header_words(self._buffer.dtype)
+        return header + self._payload_codec.num_used(payload)
+
+    def _release(self, *state):
+        """What the variables of `(local, shared, memory)` hold."""
+        return tuple(
+            tuple(map(words.release, held, dtypes))
+            for held, dtypes in zip(state, self._state_dtypes, strict=True)
+        )
 
     def _step_of(self, learning_rate, number):
         return error_feedback_lib.Step(
@@ -222,4 +257,4 @@ def _assign(variables, values):
     """Assigns those of the values that are not None."""
     for variable, value in zip(variables, values, strict=True):
         if value is not None:
-            variable.assign(value)
+            variable.assign(words.hold(value))

@@ -256,31 +256,3 @@ def check_hierarchical(hierarchical, indices):
             "`codec` must write indices in a fixed length with "
             '`hierarchical`. Received: indices="golomb"'
         )
-
-
-def check_traced_after(traced, current):
-    """Raises where a function was traced before the exchange changed.
-
-    Args:
-        traced: Integer, the number of changes before the function was traced.
-        current: Scalar integer tensor, the number of changes so far.
-
-    Returns:
-        Scalar bool tensor, true, for what must wait for the check.
-
-    Raises:
-        tf.errors.InvalidArgumentError: When run.
-    """
-    is_current = tf.equal(current, traced)
-    check = tf.debugging.Assert(
-        is_current,
-        [
-            "A function must be traced again when the density or the exchange "
-            "changes, as by "
-            "`model.make_train_function(force=True)`. Received: a function "
-            f"traced after {traced} changes; by now there were",
-            current,
-        ],
-    )
-    with tf.control_dependencies([check]):
-        return tf.identity(is_current)

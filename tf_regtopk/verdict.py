@@ -1,0 +1,85 @@
+"""Whether a step is taken: the one decision that the host makes.
+
+What a replica finds out about a step are flags on its own device. They travel
+to the host together, because the host waits for each copy from a device.
+"""
+
+import itertools
+from typing import NamedTuple
+
+import tensorflow as tf
+
+
+class Flags(NamedTuple):
+    """Findings of a replica: bool tensors, true where all is well, or None.
+
+    Args:
+        are_finite: Whether no gradient or sum holds NaN or infinity; if not,
+            the step is skipped.
+        are_of_this_step: For each replica, whether it is at the same step.
+        are_valid: For each replica, whether its payload held k entries.
+        are_current: Whether the function was traced after the last change.
+    """
+
+    are_finite: tf.Tensor | None = None
+    are_of_this_step: tf.Tensor | None = None
+    are_valid: tf.Tensor | None = None
+    are_current: tf.Tensor | None = None
+
+
+def is_finite(flags):
+    """Whether all is finite, once everything else is as it has to be.
+
+    Args:
+        flags: List of `Flags`, the same on every replica.
+
+    Returns:
+        Scalar bool tensor in the memory of the host.
+
+    Raises:
+        tf.errors.InvalidArgumentError: When run, if replicas are at different
+            steps, a payload held no k entries of the gradient, or the function
+            was traced before the exchange changed.
+    """
+    columns = [
+        [tf.reshape(flag, [-1]) for flag in column if flag is not None]
+        for column in zip(*flags, strict=True)
+    ]
+    sizes = [sum(flag.shape[0] for flag in column) for column in columns]
+    vector = tf.concat([*itertools.chain(*columns)], axis=0)
+    with tf.device("CPU:0"):
+        found = Flags(*tf.split(tf.identity(vector), sizes))
+        checks = [
+            tf.debugging.Assert(
+                tf.reduce_all(found.are_current),
+                [
+                    "A function must be traced again when the density or the "
+                    "exchange changes, as by "
+                    "`model.make_train_function(force=True)`. Received: a "
+                    "function traced before the last change"
+                ],
+            ),
+            tf.debugging.Assert(
+                tf.reduce_all(found.are_of_this_step),
+                [
+                    "The replicas must be at the same step. Were the workers "
+                    "restored from different checkpoints? Received replicas "
+                    "at the step of this one:",
+                    found.are_of_this_step,
+                ],
+            ),
+            # Payloads of another step say nothing.
+            tf.debugging.Assert(
+                tf.reduce_all(found.are_valid)
+                | ~tf.reduce_all(found.are_of_this_step),
+                [
+                    "Every payload must hold different, rising indices of the "
+                    "gradient. Do all workers run the same model and "
+                    "optimizer? Received valid payloads of the replicas:",
+                    found.are_valid,
+                ],
+            ),
+        ]
+        # Else a graph may go on beside a check that fails.
+        with tf.control_dependencies([c for c in checks if c is not None]):
+            return tf.identity(tf.reduce_all(found.are_finite))
