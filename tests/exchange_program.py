@@ -1,5 +1,7 @@
 """What `test_exchange.py` runs on each of two workers."""
 
+import graphlib
+import itertools
 import json
 import os
 import sys
@@ -133,6 +135,59 @@ def bytes_a_step(strategy, num_steps=5, size=1_000_000, **kwargs):
     return counted, 2 * optimizer.wire_report().sent_bytes
 
 
+def order_of_collectives(strategy):
+    """Which collectives there are, and which of one device nothing orders.
+
+    Of a step with all that communicates: workers' entries, variables exchanged
+    densely, a metric and the loss.
+    """
+    optimizer, variables = make(strategy, hierarchical=True, dense_below=10)
+    with strategy.scope():
+        metric = keras.metrics.Mean()
+
+    def replica_step():
+        optimizer.apply([tf.ones(v.shape) for v in variables], variables)
+        metric.update_state(1.0)
+        return tf.reduce_sum(variables[0])
+
+    @tf.function(autograph=False)
+    def step():
+        loss = strategy.run(replica_step)
+        return strategy.reduce("MEAN", loss, axis=None), metric.result()
+
+    graph = step.get_concrete_function().graph
+    inputs = {
+        op: {tensor.op for tensor in op.inputs} | {*op.control_inputs}
+        for op in graph.get_operations()
+    }
+    before = {}
+    for op in graphlib.TopologicalSorter(inputs).static_order():
+        before[op] = inputs[op].union(*(before[other] for other in inputs[op]))
+    collectives = [op for op in before if op.type.startswith("Collective")]
+    pairs = [
+        (a, b)
+        for a, b in itertools.combinations(collectives, 2)
+        if a.device == b.device
+    ]
+
+    def constant(tensor):
+        return tf.get_static_value(tensor).item()
+
+    collectives.sort(key=lambda op: len(before[op]))
+    sequences = {device: [] for device in sorted({a.device for a, _ in pairs})}
+    for op in collectives:
+        sequences[op.device].append([op.type, constant(op.inputs[1])])
+    return {
+        "groups": len({constant(op.inputs[2]) for op in collectives}),
+        "sequences": [*sequences.values()],
+        "unordered": [
+            [a.name, b.name]
+            for a, b in pairs
+            if a not in before[b] and b not in before[a]
+        ],
+    }
+
+
 def main(result_path):
     from tensorflow.python.distribute import collective_all_reduce_strategy
 
@@ -168,6 +223,7 @@ def main(result_path):
         name: bytes_a_step(strategy, hierarchical=hierarchical)
         for name, hierarchical in (("hierarchical", True), ("flat", False))
     }
+    result["order"] = order_of_collectives(strategy)
     auto, _ = make(strategy, exchange="auto")
     result["auto"] = [auto.chosen_exchange, auto.exchange_seconds]
     with open(result_path, "w", encoding="utf-8") as f:

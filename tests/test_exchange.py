@@ -107,6 +107,17 @@ def test_waiting_for_others_costs_no_threads(workers):
         assert result["new_threads"] < 10
 
 
+def test_collectives_of_a_device_have_one_order(workers):
+    """Or NCCL, which starts them one after the other, could block for ever."""
+    results, _ = workers
+    for result in results:
+        # The worker's replicas, those of the first and the second place, all.
+        assert result["order"]["groups"] == 4
+        first, second = result["order"]["sequences"]
+        assert first == second and len(first) > 4
+        assert not result["order"]["unordered"]
+
+
 def test_initial_state_is_not_sent(workers):
     """Each worker starts with its own, which here is its number."""
     results, _ = workers
