@@ -14,6 +14,7 @@ import tensorflow as tf
 
 import tf_regtopk
 from tf_regtopk import bits
+from tf_regtopk import device_kind
 from tf_regtopk import index_codecs
 from tf_regtopk import value_codecs
 
@@ -480,6 +481,39 @@ def test_wrong_payloads_are_recognised(name):
 
         for change in (repeat, swap, leave, leave_below):
             assert not is_valid(change)
+
+
+@pytest.mark.parametrize("name", ["elias_fano", "golomb", "bitmap", "int32"])
+@pytest.mark.parametrize("values", ["float32", "natural", "uniform", "ternary"])
+def test_payloads_decoded_at_once(name, values):
+    """As GPUs do, with the same result."""
+    size, k, num_replicas = 1000, 10, 3
+    codec = tf_regtopk.Codec(name, values).payload(k, size)
+    rng = np.random.default_rng(0)
+    payloads = np.stack(
+        [
+            codec.encode(
+                tf.constant(np.sort(rng.permutation(size)[:k]), tf.int32),
+                tf.constant(rng.standard_normal(k), tf.float32),
+                (0, n),
+            )[0]
+            for n in range(num_replicas)
+        ]
+    )
+
+    def decode(kind):
+        with device_kind.compile_for(kind):
+            return codec.decode(tf.constant(payloads))
+
+    for expected, actual in zip(decode("CPU"), decode("GPU"), strict=True):
+        np.testing.assert_array_equal(actual, expected)
+    assert all(decode("GPU")[2])
+    # Every bit is set: too many of them, or indices of -1.
+    payloads[1, codec.num_value_words :] = -1
+    for kind in ("CPU", "GPU"):
+        indices, _, is_valid = decode(kind)
+        assert is_valid.numpy().tolist() == [True, False, True]
+        assert np.min(indices) >= 0 and np.max(indices) < size
 
 
 def test_payload_of_another_length():

@@ -10,6 +10,7 @@ import dataclasses
 import keras
 import tensorflow as tf
 
+from tf_regtopk import device_kind
 from tf_regtopk import index_codecs
 from tf_regtopk import validation
 from tf_regtopk import value_codecs
@@ -156,25 +157,41 @@ class PayloadCodec:
                 f"payloads.shape={payloads.shape}"
             )
 
-        def decode_one(payload):
-            words = tf.bitcast(payload, tf.uint32)
-            split = self.num_value_words
-            indices, is_complete = self.indices.decode(words[split:])
-            values = self.values.decode(
-                words[:split], self.indices.k, self.dtype
+        words = tf.bitcast(payloads, tf.uint32)
+        split = self.num_value_words
+        if self._decodes_all_at_once(payloads.shape[0]):
+            indices, is_complete = self.indices.decode_all(words[:, split:])
+            values = tf.stack(
+                [self._decode_values(row[:split]) for row in tf.unstack(words)]
             )
-            return indices, values, is_complete
-
-        indices, values, is_complete = tf.map_fn(
-            decode_one,
-            payloads,
-            fn_output_signature=(tf.int32, self.dtype, tf.bool),
-        )
+            # Indices beside payloads that are not complete mean nothing.
+            is_exempt = ~tf.reduce_all(is_complete)
+        else:
+            (indices, is_complete), values = tf.map_fn(
+                lambda row: (
+                    self.indices.decode(row[split:]),
+                    self._decode_values(row[:split]),
+                ),
+                words,
+                fn_output_signature=((tf.int32, tf.bool), self.dtype),
+            )
+            is_exempt = False
         size = self.indices.size
-        is_valid = (
-            is_complete
-            & tf.reduce_all(indices[:, 1:] > indices[:, :-1], axis=1)
+        is_rising = (
+            tf.reduce_all(indices[:, 1:] > indices[:, :-1], axis=1)
             & (indices[:, 0] >= 0)
             & (indices[:, -1] < size)
         )
-        return tf.clip_by_value(indices, 0, size - 1), values, is_valid
+        return (
+            tf.clip_by_value(indices, 0, size - 1),
+            values,
+            is_complete & (is_rising | is_exempt),
+        )
+
+    def _decode_values(self, words):
+        return self.values.decode(words, self.indices.k, self.dtype)
+
+    def _decodes_all_at_once(self, num_payloads):
+        """Whether operations on all payloads suit the device, and are small."""
+        num_bits = 32 * num_payloads * self.indices.num_words
+        return device_kind.is_gpu() and num_bits < 2**31

@@ -80,6 +80,23 @@ class IndexCodec(abc.ABC):
             `(indices, is_valid)`: an int32 tensor `[k]` and a scalar bool.
         """
 
+    def decode_all(self, words):
+        """As `decode` of each of N payloads, in few but larger operations.
+
+        For GPUs, where to start an operation may take longer than to run it.
+
+        Args:
+            words: uint32 tensor `[N, num_words]`.
+
+        Returns:
+            `(indices, is_valid)`: an int32 tensor `[N, k]` and a bool one
+            `[N]`. Where one payload is not valid, others that are may decode to
+            other indices.
+        """
+        # XLA joins what is computed number by number.
+        indices, is_valid = zip(*map(self.decode, tf.unstack(words)))
+        return tf.stack(indices), tf.stack(is_valid)
+
     def num_used(self, words):
         """How many of the words `encode` has used, a scalar int32 tensor."""
         del words
@@ -129,6 +146,9 @@ class Bitmap(IndexCodec):
     def decode(self, words):
         return _positions_of_bits(words, self.k)
 
+    def decode_all(self, words):
+        return _positions_in_rows(words, self.k)
+
 
 class EliasFano(IndexCodec):
     r"""The low bits of each index as they are, the high ones in unary.
@@ -172,6 +192,18 @@ class EliasFano(IndexCodec):
         unary, is_valid = _positions_of_bits(words, self.k)
         high = unary - sequence.range_from(unary[0] * 0, self.k)
         return tf.bitwise.left_shift(high, self._num_low) | low, is_valid
+
+    def decode_all(self, words):
+        low, words = zip(
+            *(
+                _split_low(row, self.k, self._num_low)
+                for row in tf.unstack(words)
+            )
+        )
+        unary, is_valid = _positions_in_rows(tf.stack(words), self.k)
+        high = unary - sequence.range_from(unary[0, 0] * 0, self.k)
+        high = tf.bitwise.left_shift(high, self._num_low)
+        return high | tf.stack(low), is_valid
 
 
 class Golomb(IndexCodec):
@@ -289,6 +321,17 @@ def _positions_of_bits(words, k):
     """Positions of the first k set bits, and whether there are exactly k."""
     num_set = tf.reduce_sum(bitmap.count_bits(words))
     return bitmap.positions(words, k), tf.equal(num_set, k)
+
+
+def _positions_in_rows(words, k):
+    """As `_positions_of_bits`, for each row of words."""
+    num_rows, num_words = words.shape
+    num_set = tf.reduce_sum(bitmap.count_bits(words), axis=1)
+    positions = tf.reshape(
+        bitmap.positions(tf.reshape(words, [-1]), num_rows * k), [num_rows, k]
+    )
+    before = tf.range(num_rows)[:, tf.newaxis] * (num_words * _WORD)
+    return positions - before, tf.equal(num_set, k)
 
 
 def _pack_low(numbers, num_low):
