@@ -5,10 +5,17 @@ same version.
 
     python benchmarks/export_stablehlo.py --output_dir=stablehlo
     python benchmarks/run_stablehlo.py stablehlo        # on that machine
+
+The programs of a whole step are for compile_for_gpu.py, which counts kernels
+and needs no GPU:
+
+    python benchmarks/export_stablehlo.py --output_dir=step \
+        --programs=select_entries,decode,add_entries --sizes=25600000
 """
 
+import itertools
 import json
-import os
+import pathlib
 
 from absl import app
 from absl import flags
@@ -19,23 +26,67 @@ import tf_regtopk
 from tf_regtopk import aggregation
 from tf_regtopk import device_kind
 from tf_regtopk import error_feedback
+from tf_regtopk import flat_buffer
 from tf_regtopk import radix
 from tf_regtopk import selection
+from tf_regtopk import sparse_step
 
-NUM_WORKERS = 8
 NUM_THRESHOLDS = 16
+PARTS = [
+    "RegTopK step",
+    "selection",
+    "tf.math.top_k",
+    "sum of all",
+    "digit histogram",
+    "16 thresholds",
+]
+STEP = ["select_entries", "decode", "add_entries"]
+
+
+class State:
+    """A variable for one step: its value, and what is assigned to it."""
+
+    def __init__(self, value):
+        self._value = value
+
+    def read_value(self):
+        return self._value
+
+    def assign(self, value):
+        self._value = value
+
+
+class Participants:
+    """Those of a step without an exchange, as `exchange.Participants`."""
+
+    def __init__(self, count):
+        self.count = count
 
 
 def define_flags():
     flags.DEFINE_list("sizes", ["25600000", "100000000"], "Values of J.")
     flags.DEFINE_list("densities", ["0.001", "0.01", "0.1"], "Values of k / J.")
+    flags.DEFINE_list(
+        "programs", PARTS, f"Which ones, of {', '.join(PARTS + STEP)}."
+    )
+    flags.DEFINE_integer("num_workers", 8, "N.", lower_bound=1)
+    flags.DEFINE_enum(
+        "sparsifier", "RegTopK", ["RegTopK", "TopK"], "Of a whole step."
+    )
+    flags.DEFINE_string("indices", "auto", "How a whole step writes indices.")
+    flags.DEFINE_string("values", "float32", "How a whole step writes values.")
     flags.DEFINE_string("output_dir", "stablehlo", "Where the programs go.")
     flags.DEFINE_enum(
         "compile_for", "GPU", ["GPU", "CPU"], "What JAX will run them on."
     )
+    flags.register_validator(
+        "programs",
+        lambda names: set(names) <= {*PARTS, *STEP},
+        f"must be of {', '.join(PARTS + STEP)}",
+    )
 
 
-def programs_for(size, density):
+def parts_for(size, density, args):
     """Name to `(function, shapes and dtypes of its arguments)`."""
     sparsifier = tf_regtopk.RegTopK(density)
     group = selection.Group(size, sparsifier.num_selected(size))
@@ -60,7 +111,7 @@ def programs_for(size, density):
 
     gradient, k = ("float32", [size]), group.k
     sent = [("int32", [k]), ("float32", [k])]
-    entries = [(dtype, [NUM_WORKERS, *shape]) for dtype, shape in sent]
+    entries = [(dtype, [args.num_workers, *shape]) for dtype, shape in sent]
     scalar = ("int32", [])
     return {
         "RegTopK step": (step, [gradient, gradient, *sent, scalar]),
@@ -72,7 +123,7 @@ def programs_for(size, density):
             lambda a: tf.math.top_k(tf.abs(a), k, sorted=False)[1],
             [gradient],
         ),
-        "sum of 8": (sum_entries, entries),
+        "sum of all": (sum_entries, entries),
         "digit histogram": (histogram, [("int32", [size])]),
         "16 thresholds": (
             count_thresholds,
@@ -81,47 +132,119 @@ def programs_for(size, density):
     }
 
 
+def step_for(size, density, args):
+    """As `parts_for`, what a step compiles.
+
+    The new state, which is written over the old, comes first of the results of
+    `add_entries`, and the old state last of its arguments.
+    """
+    sparsifier = getattr(tf_regtopk, args.sparsifier)(density)
+    buffer = flat_buffer.FlatBuffer(((size,),), (tf.float32,))
+    groups = buffer.groups("global", sparsifier.num_selected)
+    [(_, k)] = groups
+    codec = tf_regtopk.Codec(args.indices, args.values).payload(k, size)
+    memory = [
+        (value.dtype.name, value.shape.as_list())
+        for value in sparsifier.initial_memory(k, tf.float32)
+    ]
+    step = sparse_step.SparseStep(
+        buffer,
+        groups,
+        sparsifier,
+        tf_regtopk.Accumulate(),
+        codec,
+        Participants(args.num_workers),
+    )
+    learning_rate, has_gradient = tf.constant(0.1), (True,)
+
+    def select_entries(gradient, error, number, replica, *memory):
+        return step.select_entries.python_function(
+            [gradient],
+            has_gradient,
+            (error,),
+            (),
+            memory,
+            learning_rate,
+            (tf.cast(number, tf.int64), replica),
+        )
+
+    def decode(payloads):
+        return step.decode.python_function(payloads)
+
+    def add_entries(all_indices, values, indices, sent, number, *state):
+        state = [State(value) for value in state]
+        aggregate = step.add_entries.python_function(
+            all_indices,
+            values,
+            indices,
+            sent,
+            state[:1],
+            (),
+            state[1:],
+            learning_rate,
+            tf.cast(number, tf.int64),
+            has_gradient,
+        )
+        return *(variable.read_value() for variable in state), aggregate
+
+    gradient, scalar = ("float32", [size]), ("int32", [])
+    sent = [("int32", [k]), ("float32", [k])]
+    entries = [(dtype, [args.num_workers, *shape]) for dtype, shape in sent]
+    payloads = ("int32", [args.num_workers, codec.num_words])
+    return {
+        "select_entries": (
+            select_entries,
+            [gradient, gradient, scalar, scalar, *memory],
+        ),
+        "decode": (decode, [payloads]),
+        "add_entries": (
+            add_entries,
+            [*entries, *sent, scalar, gradient, *memory],
+        ),
+    }
+
+
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments: {argv[1:]}")
     args = flags.FLAGS
-    os.makedirs(args.output_dir, exist_ok=True)
+    directory = pathlib.Path(args.output_dir)
+    directory.mkdir(parents=True, exist_ok=True)
     index = []
-    for size in map(int, args.sizes):
-        for density in map(float, args.densities):
-            programs = programs_for(size, density)
-            for name, (function, arguments) in tqdm.tqdm(
-                programs.items(), desc=f"J={size} density={density:g}"
-            ):
-                specs = [
-                    tf.TensorSpec(shape, dtype) for dtype, shape in arguments
-                ]
-                compiled = tf.function(
-                    function, jit_compile=True, autograph=False
-                )
-                with device_kind.compile_for(args.compile_for):
-                    ir = compiled.experimental_get_compiler_ir(*specs)
-                    text = ir(stage="stablehlo")
-                file = f"{len(index)}.mlir"
-                with open(
-                    os.path.join(args.output_dir, file), "w", encoding="utf-8"
-                ) as f:
-                    f.write(text)
-                index.append(
-                    {
-                        "file": file,
-                        "name": name,
-                        "size": size,
-                        "density": density,
-                        "k": tf_regtopk.TopK(density).num_selected(size),
-                        "arguments": arguments,
-                    }
-                )
-    with open(
-        os.path.join(args.output_dir, "index.json"), "w", encoding="utf-8"
-    ) as f:
-        json.dump(index, f, indent=2)
-    print(f"Wrote {len(index)} programs to {args.output_dir}")
+    cells = list(
+        itertools.product(map(int, args.sizes), map(float, args.densities))
+    )
+    for size, density in cells:
+        programs = {
+            **parts_for(size, density, args),
+            **step_for(size, density, args),
+        }
+        for name in tqdm.tqdm(
+            args.programs, desc=f"J={size} density={density:g}"
+        ):
+            function, arguments = programs[name]
+            specs = [tf.TensorSpec(shape, dtype) for dtype, shape in arguments]
+            compiled = tf.function(function, jit_compile=True, autograph=False)
+            with device_kind.compile_for(args.compile_for):
+                ir = compiled.experimental_get_compiler_ir(*specs)
+                text = ir(stage="stablehlo")
+            file = f"{len(index)}.mlir"
+            (directory / file).write_text(text, "utf-8")
+            program = {
+                "file": file,
+                "name": name,
+                "size": size,
+                "density": density,
+                "k": tf_regtopk.TopK(density).num_selected(size),
+                "arguments": arguments,
+            }
+            if name == "add_entries":
+                # Where in the arguments the state begins.
+                program["reused"] = 5
+            index.append(program)
+    text = json.dumps(index, indent=2)
+    (directory / "index.json").write_text(text, "utf-8")
+    print(f"Wrote {len(index)} programs to {directory}")
 
 
 if __name__ == "__main__":

@@ -64,6 +64,31 @@ def test_exported_programs_do_not_hold_the_gradient(tmp_path):
             assert len(text) < 8 * max(SIZES)  # Hexadecimal, 4 bytes each.
 
 
+def test_programs_of_a_step_are_exported(tmp_path):
+    """With the variables, where the sum writes over them."""
+    names = ["select_entries", "decode", "add_entries"]
+    run(
+        "export_stablehlo.py",
+        tmp_path,
+        "--sizes=140001",
+        "--densities=0.01",
+        f"--programs={','.join(names)}",
+        "--values=natural",
+    )
+    index = json.loads((tmp_path / "index.json").read_text("utf-8"))
+    assert [program["name"] for program in index] == names
+    for program in index:
+        assert (tmp_path / program["file"]).exists()
+    sum_program = index[-1]
+    first = sum_program["reused"]
+    # The error, and what RegTop-k remembers.
+    assert sum_program["arguments"][first:] == [
+        ["float32", [140001]],
+        ["int32", [1400]],
+        ["float32", [1400]],
+    ]
+
+
 def test_bytes_on_a_socket(tmp_path):
     """The report says what crosses the interface, but for little framing."""
     run(
