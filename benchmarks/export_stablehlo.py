@@ -26,6 +26,7 @@ import tf_regtopk
 from tf_regtopk import aggregation
 from tf_regtopk import device_kind
 from tf_regtopk import error_feedback
+from tf_regtopk import exchange
 from tf_regtopk import flat_buffer
 from tf_regtopk import radix
 from tf_regtopk import selection
@@ -143,10 +144,8 @@ def step_for(size, density, args):
     groups = buffer.groups("global", sparsifier.num_selected)
     [(_, k)] = groups
     codec = tf_regtopk.Codec(args.indices, args.values).payload(k, size)
-    memory = [
-        (value.dtype.name, value.shape.as_list())
-        for value in sparsifier.initial_memory(k, tf.float32)
-    ]
+    initial = sparsifier.initial_memory(k, tf.float32)
+    memory = [("float32", value.shape.as_list()) for value in initial]
     step = sparse_step.SparseStep(
         buffer,
         groups,
@@ -154,6 +153,7 @@ def step_for(size, density, args):
         tf_regtopk.Accumulate(),
         codec,
         Participants(args.num_workers),
+        ((tf.float32,), (), tuple(value.dtype for value in initial)),
     )
     learning_rate, has_gradient = tf.constant(0.1), (True,)
 
@@ -168,8 +168,8 @@ def step_for(size, density, args):
             (tf.cast(number, tf.int64), replica),
         )
 
-    def decode(payloads):
-        return step.decode.python_function(payloads)
+    def decode(payloads, number):
+        return step.decode.python_function(payloads, number)
 
     def add_entries(all_indices, values, indices, sent, number, *state):
         state = [State(value) for value in state]
@@ -188,15 +188,16 @@ def step_for(size, density, args):
         return *(variable.read_value() for variable in state), aggregate
 
     gradient, scalar = ("float32", [size]), ("int32", [])
-    sent = [("int32", [k]), ("float32", [k])]
-    entries = [(dtype, [args.num_workers, *shape]) for dtype, shape in sent]
-    payloads = ("int32", [args.num_workers, codec.num_words])
+    sent = [("float32", [k])] * 2
+    entries = [("float32", [args.num_workers, k])] * 2
+    num_words = exchange.header_words(tf.float32) + codec.num_words
+    payloads = ("float32", [args.num_workers, num_words])
     return {
         "select_entries": (
             select_entries,
             [gradient, gradient, scalar, scalar, *memory],
         ),
-        "decode": (decode, [payloads]),
+        "decode": (decode, [payloads, scalar]),
         "add_entries": (
             add_entries,
             [*entries, *sent, scalar, gradient, *memory],

@@ -94,7 +94,9 @@ class IndexCodec(abc.ABC):
             other indices.
         """
         # XLA joins what is computed number by number.
-        indices, is_valid = zip(*map(self.decode, tf.unstack(words)))
+        indices, is_valid = zip(
+            *map(self.decode, tf.unstack(words)), strict=True
+        )
         return tf.stack(indices), tf.stack(is_valid)
 
     def num_used(self, words):
@@ -198,7 +200,8 @@ class EliasFano(IndexCodec):
             *(
                 _split_low(row, self.k, self._num_low)
                 for row in tf.unstack(words)
-            )
+            ),
+            strict=True,
         )
         unary, is_valid = _positions_in_rows(tf.stack(words), self.k)
         high = unary - sequence.range_from(unary[0, 0] * 0, self.k)
