@@ -131,7 +131,8 @@ def gather_among_workers(shares, worker, num_workers):
     within, across = _launchers_of_worker(worker, num_workers)
     share = shares[tf.distribute.get_replica_context()._replica_id]
     gathered = _gather(_gather(share, across), within)
-    gathered = tf.reshape(gathered, [shares.shape[0], num_workers, -1])
+    num_replicas, length = shares.shape
+    gathered = tf.reshape(gathered, [num_replicas, num_workers, length])
     return tf.transpose(gathered, [1, 0, 2])
 
 

@@ -50,36 +50,37 @@ def is_finite(flags):
     with tf.device("CPU:0"):
         found = Flags(*tf.split(tf.identity(vector), sizes))
         checks = [
-            tf.debugging.Assert(
+            _assert(
                 tf.reduce_all(found.are_current),
-                [
-                    "A function must be traced again when the density or the "
-                    "exchange changes, as by "
-                    "`model.make_train_function(force=True)`. Received: a "
-                    "function traced before the last change"
-                ],
+                "A function must be traced again when the density or the "
+                "exchange changes, as by "
+                "`model.make_train_function(force=True)`. Received: a function "
+                "traced before the last change",
             ),
-            tf.debugging.Assert(
+            _assert(
                 tf.reduce_all(found.are_of_this_step),
-                [
-                    "The replicas must be at the same step. Were the workers "
-                    "restored from different checkpoints? Received replicas "
-                    "at the step of this one:",
-                    found.are_of_this_step,
-                ],
+                "The replicas must be at the same step. Were the workers "
+                "restored from different checkpoints? Received replicas at the "
+                "step of this one:",
+                found.are_of_this_step,
             ),
             # Payloads of another step say nothing.
-            tf.debugging.Assert(
+            _assert(
                 tf.reduce_all(found.are_valid)
                 | ~tf.reduce_all(found.are_of_this_step),
-                [
-                    "Every payload must hold different, rising indices of the "
-                    "gradient. Do all workers run the same model and "
-                    "optimizer? Received valid payloads of the replicas:",
-                    found.are_valid,
-                ],
+                "Every payload must hold different, rising indices of the "
+                "gradient. Do all workers run the same model and optimizer? "
+                "Received valid payloads of the replicas:",
+                found.are_valid,
             ),
         ]
         # Else a graph may go on beside a check that fails.
         with tf.control_dependencies([c for c in checks if c is not None]):
             return tf.identity(tf.reduce_all(found.are_finite))
+
+
+def _assert(condition, *data):
+    # Not the public function, which adds a branch of its own to each.
+    return tf.raw_ops.Assert(
+        condition=condition, data=[*data], summarize=1000
+    )
