@@ -1,0 +1,384 @@
+"""Steps of an optimizer on a machine's devices, and what must hold of them.
+
+The gradients are whole numbers and the learning rate is a power of two, so that
+sums of them are exact in any order, and devices of any kind can be compared.
+"""
+
+import dataclasses
+import functools
+import math
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import tf_regtopk
+
+SHAPES = ((67, 31), (1013,))
+LEARNING_RATE = 0.125
+NUM_STEPS = 3
+
+# Of what is not exact, relative to the largest number.
+TOLERANCE = 1e-5
+
+
+class CheckError(Exception):
+    """A rule that did not hold, in words."""
+
+
+class SkippedError(Exception):
+    """What this machine cannot show, in words."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """The devices that checks run on.
+
+    Args:
+        names: Tuple of names such as `"GPU:0"`, one for each replica.
+        cpus: Tuple of as many logical CPUs, to compare with.
+        quick: Boolean. Whether checks leave out what others cover in part.
+        size: J of the measured step, an integer.
+        workers: Number of workers, 0 or 2.
+        settings: What the processes of workers need, see `selftest_workers`.
+    """
+
+    names: tuple
+    cpus: tuple
+    quick: bool = False
+    size: int = 1_000_000
+    settings: dict = dataclasses.field(default_factory=dict)
+
+    @property
+    def kind(self):
+        """`"CPU"` or `"GPU"`."""
+        return self.names[0].split(":")[0]
+
+    @property
+    def plain(self):
+        """No strategy, which takes the first device."""
+        return tf.distribute.get_strategy()
+
+    @functools.cached_property
+    def one(self):
+        """The first device, by a strategy."""
+        return tf.distribute.OneDeviceStrategy(f"/{self.names[0]}")
+
+    @functools.cached_property
+    def all(self):
+        """All devices. TensorFlow allows one such strategy in a process."""
+        return tf.distribute.MirroredStrategy(list(self.names))
+
+    @functools.cached_property
+    def on_cpus(self):
+        """As many CPUs, without the collectives of `all`."""
+        return tf.distribute.MirroredStrategy(
+            list(self.cpus),
+            cross_device_ops=tf.distribute.ReductionToOneDevice(),
+        )
+
+
+def configure(kind, memory_limit=None):
+    """Makes at least two devices of a kind, and as many CPUs.
+
+    To be called before TensorFlow makes its devices.
+
+    Args:
+        kind: `"CPU"` or `"GPU"`.
+        memory_limit: Megabytes of each part of a GPU that is split.
+
+    Returns:
+        `(names, cpus)`, as of `Devices`.
+    """
+    [cpu] = tf.config.list_physical_devices("CPU")
+    physical = tf.config.list_physical_devices(kind)
+    num_devices = max(2, len(physical))
+    if kind == "GPU" and len(physical) == 1:
+        split(physical[0], num_devices, memory_limit)
+    split(cpu, num_devices)
+    return (
+        tuple(f"{kind}:{i}" for i in range(num_devices)),
+        tuple(f"CPU:{i}" for i in range(num_devices)),
+    )
+
+
+def split(physical_device, num_parts, memory_limit=None):
+    """Makes several logical devices of a physical one."""
+    part = tf.config.LogicalDeviceConfiguration(memory_limit=memory_limit)
+    tf.config.set_logical_device_configuration(
+        physical_device, [part] * num_parts
+    )
+
+
+class Trial:
+    """An optimizer under a strategy, and steps with given gradients.
+
+    Args:
+        strategy: A `tf.distribute.Strategy`.
+        sparsifier: As of `SparsifiedOptimizer`, and so are
+        **kwargs: further arguments.
+        shapes: The shapes of the variables.
+        variables: List of Keras variables; by default zeros of these shapes.
+    """
+
+    def __init__(
+        self,
+        strategy,
+        sparsifier=None,
+        *,
+        shapes=SHAPES,
+        variables=None,
+        **kwargs,
+    ):
+        self.strategy = strategy
+        with strategy.scope():
+            self.variables = variables or [
+                keras.Variable(np.zeros(shape, np.float32)) for shape in shapes
+            ]
+            self.optimizer = tf_regtopk.SparsifiedOptimizer(
+                keras.optimizers.SGD(LEARNING_RATE), sparsifier, **kwargs
+            )
+            self.optimizer.build(self.variables)
+        self.trace()
+
+    def trace(self):
+        """Makes the function of a step anew, as after `set_density`."""
+        self._step = step_function(
+            self.strategy, self.optimizer, self.variables
+        )
+
+    def step(self, gradients):
+        """Takes a step with gradients `[N, J]`."""
+        self._step(
+            self.strategy.experimental_distribute_values_from_function(
+                lambda context: tf.constant(
+                    gradients[context.replica_id_in_sync_group]
+                )
+            )
+        )
+
+    def weights(self):
+        """The weights of each replica of this process, `[replicas, J]`."""
+        return np.array(
+            [
+                np.concatenate([v.numpy().ravel() for v in values])
+                for values in zip(
+                    *(
+                        self.strategy.experimental_local_results(v.value)
+                        for v in self.variables
+                    ),
+                    strict=True,
+                )
+            ]
+        )
+
+    def state(self):
+        """All arrays that the replicas keep between steps."""
+        return [
+            array
+            for state in states_of(self.optimizer)
+            for arrays in state.local_arrays()
+            for array in arrays
+        ]
+
+    def feedback(self):
+        """`(local, shared)`: the sums of the local arrays, the shared ones."""
+        replicas = states_of(self.optimizer)[0].local_arrays()
+        num_local = self.optimizer.error_feedback.num_local
+        local = [
+            np.sum(arrays, axis=0, dtype=np.float64)
+            for arrays in zip(*(r[:num_local] for r in replicas), strict=True)
+        ]
+        return local, replicas[0][num_local:]
+
+    def counts(self):
+        """`(iterations, skipped steps)` of each replica, as a set of pairs."""
+        return set(
+            zip(
+                *(
+                    [
+                        int(value.numpy())
+                        for value in self.strategy.experimental_local_results(
+                            counter.value
+                        )
+                    ]
+                    for counter in (
+                        self.optimizer.iterations,
+                        self.optimizer.skipped_steps,
+                    )
+                ),
+                strict=True,
+            )
+        )
+
+
+def states_of(optimizer):
+    """What the replicas keep for themselves: feedback, sparsifier's memory.
+
+    The only place that looks into the optimizer.
+    """
+    exchange = optimizer._gradient_exchange
+    return exchange.feedback_state, exchange.memory
+
+
+def state_devices(trial):
+    """For each variable of the state the devices of its replicas."""
+    return [
+        (
+            variable.dtype.name,
+            [
+                device_name(part.device)
+                for part in trial.strategy.experimental_local_results(variable)
+            ],
+        )
+        for state in states_of(trial.optimizer)
+        for variable in tf.nest.flatten(state._variables)
+    ]
+
+
+def device_name(device):
+    """A name such as `"GPU:0"` of a device as TensorFlow writes it."""
+    spec = tf.DeviceSpec.from_string(device)
+    return f"{spec.device_type}:{spec.device_index}"
+
+
+def step_function(strategy, optimizer, variables):
+    """A function that takes a step with each replica's gradient `[J]`."""
+    shapes = [tuple(variable.shape) for variable in variables]
+    sizes = [math.prod(shape) for shape in shapes]
+
+    @tf.function(autograph=False)
+    def step(flat):
+        def take_step(flat):
+            parts = tf.split(flat, sizes)
+            optimizer.apply(
+                [
+                    tf.reshape(part, shape)
+                    for part, shape in zip(parts, shapes, strict=True)
+                ],
+                variables,
+            )
+
+        strategy.run(take_step, args=(flat,))
+
+    return step
+
+
+def make_gradients(num_replicas, num_steps=NUM_STEPS, shapes=SHAPES, seed=0):
+    """Whole numbers, others for each step and replica, `[steps, N, J]`."""
+    size = sum(math.prod(shape) for shape in shapes)
+    rng = np.random.default_rng(seed)
+    return rng.integers(
+        -(2**16), 2**16, (num_steps, num_replicas, size)
+    ).astype(np.float32)
+
+
+def run(trial, gradients):
+    """Takes steps, and sees that the replicas agree after each.
+
+    Returns:
+        The weights before the first step and after each, `[steps + 1, J]`.
+
+    Raises:
+        CheckError: If replicas differ, or weights are not finite or stay.
+    """
+    [before, *_] = trial.weights()
+    seen = [before]
+    for number, gradient in enumerate(gradients, start=1):
+        trial.step(gradient)
+        first, *others = trial.weights()
+        if not np.isfinite(first).all():
+            raise CheckError(f"weights are not finite after step {number}")
+        if np.array_equal(first, seen[-1]):
+            raise CheckError(f"step {number} has changed no weight")
+        for replica, other in enumerate(others, start=1):
+            expect_same(
+                f"weights of replica {replica} after step {number}",
+                other,
+                first,
+                "those of replica 0",
+            )
+        seen.append(first)
+    steps = int(trial.optimizer.iterations.numpy())
+    if trial.counts() != {(steps, 0)}:
+        raise CheckError(
+            "each replica must have taken all steps and skipped none: "
+            f"(iterations, skipped_steps) are {sorted(trial.counts())}"
+        )
+    return np.array(seen)
+
+
+def expect_same(name, actual, expected, of_what):
+    """Raises `CheckError` unless two arrays agree to the bit."""
+    differ = actual != expected
+    if differ.any():
+        at = np.flatnonzero(differ)[0]
+        raise CheckError(
+            f"{name} differ from {of_what} in {differ.sum()} of {differ.size}: "
+            f"entry {at} is {actual.ravel()[at]}, not {expected.ravel()[at]}"
+        )
+
+
+def expect_close(name, actual, expected, of_what):
+    """Raises `CheckError` unless two arrays agree but for rounding."""
+    error = np.abs(np.asarray(actual, np.float64) - expected)
+    limit = TOLERANCE * max(np.abs(expected).max(), 1e-30)
+    if not error.max() <= limit:  # Also where it is NaN.
+        at = np.argmax(error)
+        raise CheckError(
+            f"{name} differ from {of_what} by up to {error.max():.3g}: entry "
+            f"{at} is {np.ravel(actual)[at]}, not {np.ravel(expected)[at]}"
+        )
+
+
+def expect_balance(trial, gradients, weights):
+    """Raises `CheckError` where a gradient, or a part of it, has got lost.
+
+    What was applied and what is held back make up all gradients, where the rule
+    of error feedback promises that; and a sum that every replica keeps is the
+    sum of what each keeps.
+    """
+    rule = trial.optimizer.error_feedback
+    local, shared = trial.feedback()
+    if not isinstance(
+        rule,
+        (tf_regtopk.Accumulate, tf_regtopk.EF21, tf_regtopk.LearnedShift),
+    ):
+        return
+    if not isinstance(rule, tf_regtopk.EF21) and not rule.momentum:
+        total = gradients.sum(axis=(0, 1), dtype=np.float64)
+        held_back = np.zeros_like(total)
+        # The variables that are exchanged densely are the last ones.
+        held_back[: local[0].size] = local[0]
+        expect_close(
+            "what was applied and what is held back",
+            (weights[0] - weights[-1]) / LEARNING_RATE + held_back,
+            total,
+            "the sum of all gradients",
+        )
+    if not isinstance(rule, tf_regtopk.Accumulate):
+        shift = 0 if isinstance(rule, tf_regtopk.EF21) else 1
+        expect_close(
+            "the shifts of all replicas",
+            local[shift],
+            shared[0],
+            "the sum of them that each replica keeps",
+        )
+
+
+def expect_sparse(trial, weights):
+    """Raises `CheckError` where a step changed more weights than were sent."""
+    rule = trial.optimizer.error_feedback
+    if not isinstance(rule, (tf_regtopk.Accumulate, tf_regtopk.NoFeedback)):
+        return
+    report = trial.optimizer.wire_report()
+    most = (
+        report.num_selected * report.num_replicas
+        + report.dense_below_bytes // 4
+    )
+    changed = np.count_nonzero(np.diff(weights, axis=0), axis=1).max()
+    if changed > most:
+        raise CheckError(
+            f"a step has changed {changed} weights, where all replicas "
+            f"together may send {most}"
+        )
