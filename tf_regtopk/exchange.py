@@ -101,7 +101,8 @@ def all_gather(payload, num_used=None):
             replica.
         num_used: Scalar int32 tensor: how many words of this payload have to be
             sent, the others being 0. Defaults to all. May differ from replica
-            to replica, which first exchange it.
+            to replica, which first exchange it, unless they are of one host,
+            where all words are sent at once.
 
     Returns:
         Tensor `[N, length]` of held words, the same on each of the N replicas.
@@ -111,6 +112,8 @@ def all_gather(payload, num_used=None):
     if num_replicas == 1:
         return payload[tf.newaxis]
     length = payload.shape[0]
+    if keras_internals.gathers_fixed_lengths():
+        num_used = None
     if num_used is not None:
         payload = payload[: _largest(num_used, length)]
     gathered = tf.reshape(_gather(payload), [num_replicas, -1])

@@ -76,6 +76,15 @@ def can_gather_at_once():
     )
 
 
+def gathers_fixed_lengths():
+    """Whether `gather_at_once` takes one length only, in all steps.
+
+    TensorFlow remembers the length by the key of the collective, which is the
+    same in all steps where a single process gives it, see `_gather`.
+    """
+    return can_gather_at_once() and not _are_workers()
+
+
 def gather_at_once(payload):
     """An all-gather by one collective.
 
@@ -139,10 +148,7 @@ def gather_among_workers(shares, worker, num_workers):
 def _gather(payload, launcher):
     """The payloads of a launcher's group, one after the other."""
     options = launcher._options
-    are_workers = isinstance(
-        tf.distribute.get_strategy(), tf.distribute.MultiWorkerMirroredStrategy
-    )
-    if are_workers:
+    if _are_workers():
         instance_key = launcher._next_instance_key()
     else:
         # TensorFlow's keys, one for each call, serve workers that trace at
@@ -159,7 +165,7 @@ def _gather(payload, launcher):
         launcher._get_ordering_token(),
     ]
     with tf.device(launcher._device):
-        if "CPU" not in launcher._device or not are_workers:
+        if "CPU" not in launcher._device or not _are_workers():
             return collective_ops.all_gather_v2(payload, *arguments)
         # Between CPUs of several workers an all-gather passes payloads on from
         # replica to replica, N - 1 times. Each to all others takes as long as
@@ -168,6 +174,12 @@ def _gather(payload, launcher):
         return tf.reshape(
             collective_ops.all_to_all_v2(copies, *arguments), [-1]
         )
+
+
+def _are_workers():
+    return isinstance(
+        tf.distribute.get_strategy(), tf.distribute.MultiWorkerMirroredStrategy
+    )
 
 
 def _launcher():

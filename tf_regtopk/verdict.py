@@ -81,6 +81,4 @@ def is_finite(flags):
 
 def _assert(condition, *data):
     # Not the public function, which adds a branch of its own to each.
-    return tf.raw_ops.Assert(
-        condition=condition, data=[*data], summarize=1000
-    )
+    return tf.raw_ops.Assert(condition=condition, data=[*data], summarize=1000)
