@@ -56,7 +56,7 @@ class Child:
 
     def __init__(self, names, folder, settings, environ):
         self.left = list(names)
-        self.running = None
+        self.has_finished = False
         self.since = time.monotonic()
         stem = f"{names[0]}-{time.monotonic_ns()}"
         self.output = folder / f"{stem}.jsonl"
@@ -159,17 +159,23 @@ class Run:
             return
         child.end()
         self._children.remove(child)
+        if not child.left:
+            return
+        if not ended:
+            self._finish(
+                child, child.left[0], f"no end after {self._limit:g} s"
+            )
+        elif child.popen.returncode or not child.has_finished:
+            words = " | ".join(child.last_words[-3:])
+            self._finish(
+                child,
+                child.left[0],
+                f"the process ended with status {child.popen.returncode}: "
+                f"{words}",
+            )
+        # After a check that failed the others get another process.
         if child.left:
-            # The first of them is the one that did not end.
-            if ended:
-                words = " | ".join(child.last_words[-3:])
-                status = child.popen.returncode
-                reason = f"the process ended with status {status}: {words}"
-            else:
-                reason = f"no end after {self._limit:g} s"
-            self._finish(child, child.left[0], reason)
-            if child.left:
-                self._waiting.insert(0, child.left)
+            self._waiting.insert(0, child.left)
 
     def _take(self, child, line):
         name = line.get("check")
@@ -200,6 +206,7 @@ class Run:
         if result["status"] == "failed":
             result["output"] = child.last_words
         child.left.remove(name)
+        child.has_finished = True
         child.since = time.monotonic()
         self._show(result)
 
@@ -262,7 +269,7 @@ def memory_limit(free, jobs, num_parts=2):
 
 def default_jobs(kind, free):
     """How many checks run at once, as cores and memory allow."""
-    jobs = min(os.cpu_count() or 1, 8)
+    jobs = min(os.cpu_count() or 1, 16)
     if kind == "GPU":
         room = (free or _ASSUMED_MEMORY) / (
             _CONTEXT_MEMORY + 2 * _SMALLEST_LIMIT
@@ -336,6 +343,12 @@ def define_flags():
         None,
         f"Only these, of {', '.join(selftest_checks.CHECKS)}.",
     )
+    flags.DEFINE_enum(
+        "workers",
+        "2",
+        ["0", "2"],
+        "0 leaves out the checks in which two processes train together.",
+    )
     flags.DEFINE_boolean("quick", False, "Fewer cases of fewer checks.")
     flags.DEFINE_integer(
         "size",
@@ -347,7 +360,7 @@ def define_flags():
     flags.DEFINE_integer(
         "jobs",
         None,
-        "Processes at a time. Defaults to the number of cores, at most 8, and "
+        "Processes at a time. Defaults to the number of cores, at most 16, and "
         "on a GPU as its memory allows.",
         lower_bound=1,
     )
@@ -355,14 +368,19 @@ def define_flags():
     flags.DEFINE_string("output", "selftest.json", "The file of all results.")
 
 
-def _batches(names, is_quick, jobs):
-    """Checks by process: quickly, or each in one of its own."""
+def batches_of(names, is_quick, jobs):
+    """Lists of checks for a process each.
+
+    Where there are many cores, each check has a process of its own. Else some
+    share one, because to start it takes as long as many a check.
+    """
     alone = [name for name in names if name in selftest_checks.ALONE]
     names = [name for name in names if name not in alone]
-    if is_quick:
-        together = [names[i::jobs] for i in range(jobs)]
-        return [batch for batch in together if batch] + [[a] for a in alone]
-    return [[name] for name in (*names, *alone)]
+    # Those wait for much of their time.
+    names.sort(key=lambda name: name not in selftest_checks.OF_WORKERS)
+    num_batches = min(len(names), jobs if is_quick else 2 * jobs)
+    batches = [names[i::num_batches] for i in range(num_batches)]
+    return batches + [[name] for name in alone]
 
 
 def _end(number, frame):
@@ -379,6 +397,8 @@ def main(argv):
     names = args.checks or list(
         selftest_checks.QUICK if args.quick else selftest_checks.CHECKS
     )
+    if args.workers == "0":
+        names = [n for n in names if n not in selftest_checks.OF_WORKERS]
     unknown = set(names) - set(selftest_checks.CHECKS)
     if unknown:
         raise app.UsageError(
@@ -416,6 +436,7 @@ def _run(args, names, folder):
         "memory_limit": _SMALLEST_LIMIT,
         "quick": args.quick,
         "size": args.size or 1_000_000,
+        "worker_seconds": 0.8 * args.limit_seconds,
     }
     # The first process says what there is, while it goes on.
     first = Child(
@@ -476,7 +497,7 @@ def _run(args, names, folder):
 
     names = [name for name in names if name != "environment"]
     run = Run(
-        _batches(names, args.quick, jobs),
+        batches_of(names, args.quick, jobs),
         selftest_checks.ALONE,
         jobs,
         args.limit_seconds,

@@ -39,8 +39,7 @@ class Devices:
         cpus: Tuple of as many logical CPUs, to compare with.
         quick: Boolean. Whether checks leave out what others cover in part.
         size: J of the measured step, an integer.
-        workers: Number of workers, 0 or 2.
-        settings: What the processes of workers need, see `selftest_workers`.
+        settings: What the process was told, for the workers that it starts.
     """
 
     names: tuple
@@ -149,11 +148,14 @@ class Trial:
 
     def step(self, gradients):
         """Takes a step with gradients `[N, J]`."""
+
+        def of_replica(context):
+            with tf.device("CPU:0"):
+                return tf.constant(gradients[context.replica_id_in_sync_group])
+
         self._step(
             self.strategy.experimental_distribute_values_from_function(
-                lambda context: tf.constant(
-                    gradients[context.replica_id_in_sync_group]
-                )
+                of_replica
             )
         )
 
