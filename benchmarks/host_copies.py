@@ -271,11 +271,11 @@ def row(record):
     ]
 
 
-def print_table(records):
-    print("| " + " | ".join(COLUMNS) + " |")
-    print("| --- |" + " ---: |" * (len(COLUMNS) - 2) + " --- |")
-    for record in records:
-        print("| " + " | ".join(row(record)) + " |")
+def print_row(cells):
+    print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def print_host_variables(records):
     if on_host := [
         f"{len(record['host_variables'])} of {record['strategy']}, "
         f"{record['optimizer']}"
@@ -318,6 +318,12 @@ def main(argv):
     logging.set_verbosity(logging.WARNING)
     start_as_worker()
     registry = device_memory.KernelRegistry()
+    print(
+        f"J = {args.size:,}, density {args.density:g}, {args.gpus} GPUs a "
+        f"worker, TensorFlow {tf.__version__}:\n"
+    )
+    print_row(COLUMNS)
+    print_row(["---", *["---:"] * (len(COLUMNS) - 2), "---"])
     records = []
     for strategy_name in args.strategies:
         for name in names:
@@ -326,21 +332,16 @@ def main(argv):
             keras.backend.clear_session()
             strategy = make_strategy(strategy_name, args.gpus)
             function, kept = trace(strategy, makers[name], args.size)
+            found = search(function, registry)
+            del function, kept
             records.append(
-                {
-                    "strategy": strategy_name,
-                    "optimizer": name,
-                    **search(function, registry),
-                }
+                {"strategy": strategy_name, "optimizer": name, **found}
             )
-            del kept  # The variables.
-            if args.list:
-                print_copies(records[-1])
-    print(
-        f"\nJ = {args.size:,}, density {args.density:g}, {args.gpus} GPUs a "
-        f"worker, TensorFlow {tf.__version__}:\n"
-    )
-    print_table(records)
+            print_row(row(records[-1]))
+    print_host_variables(records)
+    if args.list:
+        for record in records:
+            print_copies(record)
     if args.json:
         os.makedirs(os.path.dirname(os.path.abspath(args.json)), exist_ok=True)
         with open(args.json, "w", encoding="utf-8") as f:

@@ -195,13 +195,11 @@ def test_sparse_step(records, capsys):
     sums = host_copies.totals(record)
     assert {*sums} == {"GPU:0", "GPU:1"}
     assert sums["GPU:0"]["to host", "scalar"][0] >= 1
-    host_copies.print_table([*records.values()])
+    assert len(host_copies.row(record)) == len(host_copies.COLUMNS)
     host_copies.print_copies(record)
-    lines = capsys.readouterr().out.splitlines()
-    table = lines[: 2 + len(records)]
-    assert {line.count("|") for line in table} == {len(host_copies.COLUMNS) + 1}
-    listed = [line for line in lines if line.startswith("  GPU:")]
+    listed = capsys.readouterr().out.splitlines()[2:]
     assert len(listed) == len(record["copies"])
+    assert all(line.startswith("  GPU:") for line in listed)
 
 
 def test_a_worker_alone_can_be_traced(records):
