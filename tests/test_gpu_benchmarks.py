@@ -3,13 +3,17 @@
 import json
 import pathlib
 import sys
+import types
 
 import fork_server
+import numpy as np
 import pytest
+import tensorflow as tf
 
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
+import gpu_fit  # noqa: E402
 import gpu_step  # noqa: E402
 import gpu_utils  # noqa: E402
 
@@ -73,3 +77,64 @@ def test_sizes_of_variables():
 def test_devices_that_are_not_there():
     with pytest.raises(ValueError, match="There must be a TPU"):
         gpu_utils.replica_devices("TPU", 2)
+
+
+# ----- fit -----
+
+
+def test_fit(tmp_path):
+    results, printed = run(
+        "gpu_fit.py",
+        tmp_path,
+        "--runs=regtopk:mixed_float16,dense:float32",
+        "--model=resnet8",
+        "--norm=group",
+        "--batch_size=8",
+        "--steps_per_epoch=2",
+        "--epochs=2",
+        "--density=0.01",
+        "--budget_seconds=300",
+    )
+    mixed, dense = results["results"]
+    assert mixed["loss_scale"] is not None
+    assert dense["loss_scale"] is None
+    assert dense["skipped_steps"] == 0
+    for r in (mixed, dense):
+        assert len(r["loss"]) == 2
+        assert r["images_per_second"] > 0
+        assert gpu_fit.line(r) in printed
+
+
+def test_images_can_be_learned():
+    images, labels = gpu_fit.make_images(400, np.random.default_rng(0))
+    assert images.shape == (400, 32, 32, 3)
+    assert images.dtype == np.uint8
+    flat = images.reshape(400, -1).astype(float)
+    means = [flat[:200][labels[:200] == c].mean(axis=0) for c in range(10)]
+    distances = [((flat[200:] - mean) ** 2).sum(axis=1) for mean in means]
+    assert np.mean(np.argmin(distances, axis=0) == labels[200:]) > 0.9
+
+
+@pytest.mark.parametrize("head", ["conv", "dense"])
+def test_which_head_needs_cublas(head):
+    """TensorFlow gives products of matrices and plain 1 x 1 filters to it."""
+    args = types.SimpleNamespace(model="resnet8", norm="batch", head=head)
+    model = gpu_fit.build_model(args)
+    assert model.output_shape == (None, 10)
+
+    @tf.function
+    def gradient(images):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(model(images, training=True))
+        return tape.gradient(loss, model.trainable_variables)
+
+    graph = gradient.get_concrete_function(tf.TensorSpec([2, 32, 32, 3])).graph
+    found = {op.type for op in graph.get_operations()}
+    assert ("MatMul" in found) == (head == "dense")
+    assert not found & {"BatchMatMulV2", "Einsum"}
+    strides = {
+        op.get_attr("strides")[1]
+        for op in graph.get_operations()
+        if op.type == "Conv2D" and op.inputs[1].shape[:2] == [1, 1]
+    }
+    assert strides == {2}
