@@ -14,6 +14,7 @@ from tf_regtopk import exchange_choice
 from tf_regtopk import gradient_exchange
 from tf_regtopk import keras_internals
 from tf_regtopk import replica_state
+from tf_regtopk import saved_config
 from tf_regtopk import saved_state
 from tf_regtopk import sparsifiers
 from tf_regtopk import validation
@@ -360,7 +361,9 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
     def load_state(self, saved):
         """Loads a `SavedState`, or raises and changes nothing."""
         exchange = self._exchange_for(saved)
-        saved_state.check_layout(saved, self._layout_of(exchange))
+        saved_state.check_layout(
+            self._completed(saved.layout), self._layout_of(exchange)
+        )
         state = exchange.feedback_state
         # Older ones could not have another than the sparsifier's.
         density = saved.moment.get("density", self.sparsifier.density)
@@ -416,14 +419,27 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         """What a saved state must agree in with this optimizer."""
         return {
             **exchange.layout(),
-            "sparsifier": [
-                type(self.sparsifier).__name__,
-                keras.saving.serialize_keras_object(self.sparsifier)["config"],
-            ],
-            "error_feedback": [
-                type(self.error_feedback).__name__,
-                self.error_feedback.get_config(),
-            ],
+            **{
+                name: saved_config.describe(record)
+                for name, record in self._compared_records().items()
+            },
+        }
+
+    def _completed(self, layout):
+        """The layout of a file of any version, to compare with one's own."""
+        return {
+            **layout,
+            **{
+                name: saved_config.complete(layout[name], record)
+                for name, record in self._compared_records().items()
+                if name in layout
+            },
+        }
+
+    def _compared_records(self):
+        return {
+            "sparsifier": self.sparsifier,
+            "error_feedback": self.error_feedback,
         }
 
     def get_config(self):

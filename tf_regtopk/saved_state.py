@@ -16,7 +16,16 @@ import zlib
 
 import numpy as np
 
+from tf_regtopk import version
+
 _DESCRIPTION = "replica_state"
+# What version 0.1.0 wrote, without a number, is format 1. Format 2 names the
+# package of a class as well (`saved_config.py`).
+_FORMAT = 2
+
+
+class NewerFormatError(ValueError):
+    """A file of a later version of this package."""
 
 
 class SavedState(NamedTuple):
@@ -52,6 +61,8 @@ def to_arrays(saved, variables=()):
         for i, part in enumerate(parts):
             arrays[_name(n, i)] = np.asarray(part)
     description = {
+        "format": _FORMAT,
+        "library": version.__version__,
         "layout": saved.layout,
         "moment": saved.moment,
         "num_replicas": saved.num_replicas,
@@ -89,6 +100,7 @@ def from_arrays(arrays):
         if own_checksum.view("<u4").tolist() != [checksum([text])]:
             raise ValueError("a description with another checksum")
         description = json.loads(text.tobytes())
+        _check_format(description)
         checksums = description["checksums"]
         damaged = [
             name
@@ -106,6 +118,8 @@ def from_arrays(arrays):
                 for n, num_parts in description["replicas"].items()
             },
         )
+    except NewerFormatError:
+        raise
     except (AttributeError, KeyError, TypeError, ValueError) as e:
         raise ValueError(
             "The saved state of the optimizer must be complete. Received: "
@@ -118,6 +132,16 @@ def from_arrays(arrays):
         )
     num_variables = sum(name.isdigit() for name in checksums)
     return saved, [arrays[str(i)] for i in range(num_variables)]
+
+
+def _check_format(description):
+    number = description.get("format", 1)
+    if number > _FORMAT:
+        raise NewerFormatError(
+            f"The saved state must be of a format up to {_FORMAT}: load it "
+            f"with tf_regtopk {description.get('library')} or newer. Received: "
+            f"format {number}"
+        )
 
 
 def to_bytes(saved):
@@ -183,9 +207,9 @@ def canonical_names(names):
 
 
 def check_layout(saved, layout):
-    """Raises unless the saved state fits the optimizer that loads it."""
-    for key in sorted({*layout, *saved.layout}):
-        expected, received = layout.get(key), saved.layout.get(key)
+    """Raises unless a saved layout is that of the optimizer that loads it."""
+    for key in sorted({*layout, *saved}):
+        expected, received = layout.get(key), saved.get(key)
         if expected != received:
             raise ValueError(
                 "The saved residual errors must be of an optimizer with "
