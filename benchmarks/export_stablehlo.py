@@ -10,7 +10,7 @@ The programs of a whole step are for compile_for_gpu.py, which counts kernels
 and needs no GPU:
 
     python benchmarks/export_stablehlo.py --output_dir=step \
-        --programs=select_entries,decode,add_entries --sizes=25600000
+        --programs=send,decode,settle --sizes=25600000
 """
 
 import itertools
@@ -29,6 +29,7 @@ from tf_regtopk import error_feedback
 from tf_regtopk import exchange
 from tf_regtopk import flat_buffer
 from tf_regtopk import radix
+from tf_regtopk import round as round_lib
 from tf_regtopk import selection
 from tf_regtopk import sparse_step
 
@@ -41,7 +42,7 @@ PARTS = [
     "digit histogram",
     "16 thresholds",
 ]
-STEP = ["select_entries", "decode", "add_entries"]
+STEP = ["send", "decode", "settle"]
 
 
 class State:
@@ -137,7 +138,7 @@ def step_for(size, density, args):
     """As `parts_for`, what a step compiles.
 
     The new state, which is written over the old, comes first of the results of
-    `add_entries`, and the old state last of its arguments.
+    `settle`, and the old state last of its arguments.
     """
     sparsifier = getattr(tf_regtopk, args.sparsifier)(density)
     buffer = flat_buffer.FlatBuffer(((size,),), (tf.float32,))
@@ -146,46 +147,42 @@ def step_for(size, density, args):
     codec = tf_regtopk.Codec(args.indices, args.values).payload(k, size)
     initial = sparsifier.initial_memory(k, tf.float32)
     memory = [("float32", value.shape.as_list()) for value in initial]
+    state_dtypes = round_lib.State(
+        (tf.float32,), (), tuple(value.dtype for value in initial)
+    )
     step = sparse_step.SparseStep(
         buffer,
-        groups,
-        sparsifier,
-        tf_regtopk.Accumulate(),
-        codec,
+        round_lib.Method(sparsifier, tf_regtopk.Accumulate(), codec, groups),
         Participants(args.num_workers),
-        ((tf.float32,), (), tuple(value.dtype for value in initial)),
+        state_dtypes,
     )
-    learning_rate, has_gradient = tf.constant(0.1), (True,)
+    has_gradient = (True,)
 
-    def select_entries(gradient, error, number, replica, *memory):
-        return step.select_entries.python_function(
+    def moment_at(number):
+        return error_feedback.Moment(tf.zeros([]), tf.cast(number, tf.int64))
+
+    def send(gradient, error, number, rank, *memory):
+        return step.send.python_function(
             [gradient],
+            round_lib.State((error,), (), memory),
+            moment_at(number),
+            rank,
             has_gradient,
-            (error,),
-            (),
-            memory,
-            learning_rate,
-            (tf.cast(number, tf.int64), replica),
         )
 
     def decode(payloads, number):
         return step.decode.python_function(payloads, number)
 
-    def add_entries(all_indices, values, indices, sent, number, *state):
-        state = [State(value) for value in state]
-        aggregate = step.add_entries.python_function(
-            all_indices,
-            values,
-            indices,
-            sent,
-            state[:1],
-            (),
-            state[1:],
-            learning_rate,
-            tf.cast(number, tf.int64),
+    def settle(all_indices, values, indices, sent, number, *state):
+        variables = [State(value) for value in state]
+        aggregate = step.settle.python_function(
+            (all_indices, values),
+            (indices, sent),
+            round_lib.State(tuple(variables[:1]), (), tuple(variables[1:])),
+            moment_at(number),
             has_gradient,
         )
-        return *(variable.read_value() for variable in state), aggregate
+        return *(variable.read_value() for variable in variables), aggregate
 
     gradient, scalar = ("float32", [size]), ("int32", [])
     sent = [("float32", [k])] * 2
@@ -193,13 +190,13 @@ def step_for(size, density, args):
     num_words = exchange.header_words(tf.float32) + codec.num_words
     payloads = ("float32", [args.num_workers, num_words])
     return {
-        "select_entries": (
-            select_entries,
+        "send": (
+            send,
             [gradient, gradient, scalar, scalar, *memory],
         ),
         "decode": (decode, [payloads, scalar]),
-        "add_entries": (
-            add_entries,
+        "settle": (
+            settle,
             [*entries, *sent, scalar, gradient, *memory],
         ),
     }
@@ -239,7 +236,7 @@ def main(argv):
                 "k": tf_regtopk.TopK(density).num_selected(size),
                 "arguments": arguments,
             }
-            if name == "add_entries":
+            if name == "settle":
                 # Where in the arguments the state begins.
                 program["reused"] = 5
             index.append(program)

@@ -12,6 +12,7 @@ import tensorflow as tf
 import tf_regtopk
 from tf_regtopk import aggregation
 from tf_regtopk import error_feedback as error_feedback_lib
+from tf_regtopk import round as round_lib
 from tf_regtopk import selection
 
 
@@ -144,64 +145,55 @@ class SparseDescent(NamedTuple):
             t: Scalar int32 tensor, the number of steps before.
             rate: Scalar float tensor, the learning rate.
         """
-        weights, arrays, local, shared, memory = state
-        sparsifier, error_feedback = self.sparsifier, self.error_feedback
-        size = weights.shape[0]
-        k = sparsifier.num_selected(size)
-        groups = [selection.Group(size, k)]
-        payload_codec = self.codec.payload(k, size, weights.dtype)
+        size, dtype = state.weights.shape[0], state.weights.dtype
+        k = self.sparsifier.num_selected(size)
+        method = round_lib.Method(
+            self.sparsifier,
+            self.error_feedback,
+            self.codec.payload(k, size, dtype),
+            (selection.Group(size, k),),
+        )
         context = error_feedback_lib.Step(self.num_workers, k / size, rate, t)
 
-        def select(of_worker):
-            number, gradient, local, memory = of_worker
-            a, accumulated = error_feedback.accumulate(
-                local, shared, gradient, context
-            )
-            scores = sparsifier.score(a, memory, t)
-            indices = selection.select_largest(scores, groups, t)
-            if error_feedback.keeps_a:
-                accumulated = (a, *accumulated[1:])
-            local = _fill(accumulated, local)
-            values = selection.take(a, indices)
-            _, sent = payload_codec.encode(indices, values, (t, number))
-            return indices, sent, local
+        def send(of_worker):
+            rank, gradient, local, memory = of_worker
+            before = round_lib.State(local, state.shared, memory)
+            return round_lib.send(method, gradient, before, context, rank)[1]
 
-        def remember(of_worker):
-            indices, sent, local = of_worker
-            new = error_feedback.update(local, indices, sent, context)
-            memory = sparsifier.remember(
-                indices, sent, selection.take(total, indices)
-            )
-            # Something, even if there is nothing to remember.
-            return indices, _fill(new, local), memory
-
-        indices, sent, local = tf.map_fn(
-            select,
+        sent = tf.map_fn(
+            send,
             (
                 tf.range(self.num_workers),
                 gradients / self.num_workers,
-                local,
-                memory,
+                state.local,
+                state.memory,
             ),
-            fn_output_signature=(
+            fn_output_signature=round_lib.Sent(
                 tf.TensorSpec([k], tf.int32),
-                tf.TensorSpec([k], weights.dtype),
-                _specs(local),
+                tf.TensorSpec([k], dtype),
+                _specs(state.local),
             ),
         )
-        total = aggregation.sum_entries(indices, sent, size)
-        _, local, memory = tf.map_fn(
-            remember,
-            (indices, sent, local),
+        total = aggregation.sum_entries(sent.indices, sent.values, size)
+        aggregate, shared = round_lib.aggregate(
+            method, total, state.shared, context
+        )
+        local, memory, _ = tf.map_fn(
+            # With something to return where nothing is kept.
+            lambda sent: (
+                *round_lib.settle(method, sent, total, context),
+                sent.indices,
+            ),
+            sent,
             fn_output_signature=(
+                _specs(state.local),
+                _specs(state.memory),
                 tf.TensorSpec([k], tf.int32),
-                _specs(local),
-                _specs(memory),
             ),
         )
-        aggregate, shared = error_feedback.aggregate(shared, total, context)
-        change, arrays = self.inner(arrays, aggregate, t)
-        return State(weights - rate * change, arrays, local, shared, memory)
+        change, arrays = self.inner(state.arrays, aggregate, t)
+        weights = state.weights - rate * change
+        return State(weights, arrays, local, shared, memory)
 
 
 def gradient_descent(
@@ -259,14 +251,6 @@ def gradient_descent(
         )[-1]
 
     return run
-
-
-def _fill(new, old):
-    """`new`, with `old` where it is None."""
-    return tuple(
-        before if after is None else after
-        for after, before in zip(new, old, strict=True)
-    )
 
 
 def _specs(values):

@@ -66,7 +66,7 @@ def test_exported_programs_do_not_hold_the_gradient(tmp_path):
 
 def test_programs_of_a_step_are_exported(tmp_path):
     """With the variables, where the sum writes over them."""
-    names = ["select_entries", "decode", "add_entries"]
+    names = ["send", "decode", "settle"]
     run(
         "export_stablehlo.py",
         tmp_path,

@@ -10,7 +10,9 @@ import pytest
 import tensorflow as tf
 
 import tf_regtopk
+from tf_regtopk import error_feedback
 from tf_regtopk import flat_buffer
+from tf_regtopk import round as round_lib
 from tf_regtopk import selection
 
 SPARSIFIERS = [tf_regtopk.TopK(0.01), tf_regtopk.RegTopK(0.01)]
@@ -39,25 +41,18 @@ def test_no_array_of_the_gradients_size_is_copied(sparsifier):
     size = 2**18
     optimizer, _variables = make_optimizer(sparsifier, [(size - 99,), (9, 11)])
     exchange = optimizer._gradient_exchange
-    state = (
-        *exchange.feedback_state.variables()[:2],
-        exchange.memory.variables(),
-    )
-    sparse_step = exchange.sparse_step
+    local, shared, _ = exchange.feedback_state.variables()
+    state = round_lib.State(local, shared, exchange.memory.variables())
     values = tf.nest.map_structure(lambda v: v.read_value(), state)
-    step = optimizer.iterations.value
-    args = (
-        [tf.zeros([size])],
-        (True, True),
-        *values,
-        tf.zeros([]),
-        (step, tf.constant(0)),
-    )
-    assert not copies(sparse_step.select_entries, size, *args)
-    payload, _, indices, sent, _ = sparse_step.select_entries(*args)
-    entries = sparse_step.decode(payload[tf.newaxis], step)[:2]
-    args = (*entries, indices, sent, *state, tf.zeros([]), step, (True, True))
-    assert not copies(sparse_step.add_entries, size, *args)
+    moment = error_feedback.Moment(tf.zeros([]), optimizer.iterations.value)
+    has_gradient = (True, True)
+    args = ([tf.zeros([size])], values, moment, tf.constant(0), has_gradient)
+    sparse_step = exchange.sparse_step
+    assert not copies(sparse_step.send, size, *args)
+    payload, _, sent = sparse_step.send(*args)
+    entries, _ = sparse_step.decode(payload[tf.newaxis], moment.number)
+    args = (entries, sent[:2], state, moment, has_gradient)
+    assert not copies(sparse_step.settle, size, *args)
 
 
 @pytest.mark.parametrize("k", [2**10, 2**17])
@@ -96,10 +91,7 @@ def test_missing_gradients_are_no_constant_of_their_size():
     """Which TensorFlow would put into the program, and keep with it."""
     size = 2**18
     buffer = flat_buffer.FlatBuffer(((size // 2,),) * 2, (tf.float32,) * 2)
-    keep = tf.function(
-        lambda kept, flat: buffer.keep_missing(kept, flat, (True, False)),
-        jit_compile=True,
-    )
+    keep = tf.function(buffer.missing((True, False)).keep, jit_compile=True)
     flat = tf.zeros([size])
     program = keep.experimental_get_compiler_ir(flat, flat)(stage="hlo")
     assert f"[{size}]" in program

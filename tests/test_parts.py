@@ -107,13 +107,24 @@ def test_flat_buffer_without_some_gradients():
     for has_gradient, expected in (
         ((False, True, False), [1, 2, -3, 4, 5]),
         ((True, False, False), [-1, -2, 3, 4, 5]),
-        ((True, True, True), [-1, -2, -3, -4, -5]),
         ((False, False, False), [1, 2, 3, 4, 5]),
     ):
-        kept = buffer.keep_missing(flat, -flat, has_gradient)
-        np.testing.assert_array_equal(kept, expected)
-        cleared = buffer.clear_missing(-flat, has_gradient)
-        np.testing.assert_array_equal(cleared, np.minimum(expected, 0))
+        missing = buffer.missing(has_gradient)
+        np.testing.assert_array_equal(missing.keep(flat, -flat), expected)
+        np.testing.assert_array_equal(
+            missing.clear(-flat), np.minimum(expected, 0)
+        )
+        # Vectors with other than J entries are kept as they are.
+        old, new = (flat, flat[:1], flat), (-flat, -flat[:1], flat)
+        state = missing.keep_state(old, new)
+        np.testing.assert_array_equal(state[0], expected)
+        assert state[1] is new[1] and state[2] is flat
+        indices = tf.constant([0, 2, 4])
+        np.testing.assert_array_equal(
+            missing.applied(indices, tf.gather(-flat, indices)),
+            np.minimum(expected, 0)[[0, 2, 4]],
+        )
+    assert buffer.missing((True, True, True)) is None
 
 
 def test_flat_buffer_densifies_slices():

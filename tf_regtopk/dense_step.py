@@ -11,19 +11,17 @@ from tf_regtopk import verdict
 class PlainStep:
     """Sums whole gradients, and nothing else."""
 
-    def exchange(self, gradients, feedback, memory, learning_rate, number):
+    def exchange(self, gradients, state, moment):
         """As `SparseStep.exchange`."""
-        del feedback, memory, learning_rate, number
+        del state, moment
         totals = exchange.all_reduce_sum(
             [gradient for gradient in gradients if gradient is not None]
         )
         return _flags_of(totals), tuple(totals)
 
-    def aggregate(
-        self, exchanged, feedback, memory, learning_rate, number, has_gradient
-    ):
+    def aggregate(self, exchanged, state, moment, has_gradient):
         """As `SparseStep.aggregate`."""
-        del feedback, memory, learning_rate, number
+        del state, moment
         totals = iter(exchanged)
         return [next(totals) if has else None for has in has_gradient]
 
@@ -44,58 +42,48 @@ class DenseStep:
         self._buffer = buffer
         self._error_feedback = error_feedback
 
-    def exchange(self, gradients, feedback, memory, learning_rate, number):
+    def exchange(self, gradients, state, moment):
         """As `SparseStep.exchange`."""
-        del memory
-        _, shared = feedback
         gradients = self._buffer.densify(gradients)
         a = self._accumulate(
             self._buffer.vectors(gradients),
+            [variable.read_value() for variable in state.shared],
+            moment,
             tuple(gradient is not None for gradient in gradients),
-            [variable.read_value() for variable in shared],
-            learning_rate,
-            number,
         )
         totals = exchange.all_reduce_sum([a])
         return _flags_of(totals), tuple(totals)
 
-    def aggregate(
-        self, exchanged, feedback, memory, learning_rate, number, has_gradient
-    ):
+    def aggregate(self, exchanged, state, moment, has_gradient):
         """As `SparseStep.aggregate`."""
-        del memory
-        _, shared = feedback
-        total = self._apply(
-            *exchanged,
-            shared,
-            learning_rate,
-            number,
-            has_gradient,
-        )
-        return self._buffer.split(total)
+        [total] = exchanged
+        aggregate = self._apply(total, state.shared, moment, has_gradient)
+        return self._buffer.split(aggregate)
 
     @tf.function(jit_compile=True, autograph=False)
-    def _accumulate(self, vectors, has_gradient, shared, learning_rate, number):
+    def _accumulate(self, vectors, shared, moment, has_gradient):
         g = tf.concat(vectors, axis=0)
         a, _ = self._error_feedback.accumulate(
-            (), shared, g, self._step_of(learning_rate, number)
+            (), shared, g, self._step_at(moment)
         )
-        return self._buffer.clear_missing(a, has_gradient)
+        missing = self._buffer.missing(has_gradient)
+        return missing.clear(a) if missing else a
 
     @tf.function(jit_compile=True, autograph=False)
-    def _apply(self, total, shared, learning_rate, number, has_gradient):
+    def _apply(self, total, shared, moment, has_gradient):
         old = [variable.read_value() for variable in shared]
         aggregate, new = self._error_feedback.aggregate(
-            old, total, self._step_of(learning_rate, number)
+            old, total, self._step_at(moment)
         )
-        new = self._buffer.keep_missing_state(old, new, has_gradient)
+        if missing := self._buffer.missing(has_gradient):
+            new = missing.keep_state(old, new)
         for variable, value in zip(shared, new, strict=True):
             variable.assign(value)
         return aggregate
 
-    def _step_of(self, learning_rate, number):
+    def _step_at(self, moment):
         replicas = tf.distribute.get_strategy().num_replicas_in_sync
-        return error_feedback_lib.Step(replicas, 1.0, learning_rate, number)
+        return error_feedback_lib.Step(replicas, 1.0, *moment)
 
 
 def _flags_of(totals):

@@ -69,10 +69,6 @@ class CompressedDownlink(error_feedback_lib.ErrorFeedback):
         )
 
     @property
-    def keeps_a(self):
-        return self.error_feedback.keeps_a
-
-    @property
     def needs_learning_rate(self):
         return self.error_feedback.needs_learning_rate
 

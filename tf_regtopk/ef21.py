@@ -42,15 +42,15 @@ class EF21(error_feedback.ErrorFeedback):
         del shared, step
         if self.momentum == 1:
             [h] = local
-            return gradient - h, (None,)
+            return gradient - h, local
         h, v = local
         v = (1 - self.momentum) * v + self.momentum * gradient
-        return v - h, (None, v)
+        return v - h, (h, v)
 
     def update(self, local, indices, sent, step):
         del step
         h = error_feedback.add_sent(local[0], indices, sent)
-        return (h, *(None for _ in local[1:]))
+        return (h, *local[1:])
 
     def aggregate(self, shared, total, step):
         del step

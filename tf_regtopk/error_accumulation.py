@@ -47,8 +47,6 @@ class Accumulate(error_feedback.ErrorFeedback):
     clip_norm: float | None = None
     follow_learning_rate: bool = False
 
-    keeps_a = True
-
     def __post_init__(self):
         self._check_number("momentum", "in [0, 1)", lambda m: 0 <= m < 1)
         validation.check_boolean("factor_masking", self.factor_masking)
@@ -84,9 +82,11 @@ class Accumulate(error_feedback.ErrorFeedback):
         if self.follow_learning_rate:
             e *= _ratio(shared[0], tf.cast(step.learning_rate, e.dtype))
         if not self.momentum:
-            return error_feedback.accumulate(e, gradient), (None,)
+            a = error_feedback.accumulate(e, gradient)
+            return a, (a,)
         u = self.momentum * u[0] + gradient
-        return error_feedback.accumulate(e, u), (None, u)
+        a = error_feedback.accumulate(e, u)
+        return a, (a, u)
 
     def update(self, local, indices, sent, step):
         del step
@@ -94,7 +94,7 @@ class Accumulate(error_feedback.ErrorFeedback):
         if not self.momentum:
             return (e,)
         if not self.factor_masking:
-            return e, None
+            return e, local[1]
         return e, error_feedback.clear_sent(local[1], indices)
 
     def aggregate(self, shared, total, step):

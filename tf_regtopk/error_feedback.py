@@ -78,6 +78,18 @@ def clear_sent(u, indices):
     return tf.tensor_scatter_nd_update(u, indices[:, tf.newaxis], zeros)
 
 
+class Moment(NamedTuple):
+    """The facts of a step that are the same for all ways to exchange.
+
+    Args:
+        learning_rate: Scalar float tensor, the inner optimizer's.
+        number: Scalar integer tensor, the number of steps taken before.
+    """
+
+    learning_rate: tf.Tensor
+    number: tf.Tensor
+
+
 class Step(NamedTuple):
     """What a rule may want to know of a step.
 
@@ -108,8 +120,6 @@ class ErrorFeedback(record.Record, abc.ABC):
     local ones are kept and spread evenly.
     """
 
-    # Whether a replaces the first local tensor until it is known what was sent.
-    keeps_a = False
     # Whether the rule reads `Step.learning_rate`.
     needs_learning_rate = False
 
@@ -146,9 +156,9 @@ class ErrorFeedback(record.Record, abc.ABC):
             step: `Step`.
 
         Returns:
-            `(a, local)`: a, and the tuple of the local tensors, of which those
-            that stay as they are may be None. With `keeps_a` the first is to be
-            None: a itself takes its place.
+            `(a, local)`: a, and the tuple of the local tensors: a itself where
+            a rule keeps a until it is known what was sent, and the same object
+            where one stays as it is.
         """
 
     @abc.abstractmethod
@@ -156,13 +166,13 @@ class ErrorFeedback(record.Record, abc.ABC):
         """The local tensors for the next step.
 
         Args:
-            local: As returned by `accumulate`, but none of them None.
+            local: As returned by `accumulate`.
             indices: int32 tensor `[k]`, the entries sent, each once.
             sent: Tensor `[k]`, the values that the receivers see.
             step: `Step`.
 
         Returns:
-            Tuple of tensors `[J]`, None where one stays as it is.
+            Tuple of tensors `[J]`, the same object where one stays as it is.
         """
 
     def aggregate(self, shared, total, step):

@@ -130,70 +130,86 @@ class FlatBuffer:
             )
         ]
 
-    def clear_missing(self, flat, has_gradient):
-        """`flat` with zeros in place of variables without a gradient."""
-        return self.keep_missing(tf.zeros_like(flat), flat, has_gradient)
-
-    def keep_missing(self, kept, flat, has_gradient):
-        """`flat`, but `kept` in place of variables without a gradient.
+    def missing(self, has_gradient):
+        """The entries of variables without a gradient, or None if all have one.
 
         Args:
-            kept: Tensor `[J]`.
-            flat: Tensor `[J]`.
             has_gradient: For each variable whether there is a gradient.
 
         Returns:
-            Tensor `[J]`.
+            `Missing` or None.
         """
         if all(has_gradient):
-            return flat
-        # 0, which XLA does not know, see `range_from`.
-        start = tf.cast(flat[0] != flat[0], tf.int32) * 0
-        position = sequence.range_from(start, self.size)
-        return tf.where(self.is_missing(position, has_gradient), kept, flat)
-
-    def is_missing(self, positions, has_gradient):
-        """Whether entries are of variables without a gradient.
-
-        Args:
-            positions: int32 tensor.
-            has_gradient: For each variable whether there is a gradient.
-
-        Returns:
-            bool tensor of the shape of `positions`.
-        """
-        is_missing = tf.zeros_like(positions, tf.bool)
-        for start, end in self._runs_without(has_gradient):
-            is_missing |= (positions >= start) & (positions < end)
-        return is_missing
-
-    def keep_missing_state(self, old, new, has_gradient):
-        """As `keep_missing`, for each of a list of tensors.
-
-        Args:
-            old: List of tensors, those `[J]` with an entry a parameter.
-            new: List of their successors, None where one stays.
-            has_gradient: For each variable whether there is a gradient.
-
-        Returns:
-            List of tensors or None.
-        """
-        return [
-            after
-            if after is None or after.shape != [self.size]
-            else self.keep_missing(before, after, has_gradient)
-            for before, after in zip(old, new, strict=True)
-        ]
-
-    def _runs_without(self, has_gradient):
-        """`(start, end)` of each run of entries without a gradient."""
-        start = 0
+            return None
+        runs, start = [], 0
         variables = zip(has_gradient, self.sizes, strict=True)
         for has, run in itertools.groupby(variables, lambda v: v[0]):
             end = start + sum(size for _, size in run)
             if not has:
-                yield start, end
+                runs.append((start, end))
             start = end
+        return Missing(self.size, tuple(runs))
+
+
+@dataclasses.dataclass(frozen=True)
+class Missing:
+    """The entries of a flat vector whose variables have no gradient.
+
+    Args:
+        size: J.
+        runs: Tuple of `(start, end)`, runs of such entries.
+
+    Example:
+
+    >>> missing = Missing(size=4, runs=((1, 3),))
+    >>> missing.clear(tf.constant([1.0, 2.0, 3.0, 4.0])).numpy()
+    array([1., 0., 0., 4.], dtype=float32)
+    """
+
+    size: int
+    runs: tuple
+
+    def clear(self, flat):
+        """A vector `[J]` with zeros in place of these entries."""
+        return self.keep(tf.zeros_like(flat), flat)
+
+    def keep(self, kept, flat):
+        """A vector `[J]` with those of `kept` in place of these entries."""
+        # 0, which XLA does not know, see `range_from`.
+        start = tf.cast(flat[0] != flat[0], tf.int32) * 0
+        position = sequence.range_from(start, self.size)
+        return tf.where(self.covers(position), kept, flat)
+
+    def keep_state(self, old, new):
+        """State in which these entries stay as they were.
+
+        Args:
+            old: Tuple of tensors, those `[J]` with an entry a parameter.
+            new: Tuple of their successors.
+
+        Returns:
+            Tuple of tensors.
+        """
+        return tuple(
+            after
+            if after is before or after.shape != [self.size]
+            else self.keep(before, after)
+            for before, after in zip(old, new, strict=True)
+        )
+
+    def applied(self, indices, values):
+        """Values `[k]`, 0 where nothing is applied of what was sent.
+
+        A codec may make something of the zeros of a missing gradient.
+        """
+        return tf.where(self.covers(indices), tf.zeros_like(values), values)
+
+    def covers(self, positions):
+        """Whether these entries are at the positions, a bool tensor."""
+        is_missing = tf.zeros_like(positions, tf.bool)
+        for start, end in self.runs:
+            is_missing |= (positions >= start) & (positions < end)
+        return is_missing
 
 
 def _has_threads():

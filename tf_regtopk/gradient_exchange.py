@@ -7,6 +7,7 @@ from tf_regtopk import dense_step
 from tf_regtopk import error_feedback as error_feedback_lib
 from tf_regtopk import flat_buffer
 from tf_regtopk import replica_state
+from tf_regtopk import round as round_lib
 from tf_regtopk import saved_state
 from tf_regtopk import sparse_step
 from tf_regtopk import wire
@@ -84,37 +85,37 @@ class GradientExchange:
         codec = self._codec
         if self._participants.count == 1:
             codec = dataclasses.replace(codec, indices="int32")
+        local, shared, _ = self.feedback_state.dtypes
         self.sparse_step = sparse_step.SparseStep(
             self._buffer,
-            self._groups_at(density),
-            self._sparsifier,
-            self._rule,
-            self._payload_codec_of(codec),
+            round_lib.Method(
+                self._sparsifier,
+                self._rule,
+                self._payload_codec_of(codec),
+                self._groups_at(density),
+            ),
             self._participants,
-            (*self.feedback_state.dtypes[:2], self.memory.dtypes),
+            round_lib.State(local, shared, self.memory.dtypes),
         )
 
-    def exchange(self, gradients, learning_rate, number):
+    def exchange(self, gradients, moment):
         """The first half of a step; nothing is kept yet.
 
         Args:
             gradients: For each variable this replica's gradient or None.
-            learning_rate: Scalar float tensor, the inner optimizer's.
-            number: Scalar integer tensor, the number of steps taken before.
+            moment: `error_feedback.Moment`.
 
         Returns:
             `(flags, exchanged)`: list of `verdict.Flags`, and for `aggregate` a
             structure of tensors.
         """
         exchanged, flags = [], []
-        for slots, step, feedback, memory in self._parts():
+        for slots, step, state in self._parts():
             part = [gradients[slot] for slot in slots]
             if all(gradient is None for gradient in part):
                 exchanged.append(())
                 continue
-            found, sent = step.exchange(
-                part, feedback, memory, learning_rate, number
-            )
+            found, sent = step.exchange(part, state, moment)
             exchanged.append(sent)
             flags.append(found)
         # What the inner optimizer is to see as it is.
@@ -126,14 +127,13 @@ class GradientExchange:
         }
         return flags, (as_it_is, *exchanged)
 
-    def aggregate(self, exchanged, has_gradient, learning_rate, number):
+    def aggregate(self, exchanged, has_gradient, moment):
         """The second half of a step: the sums over all replicas.
 
         Args:
             exchanged: From `exchange`.
             has_gradient: For each variable whether there was a gradient.
-            learning_rate: As of `exchange`.
-            number: As of `exchange`.
+            moment: As of `exchange`.
 
         Returns:
             For each variable its gradient or None.
@@ -141,27 +141,25 @@ class GradientExchange:
         as_it_is, *exchanged = exchanged
         aggregate = [as_it_is.get(slot) for slot in range(len(has_gradient))]
         for sent, part in zip(exchanged, self._parts(), strict=True):
-            slots, step, feedback, memory = part
+            slots, step, state = part
             has = tuple(has_gradient[slot] for slot in slots)
             if any(has):
-                sums = step.aggregate(
-                    sent, feedback, memory, learning_rate, number, has
-                )
+                sums = step.aggregate(sent, state, moment, has)
                 for slot, value in zip(slots, sums, strict=True):
                     aggregate[slot] = value if has_gradient[slot] else None
         return aggregate
 
     def _parts(self):
-        """What is exchanged in which way: `(slots, step, feedback, memory)`."""
+        """The ways to exchange: `(slots, step, state)` of each."""
         local, shared, dense_shared = self.feedback_state.variables()
+        sparse_state = round_lib.State(local, shared, self.memory.variables())
         return (
-            (self._dense_slots, self._dense_step, ((), dense_shared), ()),
             (
-                self._sparse_slots,
-                self.sparse_step,
-                (local, shared),
-                self.memory.variables(),
+                self._dense_slots,
+                self._dense_step,
+                round_lib.State(shared=dense_shared),
             ),
+            (self._sparse_slots, self.sparse_step, sparse_state),
         )
 
     def wire_report(self):

@@ -40,8 +40,6 @@ class LearnedShift(error_feedback.ErrorFeedback):
     rate: float | None = None
     momentum: float = 0.0
 
-    keeps_a = True
-
     def __post_init__(self):
         if self.rate is not None:
             self._check_number("rate", "in (0, 1]", lambda r: 0 < r <= 1)
@@ -58,16 +56,18 @@ class LearnedShift(error_feedback.ErrorFeedback):
         del shared, step
         if not self.momentum:
             e, h = local
-            return e + (gradient - h), (None, None)
+            a = e + (gradient - h)
+            return a, (a, h)
         e, h, u = local
         u = self.momentum * u + (gradient - h)
-        return e + u, (None, None, u)
+        a = e + u
+        return a, (a, h, u)
 
     def update(self, local, indices, sent, step):
         a, h, *u = local
         e = error_feedback.residual_error(a, indices, sent)
         h = error_feedback.add_sent(h, indices, self._rate(step) * sent)
-        return (e, h, *(None for _ in u))
+        return (e, h, *u)
 
     def aggregate(self, shared, total, step):
         h_sum = shared[0] + self._rate(step) * total

@@ -168,7 +168,7 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
     def _exchange(self, gradients):
         """Select -> exchange: the first half of a step; nothing is kept yet."""
         flags, exchanged = self._gradient_exchange.exchange(
-            gradients, self._read_learning_rate(), self._iterations.value
+            gradients, self._read_moment()
         )
         is_current = tf.equal(self._changes.variables(), self.changes)
         flags.append(verdict.Flags(are_current=is_current))
@@ -177,17 +177,16 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
     def _aggregate(self, exchanged, has_gradient):
         """Sum -> remember -> clear the error: the second half of a step."""
         return self._gradient_exchange.aggregate(
-            exchanged,
-            has_gradient,
-            self._read_learning_rate(),
-            self._iterations.value,
+            exchanged, has_gradient, self._read_moment()
         )
 
-    def _read_learning_rate(self):
-        """The inner optimizer's, where the rule of error feedback needs it."""
-        if not self.error_feedback.needs_learning_rate:
-            return tf.zeros([])
-        return tf.cast(tf.convert_to_tensor(self.learning_rate), tf.float32)
+    def _read_moment(self):
+        rate = tf.zeros([])  # Where the rule of error feedback needs none.
+        if self.error_feedback.needs_learning_rate:
+            rate = tf.convert_to_tensor(self.learning_rate)
+        return error_feedback_lib.Moment(
+            tf.cast(rate, tf.float32), self._iterations.value.read_value()
+        )
 
     def _create_state(self, variables):
         self._participants = exchange_lib.Participants(self.hierarchical)
@@ -233,10 +232,12 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
                     )
                     for slot, v in enumerate(variables)
                 ]
-                number = tf.zeros([], self._iterations.dtype)
-                _, exchanged = exchange.exchange(gradients, tf.ones([]), number)
+                moment = error_feedback_lib.Moment(
+                    tf.ones([]), tf.zeros([], self._iterations.dtype)
+                )
+                _, exchanged = exchange.exchange(gradients, moment)
                 sums = exchange.aggregate(
-                    exchanged, [True] * len(variables), tf.ones([]), number
+                    exchanged, [True] * len(variables), moment
                 )
                 # Of each, or a part would not have to be computed.
                 return tf.add_n(

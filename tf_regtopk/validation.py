@@ -221,6 +221,31 @@ def check_scores(scores, accumulated):
         )
 
 
+def check_local_state(method, returned, before):
+    """Raises unless a rule of error feedback returns all its local tensors.
+
+    Args:
+        method: Name of the class and its method.
+        returned: What it has returned.
+        before: Tuple of the tensors that it was given.
+    """
+    fits = len(returned) == len(before) and all(
+        new is not None and new.shape == old.shape and new.dtype == old.dtype
+        for new, old in zip(returned, before, strict=True)
+    )
+    if not fits:
+        described = [
+            None if new is None else f"{new.dtype.name}{new.shape}"
+            for new in returned
+        ]
+        raise ValueError(
+            f"`{method}` must return a tensor for each local one, of its shape "
+            "and dtype, and the same object where one stays as it is (None and "
+            "`keeps_a` served for that in version 0.1.0: return `local[i]`, "
+            f"and a itself). Received: {described}"
+        )
+
+
 def check_replica_context():
     """Raises unless called where one replica's gradients are at hand."""
     if tf.distribute.in_cross_replica_context():
