@@ -3,6 +3,7 @@
 import tensorflow as tf
 
 from tf_regtopk import device_kind
+from tf_regtopk import words
 
 # As many entries of one replica are added at a time as span about this many
 # entries of the gradient, so that those of the other replicas find it in cache,
@@ -22,8 +23,8 @@ def sum_entries(indices, values, size):
     scatter works in.
 
     Args:
-        indices: int32 tensor `[N, k]`, in each row every index at most once;
-            not read if k = J.
+        indices: Tensor `[N, k]`, int32 or held words, in each row every index
+            at most once; not read if k = J.
         values: Float tensor `[N, k]`.
         size: J, the number of entries of the gradient.
 
@@ -47,7 +48,10 @@ def sum_entries(indices, values, size):
             run = [1, length]
             return i + 1, tf.tensor_scatter_nd_add(
                 aggregate,
-                tf.slice(indices, corner, run)[0][:, tf.newaxis],
+                # Released run by run, because all at once would be copied.
+                words.release(tf.slice(indices, corner, run)[0], tf.int32)[
+                    :, tf.newaxis
+                ],
                 tf.slice(values, corner, run)[0],
             )
 

@@ -159,7 +159,7 @@ class SparseStep:
             self._buffer.missing(has_gradient),
         )
         total = aggregation.sum_entries(
-            words.release(all_indices, tf.int32), all_values, self._buffer.size
+            all_indices, all_values, self._buffer.size
         )
         if missing:
             total = missing.clear(total)
