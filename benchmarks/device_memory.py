@@ -98,8 +98,8 @@ class Node:
 
     `is_regular` says whether every step runs it: a predicate is expected to be
     true. `round_trips` is how many copies to the host wait for each other
-    before it has run, `decisions` how many branches and checks that depend on
-    a device do.
+    before it has run, `decisions` for how many of these a branch or a check
+    waits, and `decided` the last of them.
     """
 
     kind: str
@@ -111,20 +111,24 @@ class Node:
     hint: str = ""
     round_trips: int = 0
     decisions: int = 0
+    decided: int = 0
 
     def __post_init__(self):
         before = [value.node for value, _ in self.inputs if value.node]
         before += self.after
         self.decisions = max((node.decisions for node in before), default=0)
+        self.decided = max((node.decided for node in before), default=0)
         self.round_trips = max((node.round_trips for node in before), default=0)
         for value, memory in self.inputs:
             if is_copied(value, memory) and memory == HOST:
                 trips = value.node.round_trips if value.node else 0
                 self.round_trips = max(self.round_trips, trips + 1)
         if self.kind in ("If", "Assert"):
-            value, _ = self.inputs[0]
-            trips = value.node.round_trips if value.node else 0
-            self.decisions += bool(trips or value.memory != HOST)
+            predicate, memory = self.inputs[0]
+            trips = predicate.node.round_trips if predicate.node else 0
+            trips += is_copied(predicate, memory)
+            self.decisions += trips > self.decided
+            self.decided = max(self.decided, trips)
 
 
 def is_copied(value, memory):

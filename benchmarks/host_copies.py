@@ -10,8 +10,14 @@ under `MirroredStrategy` and under `MultiWorkerMirroredStrategy` with a second
 worker that is not there, and searched for copies: see `device_memory.py`.
 Nothing is run or timed. Counted are the copies of a step that is taken; those
 of plain Keras SGD are there to compare with. Left out is the watchdog, whose
-two counters are on the host. "to host" and "to GPU" are the bytes of vectors
-for the GPU that has most of them.
+two counters are on the host. The columns, for the GPU that has most of it:
+
+* "to host", "to GPU", "between GPUs": the bytes of vectors, and how many;
+* "flags", "scalars": copies of up to 64 elements and of one, to the host and to
+  the GPU;
+* "round trips": copies to the host that wait for each other, one after the
+  other; "decisions": for how many of these a branch or a check waits;
+* "collectives": what the GPU takes part in, and the implementation asked for.
 """
 
 import contextlib

@@ -14,6 +14,15 @@ sys.path.append(str(BENCHMARKS))
 import device_memory  # noqa: E402
 import host_copies  # noqa: E402
 
+# What is on the host as well if it is int32.
+OF_INTEGERS = {
+    "Greater": {"x", "y", "z"},
+    "Identity": {"input", "output"},
+    "Reshape": {"tensor", "output"},
+    "StridedSlice": {"input", "output"},
+    "Switch": {"data"},
+}
+
 
 def host_arguments(kind, dtypes_of):
     """Plays the registry of a build for GPUs."""
@@ -23,16 +32,15 @@ def host_arguments(kind, dtypes_of):
         return {"output"} if dtypes_of("dtype") == [tf.int32] else set()
     if kind == "NextAfter":
         return None
-    is_integer = kind in ("Switch", "Identity", "Reshape") and dtypes_of(
-        "T"
-    ) == [tf.int32]
-    return {
+    on_host = {
         "All": {"reduction_indices"},
         "Assert": {"condition", "data"},
-        "Switch": {"pred", *(["data"] if is_integer else [])},
-        "Identity": {*(["input", "output"] if is_integer else [])},
-        "Reshape": {"shape", *(["tensor", "output"] if is_integer else [])},
+        "Reshape": {"shape"},
+        "Switch": {"pred"},
     }.get(kind, set())
+    if kind in OF_INTEGERS and dtypes_of("T") == [tf.int32]:
+        on_host |= OF_INTEGERS[kind]
+    return on_host
 
 
 def search(function, *shapes):
@@ -111,8 +119,19 @@ def test_decisions_wait_for_each_other():
 
     graph = search(step, [5])
     assert copies(graph) == [("to host", "bool", ())] * 2
-    assert graph.decisions() == 2
+    assert graph.decisions() == graph.round_trips() == 2
     assert {c.value.extent for c in graph.copies()} == {"scalar"}
+
+
+def test_decisions_may_wait_for_one_copy():
+    def step(x):
+        flags, _ = to_bits(x)
+        checked = tf.debugging.Assert(flags[0] > 0, [tf.constant(["negative"])])
+        with tf.control_dependencies([checked]):
+            return tf.cond(flags[1] > 0, lambda: x + 1, lambda: x)
+
+    graph = search(step, [2])
+    assert graph.round_trips() == graph.decisions() == 1
 
 
 def test_of_an_unknown_shape_there_is_a_bound():
