@@ -15,6 +15,11 @@ from tf_regtopk import index_codecs
 from tf_regtopk import validation
 from tf_regtopk import value_codecs
 
+# Entries of all replicas that a GPU decodes at once. Of more, starting kernels
+# for each replica takes little of the time, and the memory would have to be
+# there.
+_MOST_AT_ONCE = 1 << 22
+
 
 @keras.saving.register_keras_serializable(package="tf_regtopk")
 @dataclasses.dataclass(frozen=True)
@@ -193,5 +198,10 @@ class PayloadCodec:
 
     def _decodes_all_at_once(self, num_payloads):
         """Whether operations on all payloads suit the device, and are small."""
+        num_entries = num_payloads * self.indices.k
         num_bits = 32 * num_payloads * self.indices.num_words
-        return device_kind.is_gpu() and num_bits < 2**31
+        return (
+            device_kind.is_gpu()
+            and num_entries <= _MOST_AT_ONCE
+            and num_bits < 2**31
+        )
