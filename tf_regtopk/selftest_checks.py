@@ -304,14 +304,17 @@ def change_density(strategy):
     trial = Trial(strategy, SPARSIFIERS["RegTopK"])
     gradients = trials.make_gradients(strategy.num_replicas_in_sync)
     before = trials.run(trial, gradients[:1])
-    trial.optimizer.set_density(0.25)
+    density = 0.25
+    trial.optimizer.set_density(density)
     trial.trace()
     after = trials.run(trial, gradients[1:])
     trials.expect_balance(trial, gradients, np.concatenate([before, after]))
     changed = np.count_nonzero(after[1] != after[0])
-    k = trial.optimizer.wire_report().num_selected
+    k = round(density * after.shape[1])
     if changed < k:
-        raise CheckError(f"a step has changed {changed} weights, and not {k}")
+        raise CheckError(
+            f"a step has changed {changed} weights, where {k} must be sent"
+        )
 
 
 # ----- What replicas owe each other -----
@@ -726,10 +729,10 @@ def fit_model(strategy, input_shape, output_shape, make_layers, learning_rate):
             "mse",
         )
     history = model.fit(
-        x, y, batch_size=num_examples // 2, epochs=6, verbose=0, shuffle=False
+        x, y, batch_size=num_examples // 2, epochs=4, verbose=0, shuffle=False
     )
     losses = history.history["loss"]
-    if not losses[-1] < 0.9 * losses[0]:
+    if not losses[-1] < 0.95 * losses[0]:
         raise CheckError(f"the loss does not fall: {losses}")
     for variable in model.trainable_variables:
         first, *others = (
@@ -907,7 +910,17 @@ CHECKS = {
 ALONE = frozenset({"speed"})
 # Of several processes.
 OF_WORKERS = frozenset({"workers", "lost_worker"})
-QUICK = [name for name in CHECKS if name not in {"fit_conv", *OF_WORKERS}]
+QUICK = (
+    "environment",
+    "one_device",
+    "sparsifiers",
+    "codecs",
+    "error_feedback",
+    "placement",
+    "non_finite",
+    "saving",
+    "fit",
+)
 
 
 # ----- The process -----

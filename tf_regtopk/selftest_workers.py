@@ -61,7 +61,10 @@ def workers_agree(devices, communication):
     limit = devices.settings["worker_seconds"]
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
-        with started(devices, folder, communication=communication) as workers:
+        forms = list(FORMS)[: 1 if devices.quick else None]
+        with started(
+            devices, folder, communication=communication, forms=forms
+        ) as workers:
             deadline = time.monotonic() + limit
             for number, worker in enumerate(workers):
                 status = worker.wait(deadline - time.monotonic())
@@ -71,7 +74,7 @@ def workers_agree(devices, communication):
                         f"{worker.last_words}"
                     )
         files = [np.load(worker.result) for worker in workers]
-        for number, name in enumerate(FORMS):
+        for number, name in enumerate(forms):
             _compare(name, [_arrays(file, number) for file in files])
 
 
@@ -210,7 +213,7 @@ def started(devices, folder, **settings):
                 ),
                 # Loopback is not for a proxy.
                 "no_proxy": "127.0.0.1",
-                **_visible_gpus(number, devices),
+                **visible_gpus(number, devices),
             }
             workers.append(
                 Worker({**settings, "number": number}, folder, environ)
@@ -232,7 +235,7 @@ def _free_addresses():
         return [f"127.0.0.1:{s.getsockname()[1]}" for s in sockets]
 
 
-def _visible_gpus(number, devices):
+def visible_gpus(number, devices):
     """The environment that gives a worker its share of the GPUs."""
     num_gpus = devices.settings.get("num_gpus", 0)
     if devices.kind != "GPU" or num_gpus < NUM_WORKERS:
@@ -277,8 +280,8 @@ def work(settings):
                 print(f"step {number}", flush=True)
         return
     arrays = {}
-    for number, form in enumerate(FORMS.values()):
-        trial = trials.Trial(strategy, **form)
+    for number, name in enumerate(settings["forms"]):
+        trial = trials.Trial(strategy, **FORMS[name])
         gradients = trials.make_gradients(num_replicas)
         arrays[f"weights{number}"] = trials.run(trial, gradients)
         feedback, _ = trials.states_of(trial.optimizer)

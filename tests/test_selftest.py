@@ -1,0 +1,721 @@
+"""The self-test: each of its checks passes, and fails on a planted fault.
+
+The checks run here as Python does them, operation by operation, which takes
+less time than to compile. The command at the end compiles.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import threading
+
+from absl import flags
+import fork_server
+import keras
+import numpy as np
+import pytest
+import selftest_with_fault
+import tensorflow as tf
+
+import tf_regtopk
+from tf_regtopk import aggregation
+from tf_regtopk import codec as codec_lib
+from tf_regtopk import ef21
+from tf_regtopk import error_feedback
+from tf_regtopk import exchange
+from tf_regtopk import finiteness
+from tf_regtopk import hashing
+from tf_regtopk import optimizer
+from tf_regtopk import replica_state
+from tf_regtopk import selftest
+from tf_regtopk import selftest_checks
+from tf_regtopk import selftest_gpus
+from tf_regtopk import selftest_processes
+from tf_regtopk import selftest_trial
+from tf_regtopk import selftest_workers
+from tf_regtopk import wrapper
+
+ROOT = pathlib.Path(selftest.__file__).parent.parent
+NAMES = ("CPU:0", "CPU:1")
+
+
+@pytest.fixture(autouse=True)
+def _eager():
+    tf.config.run_functions_eagerly(True)
+    yield
+    tf.config.run_functions_eagerly(False)
+
+
+@pytest.fixture
+def devices(mirrored):
+    class Devices(selftest_trial.Devices):
+        # One strategy with collectives for a pair of devices in a process.
+        all = property(lambda self: mirrored(2))
+
+    return Devices(NAMES, NAMES, size=20_011, settings={"worker_seconds": 60})
+
+
+def failures(check, devices, cases):
+    """What the cases of a check whose names hold `cases` find wrong."""
+    ended = {}
+
+    def some(devices):
+        return (
+            (name, function)
+            for name, function in selftest_checks.CHECKS[check](devices)
+            if cases in name
+        )
+
+    def report(outcome):
+        ended[outcome["case"]] = outcome
+
+    passed = selftest_checks.run_check(some, devices, report)
+    assert ended, f"{check} has no case like {cases}"
+    failed = {
+        name: outcome["found"]
+        for name, outcome in ended.items()
+        if outcome["status"] != "ok"
+    }
+    assert passed == (not failed)
+    return failed
+
+
+# ----- Faults -----
+
+
+def xla_ignores_the_device(monkeypatch):
+    monkeypatch.setattr(
+        selftest_checks.tf, "device", lambda device: contextlib.nullcontext()
+    )
+
+
+def error_is_forgotten(monkeypatch):
+    monkeypatch.setattr(
+        error_feedback,
+        "residual_error",
+        lambda a, indices, sent: tf.zeros_like(a),
+    )
+
+
+def replica_hears_itself_only(monkeypatch):
+    monkeypatch.setattr(
+        exchange,
+        "all_gather",
+        lambda payload, num_used=None: tf.tile(payload[tf.newaxis], [2, 1]),
+    )
+
+
+def receivers_double_ternary(monkeypatch):
+    decode = codec_lib.PayloadCodec.decode
+
+    def decode_double(self, payloads):
+        indices, values, is_valid = decode(self, payloads)
+        is_ternary = getattr(self.values, "bucket_size", 0) is None
+        return indices, values * (2.0 if is_ternary else 1.0), is_valid
+
+    monkeypatch.setattr(codec_lib.PayloadCodec, "decode", decode_double)
+
+
+def shift_is_forgotten(monkeypatch):
+    monkeypatch.setattr(
+        ef21.EF21, "update", lambda self, local, *args: tuple(local)
+    )
+
+
+def density_stays(monkeypatch):
+    monkeypatch.setattr(
+        optimizer.SparsifiedOptimizer, "set_density", lambda self, density: None
+    )
+
+
+def state_is_on_the_first_device(monkeypatch):
+    create = replica_state.ReplicaState.__init__
+
+    def create_once(self, initial, participants=None):
+        create(self, initial, participants)
+
+        def make():
+            with tf.device("CPU:0"):
+                self._variables = tf.nest.map_structure(
+                    tf.Variable, self._initial()
+                )
+
+        # A thread of its own has no strategy.
+        thread = threading.Thread(target=make)
+        thread.start()
+        thread.join()
+
+    monkeypatch.setattr(replica_state.ReplicaState, "__init__", create_once)
+
+
+def sum_is_rounded(monkeypatch):
+    """Only with collectives, so not on the CPUs that are compared with."""
+    add = aggregation.sum_entries
+
+    def add_and_round(*args):
+        strategy = tf.distribute.get_strategy()
+        ops = strategy.extended._cross_device_ops
+        total = add(*args)
+        if isinstance(ops, tf.distribute.ReductionToOneDevice):
+            return total
+        return total * (1 + 2**-20)
+
+    monkeypatch.setattr(aggregation, "sum_entries", add_and_round)
+
+
+def rounding_is_random(monkeypatch):
+    monkeypatch.setattr(
+        hashing,
+        "uniform",
+        lambda size, *args, **kwargs: tf.random.uniform([size]),
+    )
+
+
+def no_check_for_nan(monkeypatch):
+    monkeypatch.setattr(
+        finiteness, "is_sum_finite", lambda m: tf.constant(True)
+    )
+    monkeypatch.setattr(finiteness, "are_finite", lambda t: tf.constant(True))
+
+
+def overflow_is_not_told(monkeypatch):
+    apply = wrapper.OptimizerWrapper.apply_if_finite
+
+    def apply_and_keep_silent(self, *args):
+        apply(self, *args)
+        return tf.constant(True)
+
+    monkeypatch.setattr(
+        wrapper.OptimizerWrapper, "apply_if_finite", apply_and_keep_silent
+    )
+
+
+def loading_loses_the_error(monkeypatch):
+    load = optimizer.SparsifiedOptimizer.load_state
+
+    def load_some(self, saved):
+        load(self, saved)
+        state, _ = selftest_trial.states_of(self)
+        state.assign_local(
+            [[np.zeros_like(a) for a in r] for r in state.local_arrays()]
+        )
+
+    monkeypatch.setattr(optimizer.SparsifiedOptimizer, "load_state", load_some)
+
+
+def steps_are_not_taken(monkeypatch):
+    monkeypatch.setattr(
+        wrapper.OptimizerWrapper, "apply", lambda self, *args: None
+    )
+
+
+def no_cublas(monkeypatch):
+    def fail(self, inputs):
+        raise tf.errors.InternalError(
+            None, None, "Graph execution error:\n\nNo BLAS support for stream"
+        )
+
+    monkeypatch.setattr(keras.layers.Dense, "call", fail)
+
+
+def no_cudnn(monkeypatch):
+    def fail(self, inputs):
+        raise tf.errors.UnimplementedError(
+            None, None, "DNN library is not found."
+        )
+
+    monkeypatch.setattr(keras.layers.Conv2D, "call", fail)
+
+
+# A check, the cases to run of it, a fault, and what is found.
+FAULTS = [
+    (
+        "environment",
+        "XLA",
+        xla_ignores_the_device,
+        "a compiled function ran on CPU:0",
+    ),
+    (
+        "one_device",
+        "float32",
+        error_is_forgotten,
+        "what was applied and what is held back differ",
+    ),
+    (
+        "sparsifiers",
+        "TopK",
+        replica_hears_itself_only,
+        "weights of replica 1 after step 1 differ from those of replica 0",
+    ),
+    ("codecs", "ternary", receivers_double_ternary, "what was applied"),
+    (
+        "error_feedback",
+        "EF21",
+        shift_is_forgotten,
+        "the shifts of all replicas",
+    ),
+    (
+        "options",
+        "set_density",
+        density_stays,
+        r"weights, where \d+ must be sent",
+    ),
+    (
+        "placement",
+        "EF21",
+        state_is_on_the_first_device,
+        r"lies on \['CPU:0'\]",
+    ),
+    (
+        "same_as_cpu",
+        "TopK",
+        sum_is_rounded,
+        "weights after step 1 differ from those on CPUs",
+    ),
+    ("repeatable", "", rounding_is_random, "of the second run differ"),
+    (
+        "non_finite",
+        "infinity",
+        no_check_for_nan,
+        r"\(iterations, skipped_steps\) must be \(1, 1\)",
+    ),
+    ("loss_scale", "", overflow_is_not_told, "the scale must be 16384"),
+    (
+        "saving",
+        "all devices",
+        loading_loses_the_error,
+        r"weights \d steps after loading differ",
+    ),
+    ("fit", "all devices", steps_are_not_taken, "the loss does not fall"),
+    ("fit_dense", "", no_cublas, "InternalError: No BLAS support for stream"),
+    ("fit_conv", "", no_cudnn, "UnimplementedError: DNN library is not found."),
+    ("speed", "sparse, 2", steps_are_not_taken, "0 of 10 steps were taken"),
+]
+
+
+@pytest.mark.parametrize("check, cases, fault, message", FAULTS)
+def test_check_fails_on_a_fault(check, cases, fault, message, devices):
+    if check == "speed":
+        devices = dataclasses.replace(devices, quick=True)
+    # Those of the quick run, and the two below, are seen to pass there.
+    if check not in (*selftest_checks.QUICK, "fit_dense", "fit_conv"):
+        assert failures(check, devices, cases) == {}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        fault(monkeypatch)
+        found = failures(check, devices, cases)
+    assert found
+    for text in found.values():
+        assert re.search(message, text), text
+        assert "\n" not in text
+
+
+def test_every_check_has_a_fault():
+    planted = {check for check, *_ in FAULTS}
+    assert planted | selftest_checks.OF_WORKERS == set(selftest_checks.CHECKS)
+
+
+@pytest.mark.parametrize(
+    "fault, passing", [(no_cublas, "fit_conv"), (no_cudnn, "fit_dense")]
+)
+def test_a_missing_library_fails_only_what_needs_it(
+    fault, passing, devices, monkeypatch
+):
+    fault(monkeypatch)
+    assert failures(passing, devices, "all devices") == {}
+
+
+def test_the_cases_cover_all_parts(devices):
+    """What the lists of the checks leave to other checks is in those."""
+    values = {values for _, values in selftest_checks.CODECS} | {"float32"}
+    assert values == set(codec_lib.value_codecs.CODECS)
+    indices = {indices for indices, _ in selftest_checks.CODECS} | {"auto"}
+    assert indices == {"auto", *codec_lib.index_codecs.CODECS}
+
+    def classes(base):
+        found = {base}
+        for each in list(found):
+            found |= {c for d in each.__subclasses__() for c in classes(d)}
+        return {c for c in found if c.__name__ in tf_regtopk.__all__}
+
+    rules = {type(rule) for rule in selftest_checks.RULES.values()}
+    rules |= {tf_regtopk.Accumulate}
+    assert rules == classes(error_feedback.ErrorFeedback) - {
+        error_feedback.ErrorFeedback
+    }
+    base = tf_regtopk.Sparsifier
+    sparsifiers = {type(s) for s in selftest_checks.SPARSIFIERS.values()}
+    assert sparsifiers == classes(base) - {base}
+    for check in selftest_checks.CHECKS.values():
+        names = [name for name, _ in check(devices)]
+        assert names and len(set(names)) == len(names)
+
+
+# ----- Workers -----
+
+# Plays a worker: its settings, and what it is to do.
+FAKE_WORKER = """
+import json, sys, time
+import numpy as np
+settings = json.loads(sys.argv[1])
+number = settings["number"]
+for step in range(4):
+    print("step", step, flush=True)
+"""
+
+
+def play(monkeypatch, text):
+    command = (sys.executable, "-c", FAKE_WORKER + text)
+    monkeypatch.setattr(selftest_workers, "COMMAND", command)
+
+
+def test_two_workers_agree(devices, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    devices = dataclasses.replace(devices, quick=True)
+    devices.settings["worker_seconds"] = 200
+    assert failures("workers", devices, "AUTO") == {}
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("time.sleep(100 * number)", "worker 1 has not ended after"),
+        (
+            "sys.exit(number and 'no way')",
+            "worker 1 ended with status 1: no way",
+        ),
+        (
+            "w = np.zeros([4, 9]); w[2] += number\n"
+            "np.savez(settings['output'], weights0=w, held_back0=w[:1])",
+            "RegTopK: weights of worker 1 after step 2 differ",
+        ),
+        (
+            "w = np.zeros([4, 3090])\n"
+            "np.savez(settings['output'], weights0=w, held_back0=w[:1])",
+            "what was applied and what is held back differ",
+        ),
+    ],
+)
+def test_workers_fails_on_a_fault(text, message, devices, monkeypatch):
+    play(monkeypatch, text)
+    devices.settings["worker_seconds"] = 2 if "sleep" in text else 60
+    [found] = failures("workers", devices, "AUTO").values()
+    assert message in found
+
+
+def test_nccl_is_for_two_gpus():
+    devices = selftest_trial.Devices(
+        ("GPU:0", "GPU:1"), NAMES, settings={"num_gpus": 1}
+    )
+    [_, (name, function)] = selftest_checks.CHECKS["workers"](devices)
+    assert name == "NCCL"
+    with pytest.raises(selftest_trial.SkippedError, match="here are 1"):
+        function()
+
+
+@pytest.mark.parametrize(
+    "visible, shares", [(None, ["0,1", "2,3"]), ("7,5,3", ["7", "5"])]
+)
+def test_workers_share_the_gpus(visible, shares, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    num_gpus = 4
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        num_gpus = 3
+    devices = selftest_trial.Devices(
+        ("GPU:0", "GPU:1"), NAMES, settings={"num_gpus": num_gpus}
+    )
+    assert [
+        selftest_workers.visible_gpus(number, devices) for number in (0, 1)
+    ] == [{"CUDA_VISIBLE_DEVICES": share} for share in shares]
+
+
+# The first one waits, for as long as it is said, and ends as it is said.
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("time.sleep(100) if number else (time.sleep(0.3), sys.exit(3))", None),
+        (
+            "time.sleep(100) if number else (time.sleep(0.3), sys.exit(0))",
+            "the worker left alone must end by an error of a collective, and "
+            "ended with status 0",
+        ),
+        ("time.sleep(100)", "has not ended after 3 s"),
+        ("sys.exit(1)", "the workers do not get to the third step"),
+    ],
+)
+def test_lost_worker(text, message, devices, monkeypatch):
+    monkeypatch.setattr(selftest_workers, "TIMEOUT_SECONDS", 1.0)
+    if message and "third" in message:
+        monkeypatch.setattr(
+            sys.modules[__name__], "FAKE_WORKER", "import sys\n"
+        )
+    play(monkeypatch, text)
+    found = failures("lost_worker", devices, "")
+    assert bool(found) == bool(message)
+    for text in found.values():
+        assert message in text
+
+
+# ----- The processes -----
+
+# Plays a process of checks: `go(name, *statuses)` for those it is to run.
+FAKE_CHECKS = """
+import json, os, sys, time
+settings = json.loads(sys.argv[1])
+def say(**line):
+    with open(settings["output"], "a") as file:
+        print(json.dumps(line), file=file)
+def go(name):
+    say(check=name, status="running")
+    say(check=name, case="first", status="running")
+    if "good" in sys.argv:
+        pass
+    elif name == "codecs":
+        say(check=name, case="first", status="failed", found="so it is")
+        say(check=name, status="done")
+        sys.exit()
+    elif name == "sparsifiers":
+        print("out of luck", flush=True)
+        os.abort()
+    elif name == "fit":
+        time.sleep(100)
+    say(check=name, case="first", status="ok", found="all")
+    say(check=name, case="second", status="skipped", found="no need")
+    say(check=name, status="done")
+say(gpus=[], software={"TensorFlow": "9"}, is_cuda_build=False)
+for name in settings["checks"]:
+    go(name)
+"""
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """Function that runs the command with such processes."""
+    monkeypatch.setattr(
+        selftest_processes, "COMMAND", (sys.executable, "-c", FAKE_CHECKS)
+    )
+    monkeypatch.setattr(selftest_gpus, "driver_error", lambda: "no driver")
+
+    def run(**arguments):
+        values = flags.FlagValues()
+        selftest.define_flags(values)
+        output = tmp_path / "report.json"
+        values(["", f"--output={output}"])
+        for name, value in arguments.items():
+            values[name].value = value
+        status = selftest.run(values)
+        report = json.loads(output.read_text("utf-8"))
+        assert report["exit_status"] == status
+        return status, capsys.readouterr().out, report
+
+    return run
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_each_check_is_reported(command, jobs):
+    """Also after one has failed, crashed, or not come to an end."""
+    names = ["options", "codecs", "sparsifiers", "fit", "saving", "speed"]
+    status, output, report = command(checks=names, jobs=jobs, limit_seconds=1.0)
+    assert status == selftest.FAILED
+    results = {r["check"]: r for r in report["checks"]}
+    assert set(results) == {"environment", *names}
+    failed = {
+        "codecs": "1 of 1 cases: first: so it is",
+        "sparsifiers": "1 of 1 cases: first: the process ended with status -6",
+        "fit": "1 of 1 cases: first: no end after 1 s",
+    }
+    for name, result in results.items():
+        if name in failed:
+            assert result["status"] == "failed"
+            assert result["found"].startswith(failed[name])
+            assert f"\nFAILED  {name} " in output
+        else:
+            assert result["status"] == "ok"
+            assert f"\nok      {name} " in output
+            assert result["found"] == "1 case. first: all; second: no need"
+    assert "out of luck" in results["sparsifiers"]["found"]
+    assert "4 checks passed, 3 failed (" in output
+    # Nothing runs beside the times.
+    assert report["checks"][-1]["check"] == "speed"
+
+
+def test_all_pass(command, monkeypatch):
+    monkeypatch.setattr(
+        selftest_processes,
+        "COMMAND",
+        (
+            sys.executable,
+            "-c",
+            FAKE_CHECKS.replace("sys.argv[1]", "sys.argv[2]"),
+            "good",
+        ),
+    )
+    status, output, report = command(quick=True)
+    assert status == selftest.PASSED
+    assert {r["check"] for r in report["checks"]} == set(selftest_checks.QUICK)
+    assert f"{len(selftest_checks.QUICK)} checks passed in" in output
+
+
+def test_workers_can_be_left_out(command):
+    _, _, report = command(workers="0", limit_seconds=1.0)
+    assert {r["check"] for r in report["checks"]} == (
+        set(selftest_checks.CHECKS) - selftest_checks.OF_WORKERS
+    )
+
+
+def test_says_why_there_is_no_gpu(command, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    status, output, report = command(device_type="GPU")
+    assert status == selftest.NO_GPU
+    assert output.startswith("TensorFlow 9 sees no GPU.\n")
+    for reason in (
+        "It was built without CUDA",
+        "CUDA_VISIBLE_DEVICES='-1'",
+        "The driver's library cannot be loaded: no driver",
+    ):
+        assert reason in output
+    assert report["reasons"] == output.splitlines()
+
+
+def test_no_answer(command, monkeypatch):
+    monkeypatch.setattr(
+        selftest_processes,
+        "COMMAND",
+        (sys.executable, "-c", "raise SystemExit('cannot import')"),
+    )
+    status, output, _ = command(device_type="GPU")
+    assert status == selftest.FAILED
+    assert (
+        "TensorFlow does not say what devices it sees: cannot import" in output
+    )
+
+
+def test_what_tensorflow_says_of_gpus():
+    lines = [
+        "W0000 00:00:17.9 5870 gpu_device.cc:2343] Cannot dlopen some GPU "
+        "libraries. Please make sure",
+        "I0000 00:00:17.9 5870 cpu_feature_guard.cc:227] This TensorFlow",
+        "I0000 00:00:17.9 5870 dso_loader.cc:144] Could not load dynamic "
+        "library 'libcudnn.so.9'; dlerror: no such file",
+    ]
+    reasons = selftest_gpus.why_no_gpu({"TensorFlow": "9"}, True, lines)
+    assert [r for r in reasons if r.startswith("TensorFlow: ")] == [
+        "TensorFlow: Cannot dlopen some GPU libraries. Please make sure",
+        "TensorFlow: Could not load dynamic library 'libcudnn.so.9'; dlerror: "
+        "no such file",
+    ]
+    assert not any("without CUDA" in reason for reason in reasons)
+
+
+def test_memory_is_shared(monkeypatch, tmp_path):
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 81000\necho 40000\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    free = selftest_gpus.gpu_memory()
+    assert free == 40000
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    jobs = selftest_gpus.default_jobs("GPU", free)
+    limit = selftest_gpus.memory_limit(free, jobs)
+    assert 1 < jobs <= 16
+    assert limit >= selftest_gpus.SMALLEST_LIMIT
+    assert 2 * limit * jobs < free
+    assert selftest_gpus.default_jobs("GPU", 3000) == 1
+    assert selftest_gpus.memory_limit(free, 1) > 2 * limit
+    program.write_text("#!/bin/sh\nexit 9\n")
+    assert selftest_gpus.gpu_memory() is None
+
+
+# ----- The command -----
+
+
+def test_import_defines_no_flags():
+    assert "limit_seconds" not in flags.FLAGS
+
+
+def run_command(*args):
+    return subprocess.run(
+        [sys.executable, "-m", "tf_regtopk.selftest", *args],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        cwd=ROOT,
+    )
+
+
+def test_a_fault_fails_exactly_one_check(tmp_path):
+    output = tmp_path / "selftest.json"
+    result = fork_server.run_one(
+        selftest_with_fault.__file__,
+        ["--quick", "--device_type=CPU", f"--output={output}"],
+        timeout=600,
+    )
+    assert result.returncode == selftest.FAILED, result.stderr
+    report = json.loads(output.read_text("utf-8"))
+    statuses = {r["check"]: r["status"] for r in report["checks"]}
+    assert statuses == {
+        name: "failed" if name == "error_feedback" else "ok"
+        for name in selftest_checks.QUICK
+    }, result.stdout
+    assert "FAILED  error_feedback" in result.stdout
+    assert report["software"]["TensorFlow"] == tf.__version__
+
+
+def test_command_without_gpus(tmp_path):
+    output = tmp_path / "selftest.json"
+    result = run_command("--checks=environment", f"--output={output}")
+    assert result.returncode == selftest.PASSED, result.stderr
+    assert "\nok      environment " in result.stdout
+
+
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ("--checks=codex", "Received: codex"),
+        ("--jobs=0", "jobs"),
+        ("extra", "Unknown arguments: ['extra']"),
+    ],
+)
+def test_wrong_arguments(argument, message):
+    result = fork_server.run_one("tf_regtopk.selftest", [argument])
+    assert result.returncode == selftest.USAGE
+    assert message in result.stdout + result.stderr
+
+
+# ----- The document -----
+
+
+def test_document():
+    text = (ROOT / "docs" / "gpus.md").read_text("utf-8")
+    [section] = re.findall(
+        r"^## Check the machine first\n(.*?)(?=^## |\Z)", text, re.M | re.S
+    )
+    assert "python -m tf_regtopk.selftest\n" in section
+    values = flags.FlagValues()
+    selftest.define_flags(values)
+    for flag in re.findall(r"--([a-z_]+)", section):
+        assert flag in values, flag
+    statuses = {int(s) for s in re.findall(r"^\| (\d) \|", section, re.M)}
+    assert statuses == {
+        selftest.PASSED,
+        selftest.FAILED,
+        selftest.USAGE,
+        selftest.NO_GPU,
+    }
+    columns = re.findall(r"^\| (`.*?) \|", section, re.M)
+    marked = {
+        name: bool(mark)
+        for column in columns
+        for name, mark in re.findall(r"`([a-z_]+)`( ¹)?", column)
+    }
+    assert marked == {
+        name: name not in selftest_checks.QUICK
+        for name in selftest_checks.CHECKS
+    }

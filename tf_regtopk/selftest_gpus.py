@@ -1,0 +1,122 @@
+"""What is known of a machine's GPUs without TensorFlow, for the self-test."""
+
+import ctypes
+import math
+import os
+import shutil
+import subprocess
+
+# Of a GPU, which nobody can ask for its size: megabytes.
+_ASSUMED_MEMORY = 8000
+# What a process takes of a GPU beside its arrays: megabytes.
+_CONTEXT_MEMORY = 1200
+SMALLEST_LIMIT = 500
+# What TensorFlow writes where it cannot use a GPU.
+_TELLING = (
+    "Could not find cuda drivers",
+    "Could not load dynamic library",
+    "Cannot dlopen",
+    "failed call to cuInit",
+    "CUDA_ERROR",
+    "no kernel image",
+    "Skipping registering GPU devices",
+    "Ignoring visible gpu device",
+)
+
+
+def driver_error():
+    """Why the library of NVIDIA's driver cannot be loaded, or None."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def gpu_memory():
+    """Megabytes that are free on the fullest GPU, or None."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    try:
+        said = subprocess.run(
+            [
+                program,
+                "--query-gpu=memory.free",
+                "--format=csv,noheader,nounits",
+            ],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=True,
+        ).stdout
+        return min(int(line) for line in said.split("\n") if line.strip())
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
+
+
+def memory_limit(free, jobs, num_parts=2):
+    """Megabytes for each part of a GPU that `jobs` processes share."""
+    for_arrays = 0.9 * (free or _ASSUMED_MEMORY) - jobs * _CONTEXT_MEMORY
+    return max(SMALLEST_LIMIT, int(for_arrays / jobs / num_parts))
+
+
+def default_jobs(kind, free):
+    """How many checks run at once, as cores and memory allow."""
+    jobs = min(os.cpu_count() or 1, 16)
+    if kind == "GPU":
+        room = (free or _ASSUMED_MEMORY) / (
+            _CONTEXT_MEMORY + 2 * SMALLEST_LIMIT
+        )
+        jobs = min(jobs, math.floor(0.9 * room))
+    return max(1, jobs)
+
+
+def why_no_gpu(software, is_cuda_build, output):
+    """What is known of why TensorFlow sees no GPU.
+
+    Args:
+        software: The versions in use, by name.
+        is_cuda_build: Boolean. Whether TensorFlow was built for CUDA.
+        output: Lines that TensorFlow has written to standard error.
+
+    Returns:
+        List of sentences.
+    """
+    reasons = [f"TensorFlow {software.get('TensorFlow')} sees no GPU."]
+    if not is_cuda_build:
+        reasons.append(
+            "It was built without CUDA: install tf_regtopk[and-cuda], or "
+            "tensorflow[and-cuda], and not tensorflow-cpu beside it."
+        )
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        reasons.append(
+            f"CUDA_VISIBLE_DEVICES={visible!r} names the GPUs that a process "
+            "may see; empty or -1 hides all."
+        )
+    if error := driver_error():
+        reasons.append(
+            f"The driver's library cannot be loaded: {error}. Is the NVIDIA "
+            "driver installed, and the container started with --gpus=all?"
+        )
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        reasons.append("There is no nvidia-smi.")
+    else:
+        said = subprocess.run(
+            [program, "-L"],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+        reasons.append(
+            f"nvidia-smi -L: {(said.stdout + said.stderr).strip()[:500]}"
+        )
+    told = [line for line in output if any(text in line for text in _TELLING)]
+    # Without what stands before the message: level, time, process.
+    reasons += [
+        f"TensorFlow: {line.split('] ', 1)[-1]}" for line in dict.fromkeys(told)
+    ]
+    return reasons
