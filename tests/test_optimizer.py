@@ -242,7 +242,9 @@ def test_one_all_gather_a_step(dense_below, reduces, mirrored):
     ]
     expected = ["CollectiveGatherV2"] + ["CollectiveReduceV2"] * reduces
     assert sorted(collectives) == sorted(
-        (kind, device) for kind in expected for device in ("CPU:0", "CPU:1")
+        (kind, device[-5:])
+        for kind in expected
+        for device in strategy.extended.worker_devices
     )
 
 
