@@ -154,10 +154,13 @@ def test_groups():
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])
-@pytest.mark.parametrize("most_for_wide", [0, 1000])
-def test_kth_largest_by_counting(most_for_wide, dtype, monkeypatch):
+@pytest.mark.parametrize("comparisons", [1, 1 << 15, 1 << 26])
+@pytest.mark.parametrize("num_parts", [32, 50])
+def test_kth_largest_by_counting(comparisons, num_parts, dtype, monkeypatch):
     """With narrow and wide digits; keys of all sizes, ties and padding."""
-    monkeypatch.setattr(radix, "_MOST_FOR_WIDE_COUNTED", most_for_wide)
+    monkeypatch.setattr(radix, "_COMPARISONS", comparisons)
+    # 300 keys are counted in one part, or in 50.
+    monkeypatch.setattr(radix, "_PARTS", num_parts)
     largest = np.iinfo(dtype).max
     rng = np.random.default_rng(0)
     keys = (largest * rng.random(300) ** 8).astype(dtype)

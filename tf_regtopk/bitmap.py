@@ -15,7 +15,11 @@ WORD = 32
 SQUARE = WORD * WORD
 # Numbers in a row where rows are searched or summed, a power of 2.
 _ROW = 16
-_BITS = np.arange(WORD, dtype=np.uint32)
+# On GPUs of up to so many numbers, because a wider row takes fewer kernels.
+_WIDE_ROW, _MOST_IN_WIDE_ROWS = 64, 1 << 19
+# Up to so many are summed there by comparing all places with each other.
+_MOST_COMPARED = 1 << 13
+BITS = np.arange(WORD, dtype=np.uint32)
 
 
 def pack(*masks):
@@ -63,7 +67,7 @@ def _transpose(squares):
 
     Bit c of word r of the result is bit r of word c.
     """
-    bit = tf.constant(_BITS)
+    bit = tf.constant(BITS)
     # Once more a sum down columns, and one pass; to swap quarters of ever
     # smaller squares takes five.
     bits = tf.bitwise.bitwise_and(
@@ -86,6 +90,13 @@ def bits_before(words):
     return cumulative_sum(counts, largest=WORD) - counts
 
 
+def set_bits_before(words):
+    """How many bits of its word are set before each bit: int32 `[n, 32]`."""
+    one = tf.constant(1, tf.uint32)
+    below = tf.bitwise.left_shift(one, BITS) - one
+    return count_bits(words[:, tf.newaxis] & below)
+
+
 def positions(words, num_set):
     """Positions of the first `num_set` set bits, int32, rising.
 
@@ -96,9 +107,15 @@ def positions(words, num_set):
     >>> positions(tf.constant([5, 0, 1], tf.uint32), 3).numpy().tolist()
     [0, 2, 64]
     """
-    # Where most words are empty, better search whole rows of them first.
-    in_row = _ROW if 8 * num_set < words.shape[0] else 1
-    padded = tf.pad(words, [[0, -words.shape[0] % in_row]])
+    # Where most words are empty, better search whole rows of them first. (A GPU
+    # reads a row at once.)
+    words_a_row = 1 if device_kind.is_gpu() else 8
+    in_row = _ROW if words_a_row * num_set < words.shape[0] else 1
+    num_rows = -(-words.shape[0] // in_row)
+    if device_kind.is_gpu():
+        # To whole rows of `cumulative_sum`, whose own padding takes a kernel.
+        num_rows += -num_rows % _row_of(num_rows)
+    padded = tf.pad(words, [[0, num_rows * in_row - words.shape[0]]])
     rows = tf.reshape(padded, [-1, in_row])
     counts = tf.reduce_sum(count_bits(rows), axis=1)
     before = cumulative_sum(counts, largest=in_row * WORD) - counts
@@ -176,9 +193,7 @@ def compact(words, values, num_set):
     [101, 102]
     """
     one = tf.constant(1, tf.uint32)
-    below = tf.bitwise.left_shift(one, _BITS) - one
-    in_word = count_bits(words[:, tf.newaxis] & below)
-    slot = bits_before(words)[:, tf.newaxis] + in_word
+    slot = bits_before(words)[:, tf.newaxis] + set_bits_before(words)
     # What is not set goes to a slot past the last.
     slot = tf.where(unpack(words) == one, slot, num_set)
     return tf.tensor_scatter_nd_update(
@@ -221,7 +236,7 @@ def word_of(positions):
 
 def unpack(words):
     """The bits of each word, 0 or 1: uint32 tensor `[n, 32]`."""
-    return tf.bitwise.right_shift(words[:, tf.newaxis], _BITS) & tf.constant(
+    return tf.bitwise.right_shift(words[:, tf.newaxis], BITS) & tf.constant(
         1, tf.uint32
     )
 
@@ -275,14 +290,34 @@ def cumulative_sum(values, largest=None):
     [1, 3, 6]
     """
     size = values.shape[0]
+    is_gpu = device_kind.is_gpu()
+    if is_gpu and size <= _MOST_COMPARED:
+        return _sums_by_comparison(values)
     if size <= 4 * _ROW:
         return tf.cumsum(values)
     # Up to here products are exact even where they are rounded to bfloat16.
     is_small = largest is not None and largest <= 256
-    dtype = tf.float32 if is_small else tf.int32
-    triangle = tf.constant(np.triu(np.ones([_ROW, _ROW])), dtype)
-    rows = tf.reshape(tf.pad(values, [[0, -size % _ROW]]), [-1, _ROW])
+    # On a GPU floats gain nothing, and a library would have to be started.
+    dtype = tf.float32 if is_small and not is_gpu else tf.int32
+    row = _row_of(size)
+    triangle = tf.constant(np.triu(np.ones([row, row])), dtype)
+    rows = tf.reshape(tf.pad(values, [[0, -size % row]]), [-1, row])
     in_row = tf.cast(tf.cast(rows, dtype) @ triangle, tf.int32)
     row_sums = in_row[:, -1]
     before = cumulative_sum(row_sums) - row_sums
     return tf.reshape(in_row + before[:, tf.newaxis], [-1])[:size]
+
+
+def _row_of(size):
+    """How many of `size` numbers are summed in a row."""
+    is_wide = device_kind.is_gpu() and size <= _MOST_IN_WIDE_ROWS
+    return _WIDE_ROW if is_wide else _ROW
+
+
+def _sums_by_comparison(values):
+    """As `cumulative_sum`: one short kernel on a GPU."""
+    size = values.shape[0]
+    place = tf.range(size)
+    # TensorFlow does not know that this adds 0, and stores no matrix.
+    is_up_to = place <= (place + values[0] * 0)[:, tf.newaxis]
+    return tf.reduce_sum(tf.where(is_up_to, values, 0), axis=1)

@@ -127,6 +127,12 @@ def first_bits(words, num_kept, group_of_word=(0,), first_word=(0,)):
     """
     before = bitmap.bits_before(words)
     before -= tf.gather(tf.gather(before, first_word), group_of_word)
+    if device_kind.is_gpu():
+        # Bit by bit, because that takes but one kernel.
+        num_kept = tf.gather(num_kept, group_of_word) - before
+        is_kept = bitmap.set_bits_before(words) < num_kept[:, tf.newaxis]
+        kept = tf.where(is_kept, bitmap.unpack(words), 0)
+        return tf.reduce_sum(tf.bitwise.left_shift(kept, bitmap.BITS), axis=1)
     num_groups = len(first_word)
     is_kept = before < tf.gather(num_kept, group_of_word)
     num_words = bitmap.histogram(

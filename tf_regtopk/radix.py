@@ -4,10 +4,12 @@ import tensorflow as tf
 
 from tf_regtopk import bitmap
 
-# Bits of a digit that is found by counting. More of them take fewer rounds, and
-# more time where there are more keys than this.
-_WIDE_COUNTED, _NARROW_COUNTED = 6, 4
-_MOST_FOR_WIDE_COUNTED = 1 << 18
+# A digit that is found by counting has as many bits as keep the comparisons of
+# a round below this, within these limits: more of them take fewer rounds.
+_COMPARISONS = 1 << 26
+_FEWEST_COUNTED, _MOST_COUNTED = 4, 9
+# Few keys are counted in so many parts, each in one go.
+_PARTS = 32
 
 
 def kth_largest(histogram_of, ks, dtype, digit_bits):
@@ -78,25 +80,34 @@ def kth_largest_by_counting(keys, k, num_bits=None):
     >>> int(threshold), int(num_ties)
     (9, 1)
     """
-    dtype, keys = keys.dtype, tf.reshape(keys, [1, -1])
-    is_small = keys.shape.num_elements() <= _MOST_FOR_WIDE_COUNTED
-    digit_bits = _WIDE_COUNTED if is_small else _NARROW_COUNTED
+    dtype, num_keys = keys.dtype, keys.shape.num_elements()
+    parts = _PARTS if num_keys % _PARTS == 0 else 1
+    keys = tf.reshape(keys, [1, parts, -1])
     key_bits = 8 * dtype.size - 1
-    last_shift = 0 if num_bits is None else key_bits - num_bits
-    shift, threshold = key_bits, tf.constant(0, dtype)
-    # Not in a loop of TensorFlow's: each round is but three short kernels.
-    while shift > last_shift:
-        shift, above = max(last_shift, shift - digit_bits), shift
+    num_bits = num_bits or key_bits
+    digit_bits = (_COMPARISONS // num_keys).bit_length() - 1
+    digit_bits = min(max(digit_bits, _FEWEST_COUNTED), _MOST_COUNTED)
+    num_rounds = -(-num_bits // digit_bits)
+    threshold, larger = tf.constant(0, dtype), tf.constant(0)
+    above = key_bits
+    # Not in a loop of TensorFlow's: each round is but two short kernels.
+    for i in range(1, num_rounds + 1):
+        shift = key_bits - num_bits * i // num_rounds
         digits = tf.range(1, 1 << (above - shift), dtype=dtype)
         thresholds = threshold | tf.bitwise.left_shift(
             digits, tf.constant(shift, dtype)
         )
-        at_least = tf.reduce_sum(
-            tf.cast(keys >= thresholds[:, tf.newaxis], tf.int32), axis=1
+        counts = tf.reduce_sum(
+            tf.cast(keys >= thresholds[:, tf.newaxis, tf.newaxis], tf.int32),
+            axis=2,
         )
-        digit = tf.reduce_sum(tf.cast(at_least >= k, dtype))
-        threshold |= tf.bitwise.left_shift(digit, tf.constant(shift, dtype))
-    larger = tf.reduce_sum(tf.cast(keys > threshold, tf.int32))
+        # Not a second reduction, which would be a kernel of its own.
+        at_least = tf.add_n(tf.unstack(counts, axis=1))
+        is_reached = at_least >= k
+        # The largest that is reached, and how many reach the next one.
+        threshold = tf.reduce_max(tf.where(is_reached, thresholds, threshold))
+        larger = tf.reduce_max(tf.where(is_reached, larger, at_least))
+        above = shift
     return threshold, k - larger
 
 
