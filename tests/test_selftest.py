@@ -292,8 +292,9 @@ FAULTS = [
         r"weights \d steps after loading differ",
     ),
     ("fit", "all devices", steps_are_not_taken, "the loss does not fall"),
-    ("fit_dense", "", no_cublas, "InternalError: No BLAS support for stream"),
-    ("fit_conv", "", no_cudnn, "UnimplementedError: DNN library is not found."),
+    # Keras may put an error of its own around these.
+    ("fit_dense", "", no_cublas, "No BLAS support for stream"),
+    ("fit_conv", "", no_cudnn, "DNN library is not found"),
     ("speed", "sparse, 2", steps_are_not_taken, "0 of 10 steps were taken"),
 ]
 
@@ -387,7 +388,7 @@ def test_two_workers_agree(devices, monkeypatch):
         ("time.sleep(100 * number)", "worker 1 has not ended after"),
         (
             "sys.exit(number and 'no way')",
-            "worker 1 ended with status 1: no way",
+            "worker 1 ended with status 1: .*no way",
         ),
         (
             "w = np.zeros([4, 9]); w[2] += number\n"
@@ -405,7 +406,7 @@ def test_workers_fails_on_a_fault(text, message, devices, monkeypatch):
     play(monkeypatch, text)
     devices.settings["worker_seconds"] = 2 if "sleep" in text else 60
     [found] = failures("workers", devices, "AUTO").values()
-    assert message in found
+    assert re.search(message, found)
 
 
 def test_nccl_is_for_two_gpus():
