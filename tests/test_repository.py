@@ -107,6 +107,7 @@ def build_targets():
             arguments = {
                 keyword.arg: ast.literal_eval(keyword.value)
                 for keyword in call.keywords
+                if keyword.arg != "data"  # May be a glob.
             }
             targets[arguments["name"]] = {"rule": call.func.id, **arguments}
     return targets
