@@ -5,6 +5,7 @@ import inspect
 import keras
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.framework import config
 
 from tf_regtopk import keras_internals
 
@@ -79,3 +80,13 @@ def test_xla_context():
     tf.function(look, jit_compile=True)()
     tf.function(lambda: tf.function(look)(), jit_compile=True)()
     assert seen == [False, False, True, True]
+
+
+def test_op_determinism():
+    assert not keras_internals.is_op_determinism_enabled()
+    tf.config.experimental.enable_op_determinism()
+    try:
+        assert keras_internals.is_op_determinism_enabled()
+    finally:
+        config.disable_op_determinism()
+    assert not keras_internals.is_op_determinism_enabled()

@@ -2,14 +2,17 @@
 
 import types
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
+import tf_regtopk
 from tf_regtopk import aggregation
 from tf_regtopk import device_kind
 from tf_regtopk import error_feedback
 from tf_regtopk import flat_buffer
+from tf_regtopk import keras_internals
 from tf_regtopk import radix
 from tf_regtopk import replica_state
 from tf_regtopk import selection
@@ -194,3 +197,32 @@ def test_replicas_on_gpus_are_recognised(monkeypatch):
     monkeypatch.setattr(tf.distribute, "has_strategy", lambda: True)
     monkeypatch.setattr(tf.distribute, "get_strategy", lambda: strategy)
     assert device_kind.is_gpu()
+
+
+@pytest.mark.parametrize(
+    "kind, is_enabled, xla_flags, is_told",
+    [
+        ("GPU", True, "", True),
+        ("GPU", False, "", False),
+        ("CPU", True, "", False),
+        (
+            "GPU",
+            True,
+            "--xla_gpu_enable_scatter_determinism_expander=true",
+            False,
+        ),
+    ],
+)
+def test_what_determinism_costs_is_told_when_built(
+    kind, is_enabled, xla_flags, is_told, monkeypatch, recwarn
+):
+    monkeypatch.setattr(
+        keras_internals, "is_op_determinism_enabled", lambda: is_enabled
+    )
+    monkeypatch.setenv("XLA_FLAGS", xla_flags)
+    with device_kind.compile_for(kind):
+        tf_regtopk.SparsifiedOptimizer(keras.optimizers.SGD()).build(
+            [tf.Variable(tf.zeros([9]))]
+        )
+    told = [w for w in recwarn if "XLA adds entries" in str(w.message)]
+    assert len(told) == is_told

@@ -4,10 +4,16 @@ Results are the same on every kind. Some forms of a computation suit only one.
 """
 
 import contextlib
+import os
+import warnings
 
 import tensorflow as tf
 
+from tf_regtopk import keras_internals
+
 _forced = []
+# XLA's flag for scatters that are deterministic without a loop.
+_PARALLEL_SCATTERS = "--xla_gpu_enable_scatter_determinism_expander=true"
 
 
 def is_gpu():
@@ -23,6 +29,28 @@ def is_gpu():
     devices = tf.distribute.get_strategy().extended.worker_devices
     types = {tf.DeviceSpec.from_string(d).device_type for d in devices}
     return types == {"GPU"}
+
+
+def warn_of_serial_scatters():
+    """Warns where XLA would run scatters one entry after the other.
+
+    That is what it does for TensorFlow's op determinism on GPUs, unless told
+    otherwise (benchmarks/compile_for_gpu.py --deterministic).
+    """
+    if (
+        is_gpu()
+        and keras_internals.is_op_determinism_enabled()
+        and _PARALLEL_SCATTERS not in os.environ.get("XLA_FLAGS", "")
+    ):
+        warnings.warn(
+            "With `tf.config.experimental.enable_op_determinism()` a step on "
+            "GPUs takes seconds, because XLA adds entries one after the other. "
+            f"Set XLA_FLAGS={_PARALLEL_SCATTERS} before TensorFlow is "
+            "imported; or leave determinism off for this optimizer, whose "
+            "replicas and runs agree to the bit without it, as no two entries "
+            "of a scatter meet.",
+            stacklevel=2,
+        )
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 from tf_regtopk import dense_step
+from tf_regtopk import device_kind
 from tf_regtopk import error_feedback as error_feedback_lib
 from tf_regtopk import flat_buffer
 from tf_regtopk import replica_state
@@ -46,6 +47,8 @@ class GradientExchange:
         dense_below,
     ):
         self.kind = kind
+        if kind == "sparse":
+            device_kind.warn_of_serial_scatters()
         self._participants = participants
         self._sparsifier = sparsifier
         self._codec = codec

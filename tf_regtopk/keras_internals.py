@@ -11,6 +11,7 @@ import weakref
 import tensorflow as tf
 from tensorflow.python.distribute import cross_device_utils
 from tensorflow.python.eager import context
+from tensorflow.python.framework import config
 from tensorflow.python.ops import collective_ops
 from tensorflow.python.ops import control_flow_util
 
@@ -36,6 +37,11 @@ def in_xla_context():
     return control_flow_util.GraphOrParentsInXlaContext(
         tf.compat.v1.get_default_graph()
     )
+
+
+def is_op_determinism_enabled():
+    """Whether `tf.config.experimental.enable_op_determinism` was called."""
+    return config.is_op_determinism_enabled()
 
 
 @contextlib.contextmanager
