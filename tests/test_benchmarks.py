@@ -84,7 +84,7 @@ def test_programs_of_a_step_are_exported(tmp_path):
     # The error, and what RegTop-k remembers.
     assert sum_program["arguments"][first:] == [
         ["float32", [140001]],
-        ["int32", [1400]],
+        ["float32", [1400]],  # Indices, held as such.
         ["float32", [1400]],
     ]
 
