@@ -81,7 +81,8 @@ def assert_refused(model, path, match):
 OTHERS = {
     "sparsifier": (
         {"sparsifier": tf_regtopk.TopK(0.2)},
-        r"sparsifier=\['TopK'.*Received: sparsifier=\['RegTopK'",
+        r"sparsifier=\['tf_regtopk>TopK'.*"
+        r"Received: sparsifier=\['tf_regtopk>RegTopK'",
     ),
     "density": (
         {"sparsifier": tf_regtopk.RegTopK(0.3)},
@@ -113,7 +114,9 @@ def test_the_optimizer_itself_changes_nothing(files, mirrored):
     """Also where Keras is called as it is, and has loaded the layers."""
     model = make(mirrored(2), tf_regtopk.TopK(0.2))
     before = resume_program.fingerprint(model)
-    with pytest.raises(ValueError, match=r"Received: sparsifier=\['RegTopK'"):
+    with pytest.raises(
+        ValueError, match=r"Received: sparsifier=\['tf_regtopk>RegTopK'"
+    ):
         model.load_weights(files / "m.weights.h5")
     after = resume_program.fingerprint(model)
     for name in ("optimizer", "replicas"):

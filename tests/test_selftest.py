@@ -522,14 +522,16 @@ def command(tmp_path, monkeypatch, capsys):
 def test_each_check_is_reported(command, jobs):
     """Also after one has failed, crashed, or not come to an end."""
     names = ["options", "codecs", "sparsifiers", "fit", "saving", "speed"]
-    status, output, report = command(checks=names, jobs=jobs, limit_seconds=1.0)
+    status, output, report = command(
+        checks=names, jobs=jobs, limit_seconds=10.0
+    )
     assert status == selftest.FAILED
     results = {r["check"]: r for r in report["checks"]}
     assert set(results) == {"environment", *names}
     failed = {
         "codecs": "1 of 1 cases: first: so it is",
         "sparsifiers": "1 of 1 cases: first: the process ended with status -6",
-        "fit": "1 of 1 cases: first: no end after 1 s",
+        "fit": "1 of 1 cases: first: no end after 10 s",
     }
     for name, result in results.items():
         if name in failed:

@@ -186,9 +186,12 @@ def test_a_corrupted_payload_raises_and_changes_nothing(
 
 @pytest.mark.parametrize("num_used", [0, -100])
 def test_payloads_of_false_length(num_used, mirrored, monkeypatch):
-    """A replica says that it has sent less than it has to."""
+    """A replica says that it has sent less than it has to.
+
+    Two replicas, which exchange by a collective, send payloads of full length.
+    """
     optimizer, variables = make(
-        mirrored(2),
+        mirrored(3),
         sparsifier=tf_regtopk.TopK(0.1),
         codec=tf_regtopk.Codec("golomb"),
     )
@@ -198,8 +201,8 @@ def test_payloads_of_false_length(num_used, mirrored, monkeypatch):
     with pytest.raises(
         tf.errors.InvalidArgumentError, match="Every payload must hold"
     ):
-        flat_gradients.step_function(mirrored(2), optimizer, variables)(
-            np.ones((2, SIZE))
+        flat_gradients.step_function(mirrored(3), optimizer, variables)(
+            np.ones((3, SIZE))
         )
     assert not flat_gradients.flat_weights(variables).any()
 
