@@ -113,14 +113,19 @@ def trained(tmp_path_factory, mirrored):
     return train
 
 
-def test_natural_compression_costs_no_accuracy(trained):
-    """At density 2 %: at most half a point."""
+def test_natural_compression_learns_as_well(trained):
+    """At density 2 %, as far as one training and 360 test images can tell.
+
+    With 5 % errors the accuracy has a standard error of 1.2 points, and with
+    3 % of images on which the two disagree their difference one of 0.9: the
+    bounds are more than three of these away from equal ones.
+    """
     as_it_is, natural = (
         trained(values)[1]["final"]["accuracy"]
         for values in ("float32", "natural")
     )
-    assert as_it_is > 0.93
-    assert natural >= as_it_is - 0.005
+    assert as_it_is > 0.9
+    assert natural >= as_it_is - 0.03
 
 
 def test_a_kill_costs_nothing(started, tmp_path, trained):
