@@ -94,7 +94,7 @@ def test_digits_study_script(tmp_path):
         rounds=300,
     )
     methods = summary["methods"]
-    # One training and 360 images: no closer to what is reached, about 0.9.
+    # One training and 360 images: no closer to what is reached.
     assert min(method["accuracy"] for method in methods.values()) > 0.8
     assert (
         methods["dense"]["runs"]["0"]["bytes_a_step"] == 4 * 4810 * 2 * 7 // 8
