@@ -171,7 +171,7 @@ import json, sys
 sys.path[:0] = {[str(BENCHMARKS), str(pathlib.Path(__file__).parent)]}
 import host_copies, test_host_copies
 host_copies.start_as_worker()
-makers = host_copies.cases(density=0.01)
+makers = host_copies.cases(density=0.1)
 records = []
 for strategy, optimizer in json.loads(sys.argv[1]):
     function, kept = host_copies.trace(
