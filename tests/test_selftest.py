@@ -41,7 +41,7 @@ from tf_regtopk import selftest_workers
 from tf_regtopk import wrapper
 
 ROOT = pathlib.Path(selftest.__file__).parent.parent
-NAMES = ("CPU:0", "CPU:1")
+CPUS = ("CPU:0", "CPU:1")
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +57,9 @@ def devices(mirrored):
         # One strategy with collectives for a pair of devices in a process.
         all = property(lambda self: mirrored(2))
 
-    return Devices(NAMES, NAMES, size=20_011, settings={"worker_seconds": 60})
+    replicas = mirrored(2).extended.worker_devices
+    names = tuple(map(selftest_trial.device_name, replicas))
+    return Devices(names, CPUS, size=20_011, settings={"worker_seconds": 60})
 
 
 def failures(check, devices, cases):
@@ -214,22 +216,28 @@ def steps_are_not_taken(monkeypatch):
     )
 
 
-def no_cublas(monkeypatch):
-    def fail(self, inputs):
-        raise tf.errors.InternalError(
-            None, None, "Graph execution error:\n\nNo BLAS support for stream"
-        )
+def fail_when_run(monkeypatch, layer_class, error):
+    """A layer fails as without its library: shapes are known, and no more."""
+    call = layer_class.call
 
-    monkeypatch.setattr(keras.layers.Dense, "call", fail)
+    def call_and_fail(self, inputs):
+        if hasattr(inputs, "numpy"):
+            raise error
+        return call(self, inputs)
+
+    monkeypatch.setattr(layer_class, "call", call_and_fail)
+
+
+def no_cublas(monkeypatch):
+    message = "Graph execution error:\n\nNo BLAS support for stream"
+    error = tf.errors.InternalError(None, None, message)
+    fail_when_run(monkeypatch, keras.layers.Dense, error)
 
 
 def no_cudnn(monkeypatch):
-    def fail(self, inputs):
-        raise tf.errors.UnimplementedError(
-            None, None, "DNN library is not found."
-        )
-
-    monkeypatch.setattr(keras.layers.Conv2D, "call", fail)
+    message = "DNN library is not found."
+    error = tf.errors.UnimplementedError(None, None, message)
+    fail_when_run(monkeypatch, keras.layers.Conv2D, error)
 
 
 # A check, the cases to run of it, a fault, and what is found.
@@ -238,7 +246,7 @@ FAULTS = [
         "environment",
         "XLA",
         xla_ignores_the_device,
-        "a compiled function ran on CPU:0",
+        r"a compiled function ran on .PU:0",
     ),
     (
         "one_device",
@@ -292,9 +300,19 @@ FAULTS = [
         r"weights \d steps after loading differ",
     ),
     ("fit", "all devices", steps_are_not_taken, "the loss does not fall"),
-    # Keras may put an error of its own around these.
-    ("fit_dense", "", no_cublas, "No BLAS support for stream"),
-    ("fit_conv", "", no_cudnn, "DNN library is not found"),
+    # Keras says in which layer.
+    (
+        "fit_dense",
+        "",
+        no_cublas,
+        "^InternalError: .*No BLAS support for stream$",
+    ),
+    (
+        "fit_conv",
+        "",
+        no_cudnn,
+        r"^UnimplementedError: .*library is not found\.$",
+    ),
     ("speed", "sparse, 2", steps_are_not_taken, "0 of 10 steps were taken"),
 ]
 
@@ -313,6 +331,36 @@ def test_check_fails_on_a_fault(check, cases, fault, message, devices):
     for text in found.values():
         assert re.search(message, text), text
         assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    "error, expected",
+    [
+        (selftest_trial.CheckError("one is 2"), "one is 2"),
+        (ValueError(), "ValueError:"),
+        (
+            tf.errors.InvalidArgumentError(
+                None,
+                None,
+                "Graph execution error:\n\nDetected at node add defined at "
+                '(most recent call last):\n  File "a.py", line 1\n\n'
+                "2 root error(s) found.\n  (0) INVALID_ARGUMENT: must match\n"
+                "\t [[{{node add}}]]\n  (1) INVALID_ARGUMENT: must too\n",
+            ),
+            "InvalidArgumentError: 2 root error(s) found. (0) "
+            "INVALID_ARGUMENT: must match (1) INVALID_ARGUMENT: must too",
+        ),
+        (
+            ValueError(
+                "\x1b[1mIn Dense.call().\x1b[0m\n\n\x1b[1mNo BLAS\x1b[0m\n\n"
+                "Arguments received by Dense.call():\n  • x=1"
+            ),
+            "ValueError: In Dense.call(). No BLAS",
+        ),
+    ],
+)
+def test_errors_are_told_in_a_line(error, expected):
+    assert selftest_checks.summary_of(error) == expected
 
 
 def test_every_check_has_a_fault():
@@ -374,11 +422,11 @@ def play(monkeypatch, text):
     monkeypatch.setattr(selftest_workers, "COMMAND", command)
 
 
-def test_two_workers_agree(devices, monkeypatch):
+def test_two_workers_agree(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
-    devices = dataclasses.replace(devices, quick=True)
-    devices.settings["worker_seconds"] = 200
+    settings = {"worker_seconds": 200}
+    devices = selftest_trial.Devices(CPUS, CPUS, True, settings=settings)
     assert failures("workers", devices, "AUTO") == {}
 
 
@@ -411,7 +459,7 @@ def test_workers_fails_on_a_fault(text, message, devices, monkeypatch):
 
 def test_nccl_is_for_two_gpus():
     devices = selftest_trial.Devices(
-        ("GPU:0", "GPU:1"), NAMES, settings={"num_gpus": 1}
+        ("GPU:0", "GPU:1"), CPUS, settings={"num_gpus": 1}
     )
     [_, (name, function)] = selftest_checks.CHECKS["workers"](devices)
     assert name == "NCCL"
@@ -429,7 +477,7 @@ def test_workers_share_the_gpus(visible, shares, monkeypatch):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         num_gpus = 3
     devices = selftest_trial.Devices(
-        ("GPU:0", "GPU:1"), NAMES, settings={"num_gpus": num_gpus}
+        ("GPU:0", "GPU:1"), CPUS, settings={"num_gpus": num_gpus}
     )
     assert [
         selftest_workers.visible_gpus(number, devices) for number in (0, 1)
@@ -603,6 +651,8 @@ def test_what_tensorflow_says_of_gpus():
     lines = [
         "W0000 00:00:17.9 5870 gpu_device.cc:2343] Cannot dlopen some GPU "
         "libraries. Please make sure",
+        "W0000 00:00:18.0 5870 gpu_device.cc:2343] Cannot dlopen some GPU "
+        "libraries. Please make sure",
         "I0000 00:00:17.9 5870 cpu_feature_guard.cc:227] This TensorFlow",
         "I0000 00:00:17.9 5870 dso_loader.cc:144] Could not load dynamic "
         "library 'libcudnn.so.9'; dlerror: no such file",
@@ -631,8 +681,11 @@ def test_memory_is_shared(monkeypatch, tmp_path):
     assert 2 * limit * jobs < free
     assert selftest_gpus.default_jobs("GPU", 3000) == 1
     assert selftest_gpus.memory_limit(free, 1) > 2 * limit
-    program.write_text("#!/bin/sh\nexit 9\n")
-    assert selftest_gpus.gpu_memory() is None
+    program.write_text("#!/bin/sh\necho 595.58.03\n")
+    assert selftest_gpus.driver_version() == "595.58.03"
+    for text in ("exit 9", "echo '[N/A]'", ""):
+        program.write_text(f"#!/bin/sh\n{text}\n")
+        assert selftest_gpus.gpu_memory() is None
 
 
 # ----- The command -----

@@ -11,6 +11,8 @@ import gc
 import json
 import math
 import os
+import platform
+import re
 import statistics
 import sys
 import tempfile
@@ -22,6 +24,7 @@ import numpy as np
 import tensorflow as tf
 
 import tf_regtopk
+from tf_regtopk import selftest_gpus
 from tf_regtopk import selftest_trial as trials
 from tf_regtopk import selftest_workers
 from tf_regtopk.selftest_trial import CheckError
@@ -81,6 +84,8 @@ def environment(devices):
 
     def versions():
         found = describe_software()
+        if devices.kind == "GPU":
+            found["driver"] = selftest_gpus.driver_version()
         return ", ".join(f"{name} {value}" for name, value in found.items())
 
     def compiles(device):
@@ -104,21 +109,17 @@ def environment(devices):
 
 def describe_software():
     """The versions in use, by name."""
-    build = tf.sysconfig.get_build_info()
-    names = ("cuda_version", "cudnn_version")
-    return {
+    found = {
         "tf_regtopk": tf_regtopk.__version__,
         "TensorFlow": tf.__version__,
         "Keras": keras.__version__,
-        "Python": ".".join(map(str, sys.version_info[:3])),
-        **{
-            {"cuda_version": "CUDA", "cudnn_version": "cuDNN"}[name]: str(
-                build[name]
-            )
-            for name in names
-            if name in build
-        },
+        "Python": platform.python_version(),
     }
+    build = tf.sysconfig.get_build_info()
+    for name, key in (("CUDA", "cuda_version"), ("cuDNN", "cudnn_version")):
+        if key in build:  # Those that it was built for.
+            found[name] = str(build[key])
+    return found
 
 
 def describe_gpus():
@@ -925,6 +926,10 @@ QUICK = (
 
 # ----- The process -----
 
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_NUMBERED = re.compile(r"\s*\(\d+\) ")
+_PREFACES = ("Graph execution error", "Detected at node", "Stack trace for")
+
 
 def run_check(check, devices, report):
     """Runs the cases of a check.
@@ -960,21 +965,17 @@ def run_check(check, devices, report):
 
 def summary_of(error):
     """The lines of an error that matter, in one."""
-    text = str(error)
+    lines = []
+    for line in _COLOURS.sub("", str(error)).splitlines():
+        if line.startswith("Arguments received by"):  # By a Keras layer.
+            break
+        # TensorFlow puts where it was traced before what it says.
+        is_indented = line[:1].isspace() and not _NUMBERED.match(line)
+        if line and not is_indented and not line.startswith(_PREFACES):
+            lines.append(line.strip())
     if not isinstance(error, CheckError):
-        text = f"{type(error).__name__}: {text}"
-    # TensorFlow puts the traceback of the traced function before what it says.
-    lines = [
-        line.strip()
-        for line in text.splitlines()
-        if line.strip()
-        and not line.startswith((" ", "Detected at node", "Stack trace"))
-        and "Graph execution error" not in line
-    ]
-    if isinstance(error, tf.errors.OpError):
-        lines = [f"{type(error).__name__}:", *lines]
-        lines = list(dict.fromkeys(lines))
-    return " ".join(lines)[:600] or type(error).__name__
+        lines.insert(0, f"{type(error).__name__}:")
+    return " ".join(lines)[:600]
 
 
 def main(argv):

@@ -3,7 +3,6 @@
 import ctypes
 import math
 import os
-import shutil
 import subprocess
 
 # Of a GPU, which nobody can ask for its size: megabytes.
@@ -35,24 +34,41 @@ def driver_error():
 
 def gpu_memory():
     """Megabytes that are free on the fullest GPU, or None."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return None
     try:
-        said = subprocess.run(
-            [
-                program,
-                "--query-gpu=memory.free",
-                "--format=csv,noheader,nounits",
-            ],
-            capture_output=True,
+        return min(map(int, _ask("memory.free")), default=None)
+    except ValueError:
+        return None
+
+
+def driver_version():
+    """The version of NVIDIA's driver, or None."""
+    return next(iter(_ask("driver_version")), None)
+
+
+def _ask(what):
+    """What nvidia-smi says of each GPU, an empty list if nothing."""
+    status, said = _nvidia_smi(
+        f"--query-gpu={what}", "--format=csv,noheader,nounits"
+    )
+    if status != 0:
+        return []
+    return [line.strip() for line in said.splitlines() if line.strip()]
+
+
+def _nvidia_smi(*args):
+    """`(exit status, output)` of the program; the status may be None."""
+    try:
+        process = subprocess.run(
+            ["nvidia-smi", *args],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
             timeout=30,
-            check=True,
-        ).stdout
-        return min(int(line) for line in said.split("\n") if line.strip())
-    except (OSError, subprocess.SubprocessError, ValueError):
-        return None
+            check=False,
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        return None, str(error)
+    return process.returncode, process.stdout
 
 
 def memory_limit(free, jobs, num_parts=2):
@@ -100,23 +116,12 @@ def why_no_gpu(software, is_cuda_build, output):
             f"The driver's library cannot be loaded: {error}. Is the NVIDIA "
             "driver installed, and the container started with --gpus=all?"
         )
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        reasons.append("There is no nvidia-smi.")
-    else:
-        said = subprocess.run(
-            [program, "-L"],
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=False,
-        )
-        reasons.append(
-            f"nvidia-smi -L: {(said.stdout + said.stderr).strip()[:500]}"
-        )
-    told = [line for line in output if any(text in line for text in _TELLING)]
+    _, said = _nvidia_smi("-L")
+    reasons.append(f"nvidia-smi -L: {said.strip()[:500]}")
     # Without what stands before the message: level, time, process.
-    reasons += [
-        f"TensorFlow: {line.split('] ', 1)[-1]}" for line in dict.fromkeys(told)
+    told = [
+        f"TensorFlow: {line.split('] ', 1)[-1]}"
+        for line in output
+        if any(text in line for text in _TELLING)
     ]
-    return reasons
+    return [*reasons, *dict.fromkeys(told)]

@@ -30,7 +30,7 @@ COMMAND = (sys.executable, "-m", "tf_regtopk.selftest_workers")
 # The status of a worker that TensorFlow has told of the loss of another.
 LOST_A_WORKER = 3
 # After so long without the other a worker is to end.
-TIMEOUT_SECONDS = 15.0
+TIMEOUT_SECONDS = 30.0
 # How many steps the one that is lost would take otherwise.
 MANY_STEPS = 100_000
 
@@ -63,7 +63,12 @@ def workers_agree(devices, communication):
         folder = pathlib.Path(folder)
         forms = list(FORMS)[: 1 if devices.quick else None]
         with started(
-            devices, folder, communication=communication, forms=forms
+            devices,
+            folder,
+            communication=communication,
+            forms=forms,
+            # One may compile for longer than the other.
+            timeout_seconds=limit,
         ) as workers:
             deadline = time.monotonic() + limit
             for number, worker in enumerate(workers):
@@ -197,6 +202,7 @@ def started(devices, folder, **settings):
         "kind": devices.kind,
         "memory_limit": devices.settings.get("memory_limit"),
         "communication": "AUTO",
+        "timeout_seconds": TIMEOUT_SECONDS,
         "num_steps": trials.NUM_STEPS,
         **settings,
     }
@@ -260,7 +266,7 @@ def work(settings):
                 settings["communication"]
             ]
         ),
-        timeout_seconds=TIMEOUT_SECONDS,
+        timeout_seconds=settings["timeout_seconds"],
     )
     kinds = {
         tf.DeviceSpec.from_string(device).device_type
