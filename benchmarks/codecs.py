@@ -11,8 +11,8 @@ import numpy as np
 import tensorflow as tf
 
 import tf_regtopk
-from tf_regtopk import index_codecs
-from tf_regtopk import value_codecs
+from tf_regtopk.codecs import index_codecs
+from tf_regtopk.codecs import value_codecs
 
 _PAYLOADS = {
     "raw": ("int32", "float32"),

@@ -23,15 +23,16 @@ import tensorflow as tf
 import tqdm
 
 import tf_regtopk
-from tf_regtopk import aggregation
-from tf_regtopk import device_kind
 from tf_regtopk import error_feedback
-from tf_regtopk import exchange
-from tf_regtopk import flat_buffer
-from tf_regtopk import radix
-from tf_regtopk import round as round_lib
 from tf_regtopk import selection
-from tf_regtopk import sparse_step
+from tf_regtopk.codecs import header
+from tf_regtopk.error_feedback import equations
+from tf_regtopk.kernels import device_kind
+from tf_regtopk.kernels import scatter_sum
+from tf_regtopk.selection import kth_largest
+from tf_regtopk.steps import flat_buffer
+from tf_regtopk.steps import round as round_lib
+from tf_regtopk.steps import sparse_step
 
 NUM_THRESHOLDS = 16
 PARTS = [
@@ -59,7 +60,7 @@ class State:
 
 
 class Participants:
-    """Those of a step without an exchange, as `exchange.Participants`."""
+    """Those of a step without an exchange, as `topology.Participants`."""
 
     def __init__(self, count):
         self.count = count
@@ -95,17 +96,19 @@ def parts_for(size, density, args):
 
     def step(error, g, indices, one_plus_delta, step):
         memory = indices, one_plus_delta
-        a = error_feedback.accumulate(error, g)
+        a = equations.accumulate(error, g)
         scores = sparsifier.score(a, memory, step)
         selected = selection.select_largest(scores, [group], step)
         a = sparsifier.restore(a, scores, memory, selected)
         return selected, tf.gather(a, selected), a
 
     def sum_entries(indices, values):
-        return aggregation.sum_entries(indices, values, size)
+        return scatter_sum.sum_entries(indices, values, size)
 
     def histogram(keys):
-        return radix.digit_histogram(keys, 0, 16, tf.zeros([1], tf.int32), 16)
+        return kth_largest.digit_histogram(
+            keys, 0, 16, tf.zeros([1], tf.int32), 16
+        )
 
     def count_thresholds(keys, thresholds):
         reached = keys[tf.newaxis] >= thresholds[:, tf.newaxis]
@@ -187,7 +190,7 @@ def step_for(size, density, args):
     gradient, scalar = ("float32", [size]), ("int32", [])
     sent = [("float32", [k])] * 2
     entries = [("float32", [args.num_workers, k])] * 2
-    num_words = exchange.header_words(tf.float32) + codec.num_words
+    num_words = header.header_words(tf.float32) + codec.num_words
     payloads = ("float32", [args.num_workers, num_words])
     return {
         "send": (

@@ -21,7 +21,7 @@ import numpy as np
 import tensorflow as tf
 import tqdm
 
-from tf_regtopk import device_kind
+from tf_regtopk.kernels import device_kind
 
 sys.path.append(str(pathlib.Path(__file__).parent.parent / "examples"))
 

@@ -19,11 +19,11 @@ import tensorflow_datasets as tfds
 import tqdm
 
 import tf_regtopk
-from tf_regtopk import aggregation
-from tf_regtopk import error_feedback
-from tf_regtopk import flat_buffer
-from tf_regtopk import sampling
 from tf_regtopk import selection
+from tf_regtopk.error_feedback import equations
+from tf_regtopk.kernels import scatter_sum
+from tf_regtopk.selection import sampling
+from tf_regtopk.steps import flat_buffer
 
 
 def define_flags():
@@ -63,12 +63,12 @@ class Worker:
 
     @tf.function(jit_compile=True, autograph=False)
     def _select(self, g, error, memory, step):
-        a = error_feedback.accumulate(error, g)
+        a = equations.accumulate(error, g)
         scores = self.sparsifier.score(a, memory, step)
         *_, suffices = sampling.candidates(scores, self.group, step)
         indices = selection.select_largest(scores, [self.group], step)
         sent = tf.gather(a, indices)
-        error = error_feedback.residual_error(a, indices, sent)
+        error = equations.residual_error(a, indices, sent)
         return indices, sent, error, suffices
 
     def select(self, g, step):
@@ -114,7 +114,7 @@ def train(sparsifier, images, labels):
             loss, g = gradient(images[batch], labels[batch])
             losses.append(float(loss))
             num_fallbacks += worker.select(g, step)
-        aggregate = aggregation.sum_entries(
+        aggregate = scatter_sum.sum_entries(
             tf.stack([worker.indices for worker in workers]),
             tf.stack([worker.sent for worker in workers]),
             buffer.size,

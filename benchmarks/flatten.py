@@ -13,7 +13,7 @@ import cluster_methods
 import numpy as np
 import tensorflow as tf
 
-from tf_regtopk import error_feedback
+from tf_regtopk.error_feedback import equations
 
 flags.DEFINE_integer(
     "threads", 0, "Threads of an operation; 0: one a core.", lower_bound=0
@@ -32,9 +32,9 @@ def methods_for(gradient, density, k, rng):
     error = tf.random.normal([sum(v.shape[0] for v in vectors)])
 
     def in_xla():
-        return error_feedback.accumulate(error, tf.concat(vectors, axis=0))
+        return equations.accumulate(error, tf.concat(vectors, axis=0))
 
-    accumulate = benchmark_utils.compiled(error_feedback.accumulate)
+    accumulate = benchmark_utils.compiled(equations.accumulate)
 
     def joined_before():
         return accumulate(error, tf.concat(vectors, axis=0))

@@ -3,7 +3,7 @@ r"""How long a whole update takes under TensorFlow on GPUs.
     python benchmarks/gpu_step.py --budget_seconds=120
 
 A gradient of J floats in 16 variables is given, and the same in each step; a
-step is `optimizer.apply` in a `tf.function` under `MirroredStrategy`, from the
+step is `sparsified.apply` in a `tf.function` under `MirroredStrategy`, from the
 gradients to the new weights. Each cell (J, k / J, number of replicas) runs all
 methods in turn within each round. A timing is that of a few steps in a row, by
 the host's clock, with all devices idle at its ends. One pass is the time to
@@ -17,7 +17,7 @@ table says so.
 Memory is in units of J floats, on the first device: what a method keeps (its
 weights included), and the most that a step needs beyond. The gradient itself
 is not part of either. What `tf.math.top_k` returns is not checked; see
-`selection.py`.
+`largest.py`.
 
 `summary.json` is written anew after each cell. A method that fails is reported,
 and the others go on. When the time of `--budget_seconds` is over, what is left

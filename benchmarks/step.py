@@ -16,10 +16,10 @@ import numpy as np
 import tensorflow as tf
 
 import tf_regtopk
-from tf_regtopk import aggregation
-from tf_regtopk import error_feedback
-from tf_regtopk import flat_buffer
 from tf_regtopk import selection
+from tf_regtopk.error_feedback import equations
+from tf_regtopk.kernels import scatter_sum
+from tf_regtopk.steps import flat_buffer
 
 
 def replica_step(sparsifier, gradient):
@@ -38,7 +38,7 @@ def replica_step(sparsifier, gradient):
 
     @tf.function(jit_compile=True, autograph=False)
     def select_entries(e, memory, step):
-        a = error_feedback.accumulate(e, g)
+        a = equations.accumulate(e, g)
         scores = sparsifier.score(a, memory, step)
         indices = selection.select_largest(scores, groups, step)
         a = sparsifier.restore(a, scores, memory, indices)
@@ -48,7 +48,7 @@ def replica_step(sparsifier, gradient):
     @tf.function(jit_compile=True, autograph=False)
     def clear(error, indices, sent):
         a = error.read_value()
-        error.assign(error_feedback.residual_error(a, indices, sent))
+        error.assign(equations.residual_error(a, indices, sent))
 
     def step():
         a, indices, payload, sent = select_entries(
@@ -78,7 +78,7 @@ def sum_of_workers(size, k, rng, num_workers=8):
     indices = tf.constant(indices, tf.int32)
     values = tf.constant(rng.standard_normal(indices.shape), tf.float32)
     return benchmark_utils.compiled(
-        lambda: aggregation.sum_entries(indices, values, size)
+        lambda: scatter_sum.sum_entries(indices, values, size)
     )
 
 

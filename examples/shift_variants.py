@@ -9,7 +9,7 @@ import keras
 import tensorflow as tf
 
 import tf_regtopk
-from tf_regtopk import error_feedback
+from tf_regtopk.error_feedback import equations
 
 
 @keras.saving.register_keras_serializable(package="examples")
@@ -19,7 +19,7 @@ class MaskedShift(tf_regtopk.LearnedShift):
 
     def update(self, local, indices, sent, step):
         e, h, *_ = super().update(local, indices, sent, step)
-        masked = (error_feedback.clear_sent(u, indices) for u in local[2:])
+        masked = (equations.clear_sent(u, indices) for u in local[2:])
         return (e, h, *masked)
 
 

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import tensorflow as tf
 
 import tf_regtopk
-from tf_regtopk import aggregation
 from tf_regtopk import error_feedback as error_feedback_lib
-from tf_regtopk import round as round_lib
 from tf_regtopk import selection
+from tf_regtopk.kernels import scatter_sum
+from tf_regtopk.steps import round as round_lib
 
 
 class MomentumSGD(NamedTuple):
@@ -174,7 +174,7 @@ class SparseDescent(NamedTuple):
                 _specs(state.local),
             ),
         )
-        total = aggregation.sum_entries(sent.indices, sent.values, size)
+        total = scatter_sum.sum_entries(sent.indices, sent.values, size)
         aggregate, shared = round_lib.aggregate(
             method, total, state.shared, context
         )

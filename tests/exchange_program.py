@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 import tf_regtopk
-from tf_regtopk import replica_state
+from tf_regtopk.distribute import replica_state
 
 SHAPES = [(3, 5), (7,), (12, 7)]
 SIZE = 15 + 7 + 84

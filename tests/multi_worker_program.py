@@ -9,8 +9,8 @@ import numpy as np
 import tensorflow as tf
 
 import tf_regtopk
-from tf_regtopk import exchange
-from tf_regtopk import words
+from tf_regtopk.distribute import collectives
+from tf_regtopk.kernels import words
 
 
 def make_data():
@@ -196,7 +196,7 @@ def gather(strategy):
     """What is gathered of different payloads, and by which collectives."""
 
     def gather_numbers(numbers):
-        gathered = exchange.all_gather(words.hold(numbers))
+        gathered = collectives.all_gather(words.hold(numbers))
         return words.release(gathered, tf.int32)
 
     @tf.function

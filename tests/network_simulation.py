@@ -1,4 +1,4 @@
-"""A network packet by packet, to compare `links.py` with.
+"""A network packet by packet, to compare `network.py` with.
 
 Workers have a link each, both ways at once, to a switch that never blocks. A
 link passes one packet after the other. A receiver first asks for its message,

@@ -17,9 +17,9 @@ import pytest
 
 import tf_regtopk
 from tf_regtopk import advise
-from tf_regtopk import cost_model
-from tf_regtopk import crossover
-from tf_regtopk import links
+from tf_regtopk.planning import cost_model
+from tf_regtopk.planning import crossover
+from tf_regtopk.planning import network as network_lib
 
 ROOT = pathlib.Path(__file__).parent.parent
 # So fast that only links take time.
@@ -48,7 +48,7 @@ def exchange_seconds(name, job, network):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_dense_as_simulated(name):
-    network = links.Network(*NETWORKS[name])
+    network = network_lib.Network(*NETWORKS[name])
     for num_workers in (2, 3, 4, 16, 64, 512, 4096):
         for parameters in (10**5, 10**7):
             job = make_job(
@@ -60,8 +60,8 @@ def test_dense_as_simulated(name):
                 4 * parameters,
                 num_workers,
                 *NETWORKS[name],
-                links.WINDOW_BYTES,
-                links.RING_TRIPS,
+                network_lib.WINDOW_BYTES,
+                network_lib.RING_TRIPS,
             )
             predicted = exchange_seconds("dense", job, network)
             assert predicted == pytest.approx(simulated, rel=0.1), job
@@ -69,7 +69,7 @@ def test_dense_as_simulated(name):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_sparse_as_simulated(name):
-    network = links.Network(*NETWORKS[name])
+    network = network_lib.Network(*NETWORKS[name])
     for num_workers, densities in (
         (2, (1e-4, 1e-3, 1e-2, 0.1, 1)),
         (4, (1e-4, 1e-3, 1e-2, 0.1)),
@@ -89,8 +89,8 @@ def test_sparse_as_simulated(name):
                 entry_bytes * job.num_selected,
                 num_workers,
                 *NETWORKS[name],
-                links.WINDOW_BYTES,
-                links.GATHER_TRIPS,
+                network_lib.WINDOW_BYTES,
+                network_lib.GATHER_TRIPS,
             )
             predicted = exchange_seconds("sparse", job, network)
             assert predicted == pytest.approx(simulated, rel=0.1), job
@@ -100,7 +100,7 @@ def test_sparse_as_simulated(name):
 @pytest.mark.parametrize("num_workers, devices", [(2, 4), (4, 8), (512, 2)])
 def test_several_devices_as_simulated(num_workers, devices, name):
     bandwidth, latency = NETWORKS[name]
-    network = links.Network(bandwidth, latency)
+    network = network_lib.Network(bandwidth, latency)
     local = (network.local_bandwidth, network.local_latency)
     job = make_job(
         workers=num_workers,
@@ -118,8 +118,8 @@ def test_several_devices_as_simulated(num_workers, devices, name):
             num_members,
             bandwidth,
             latency,
-            links.WINDOW_BYTES,
-            links.RING_TRIPS,
+            network_lib.WINDOW_BYTES,
+            network_lib.RING_TRIPS,
         )
 
     def gather(num_bytes, num_members, bandwidth, latency):
@@ -128,8 +128,8 @@ def test_several_devices_as_simulated(num_workers, devices, name):
             num_members,
             bandwidth,
             latency,
-            links.WINDOW_BYTES,
-            links.GATHER_TRIPS,
+            network_lib.WINDOW_BYTES,
+            network_lib.GATHER_TRIPS,
         )
 
     # One ring, which enters each worker once.
@@ -168,9 +168,9 @@ def test_several_devices_as_simulated(num_workers, devices, name):
     ],
 )
 def test_as_measured(megabytes_a_second, latency, local, measured):
-    """The all-reduces of benchmarks/cluster.py that `links.py` is fitted to."""
+    """All-reduces of benchmarks/cluster.py, which `network.py` is fitted to."""
     job = make_job(parameters=10_997_206, workers=4, step_seconds=local)
-    network = links.Network(1e6 * megabytes_a_second, latency)
+    network = network_lib.Network(1e6 * megabytes_a_second, latency)
     predicted = cost_model.predict(job, network)["dense"].step_seconds
     assert predicted == pytest.approx(measured, rel=0.15)
 
@@ -208,7 +208,7 @@ jobs = st.builds(
     memory_bandwidth=st.floats(1e8, 1e13),
 )
 networks = st.builds(
-    links.Network,
+    network_lib.Network,
     bandwidth=st.floats(1e4, 1e12),
     latency=st.floats(0, 1),
     local_bandwidth=st.floats(1e6, 1e13),
@@ -266,12 +266,18 @@ def test_overlap_hides_dense_exchanges_only(job, network):
 
 
 CASES = [
-    (make_job(), links.Network(1.25e9, 50e-6)),
-    (make_job(parameters=11_200_000, workers=4), links.Network(12.5e6, 1e-4)),
-    (make_job(devices_per_worker=8, overlap=0.5), links.Network(1.25e9, 1e-5)),
-    (make_job(memory_bandwidth=1e12), links.Network(12.5e9, 5e-6)),
-    (make_job(parameters=1000), links.Network(1.25e9, 5e-6)),
-    (make_job(density=0.1, values="natural"), links.Network(125e6, 5e-3)),
+    (make_job(), network_lib.Network(1.25e9, 50e-6)),
+    (
+        make_job(parameters=11_200_000, workers=4),
+        network_lib.Network(12.5e6, 1e-4),
+    ),
+    (
+        make_job(devices_per_worker=8, overlap=0.5),
+        network_lib.Network(1.25e9, 1e-5),
+    ),
+    (make_job(memory_bandwidth=1e12), network_lib.Network(12.5e9, 5e-6)),
+    (make_job(parameters=1000), network_lib.Network(1.25e9, 5e-6)),
+    (make_job(density=0.1, values="natural"), network_lib.Network(125e6, 5e-3)),
 ]
 
 
@@ -306,7 +312,7 @@ def check_crossovers(method, job, network):
 
 def test_crossovers_without_end():
     """Every worker more costs a ring more time than an all-gather."""
-    network = links.Network(1.25e9, 20e-3)
+    network = network_lib.Network(1.25e9, 20e-3)
     job = make_job(parameters=10**5)
     sparse = METHODS["sparse"]
     assert crossover.last_workers(sparse, job, network) == crossover.MAX_WORKERS
@@ -382,7 +388,9 @@ def test_wrong_units(kind, rule, texts):
 
 def test_wrong_arguments():
     def make_network(**kwargs):
-        return links.Network(**({"bandwidth": 1e9, "latency": 0.0} | kwargs))
+        return network_lib.Network(
+            **({"bandwidth": 1e9, "latency": 0.0} | kwargs)
+        )
 
     for make, argument, value in (
         (make_job, "parameters", 0),

@@ -11,8 +11,8 @@ import resume_program
 import tensorflow as tf
 
 import tf_regtopk
-from tf_regtopk import exchange
-from tf_regtopk import strategy as strategy_lib
+from tf_regtopk.distribute import collectives
+from tf_regtopk.distribute import strategy as strategy_lib
 
 
 def make(strategy):
@@ -118,7 +118,7 @@ def test_workers_with_different_weights_are_refused(
             other[1] += 1
         return np.array([numbers, other])
 
-    monkeypatch.setattr(exchange, "gather_from_workers", gather)
+    monkeypatch.setattr(collectives, "gather_from_workers", gather)
     with pytest.raises(ValueError, match="must be of the same run"):
         tf_regtopk.Backup(tmp_path).restore(model)
 
@@ -231,7 +231,7 @@ def newest(directories, monkeypatch):
             raise InterruptedError
         return np.array(rows)
 
-    monkeypatch.setattr(exchange, "gather_from_workers", gather)
+    monkeypatch.setattr(collectives, "gather_from_workers", gather)
     for _ in range(2):
         for number, directory in enumerate(directories):
             monkeypatch.setattr(
@@ -299,7 +299,7 @@ def test_workers_agree_after_a_change(
 
 def test_gather_from_workers(mirrored):
     for num_replicas in (0, 2):
-        rows = exchange.gather_from_workers([7, 8], mirrored(num_replicas))
+        rows = collectives.gather_from_workers([7, 8], mirrored(num_replicas))
         assert rows.tolist() == [[7, 8]] * max(1, num_replicas)
 
 

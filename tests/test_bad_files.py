@@ -10,8 +10,8 @@ import resume_program
 import tensorflow as tf
 
 import tf_regtopk
-from tf_regtopk import saved_state
-from tf_regtopk import worker_files
+from tf_regtopk.saving import saved_state
+from tf_regtopk.saving import worker_files
 
 FILES = ("m.keras", "m.weights.h5", "checkpoint")
 

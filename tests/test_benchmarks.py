@@ -89,6 +89,7 @@ def test_programs_of_a_step_are_exported(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_bytes_on_a_socket(tmp_path):
     """The report says what crosses the interface, but for little framing."""
     run(

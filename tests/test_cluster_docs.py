@@ -180,6 +180,7 @@ def listening(pid):
     return found
 
 
+@pytest.mark.slow
 def test_hosts_of_your_own_lose_a_worker(place, run):
     """`supervise.sh`, and so `worker.sh`, through a loss to the end."""
     addresses = multi_worker_launcher.free_addresses(2)
@@ -313,6 +314,7 @@ def job_with_free_ports(count):
     raise AssertionError("No free ports.")
 
 
+@pytest.mark.slow
 def test_slurm(place, run):
     (place / "bin" / "nvidia-smi").symlink_to("/bin/false")
     command = run(

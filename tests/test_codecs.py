@@ -13,10 +13,10 @@ import pytest
 import tensorflow as tf
 
 import tf_regtopk
-from tf_regtopk import bits
-from tf_regtopk import device_kind
-from tf_regtopk import index_codecs
-from tf_regtopk import value_codecs
+from tf_regtopk.codecs import bit_packing
+from tf_regtopk.codecs import index_codecs
+from tf_regtopk.codecs import value_codecs
+from tf_regtopk.kernels import device_kind
 
 STREAM = (0, 0)  # A step and a replica.
 
@@ -33,11 +33,13 @@ def compiled(function):
 def test_packed_numbers_come_back(width, size, seed):
     rng = np.random.default_rng(seed)
     numbers = rng.integers(0, 2**width, size, dtype=np.uint64).astype("u4")
-    words = bits.pack(tf.constant(numbers), width)
-    assert words.shape == [bits.num_words(size, width)]
+    words = bit_packing.pack(tf.constant(numbers), width)
+    assert words.shape == [bit_packing.num_words(size, width)]
     # Without gaps, but for less than a word for each power of two in the width.
     assert 32 * words.shape[0] < size * width + 32 * max(1, width.bit_count())
-    np.testing.assert_array_equal(bits.unpack(words, size, width), numbers)
+    np.testing.assert_array_equal(
+        bit_packing.unpack(words, size, width), numbers
+    )
 
 
 # --- indices

@@ -17,6 +17,7 @@ SMALL = dict(
 )
 
 
+@pytest.mark.slow
 def test_cifar10_script(tmp_path):
     """Tunes, runs every seed once, and goes on where it was stopped.
 
@@ -66,6 +67,7 @@ def test_cifar10_script(tmp_path):
     assert not kept or again["methods"]["dense"]["runs"]["0"] == dense
 
 
+@pytest.mark.slow
 def test_imagenette_script(tmp_path):
     summary, _ = example_runner.run_example(
         "imagenette_finetune",

@@ -113,6 +113,7 @@ def trained(tmp_path_factory, mirrored):
     return train
 
 
+@pytest.mark.slow
 def test_natural_compression_learns_as_well(trained):
     """At density 2 %, as far as one training and 360 test images can tell.
 

@@ -18,6 +18,7 @@ import toy_logistic
 import tf_regtopk
 
 
+@pytest.mark.slow
 def test_linear_regression_script(tmp_path):
     """Small enough to be quick, large enough to tell the methods apart."""
     summary, output = example_runner.run_example(
@@ -211,6 +212,7 @@ def test_inner_optimizers_of_the_simulation(inner, optimizer):
         np.testing.assert_allclose(variable.numpy(), w, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_density_sweep_script(tmp_path):
     summary, output = example_runner.run_example(
         "density_sweep",

@@ -14,7 +14,7 @@ import pytest
 import tensorflow as tf
 
 import tf_regtopk
-from tf_regtopk import exchange_choice
+from tf_regtopk.steps import auto_exchange
 
 RULES = {
     "accumulate": tf_regtopk.Accumulate(),
@@ -128,7 +128,7 @@ def test_workers_choose_alike(workers):
     results, _ = workers
     kind, seconds = results[0]["auto"]
     assert results[1]["auto"] == [kind, seconds]
-    assert kind == exchange_choice.choose(seconds)
+    assert kind == auto_exchange.choose(seconds)
 
 
 def test_hierarchical_in_one_process_is_one_replica(mirrored):
@@ -238,7 +238,7 @@ def test_auto_takes_the_faster_one(faster, mirrored, monkeypatch):
             measured.append(name)
         return seconds
 
-    monkeypatch.setattr(exchange_choice, "measure", measure)
+    monkeypatch.setattr(auto_exchange, "measure", measure)
     made = exchange_program.make(mirrored(2), exchange="auto")
     optimizer, _ = made
     assert measured == ["sparse", "dense"]
@@ -259,7 +259,7 @@ def test_auto_measures(mirrored):
     seconds = optimizer.exchange_seconds
     assert set(seconds) == {"sparse", "dense"}
     assert all(0 < s < 60 for s in seconds.values())
-    assert optimizer.chosen_exchange == exchange_choice.choose(seconds)
+    assert optimizer.chosen_exchange == auto_exchange.choose(seconds)
     single, _ = exchange_program.make(
         tf.distribute.get_strategy(), exchange="auto"
     )
@@ -289,7 +289,7 @@ def test_a_run_goes_on_by_the_exchange_it_was_saved_with(mirrored, monkeypatch):
     for saved_with, chosen in (("sparse", "dense"), ("dense", "sparse")):
         seconds = {"sparse": 1.0, "dense": 1.0, chosen: 0.1}
         monkeypatch.setattr(
-            exchange_choice, "measure", lambda _, seconds=seconds: seconds
+            auto_exchange, "measure", lambda _, seconds=seconds: seconds
         )
         _, saved = exchange_program.train(
             mirrored(2), g, "shift", exchange=saved_with
@@ -323,10 +323,10 @@ def test_measure_waits_for_the_slowest(mirrored):
         return run
 
     with mirrored(2).scope():
-        seconds = exchange_choice.measure(
+        seconds = auto_exchange.measure(
             {"sparse": work(2), "dense": work(1500)}
         )
-    assert exchange_choice.choose(seconds) == "sparse"
+    assert auto_exchange.choose(seconds) == "sparse"
 
 
 @pytest.mark.parametrize(

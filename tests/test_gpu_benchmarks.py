@@ -28,6 +28,7 @@ def run(benchmark, output_dir, *args):
     return results, result.stdout
 
 
+@pytest.mark.slow
 def test_update(tmp_path):
     results, printed = run(
         "gpu_step.py",
@@ -82,6 +83,7 @@ def test_devices_that_are_not_there():
 # ----- fit -----
 
 
+@pytest.mark.slow
 def test_fit(tmp_path):
     results, printed = run(
         "gpu_fit.py",

@@ -11,9 +11,9 @@ import tensorflow as tf
 
 import tf_regtopk
 from tf_regtopk import error_feedback
-from tf_regtopk import flat_buffer
-from tf_regtopk import round as round_lib
 from tf_regtopk import selection
+from tf_regtopk.steps import flat_buffer
+from tf_regtopk.steps import round as round_lib
 
 SPARSIFIERS = [tf_regtopk.TopK(0.01), tf_regtopk.RegTopK(0.01)]
 

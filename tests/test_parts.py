@@ -8,15 +8,15 @@ import pytest
 import tensorflow as tf
 
 import tf_regtopk
-from tf_regtopk import aggregation
-from tf_regtopk import device_kind
-from tf_regtopk import error_feedback
-from tf_regtopk import flat_buffer
 from tf_regtopk import keras_internals
-from tf_regtopk import radix
-from tf_regtopk import replica_state
 from tf_regtopk import selection
-from tf_regtopk import words
+from tf_regtopk.distribute import replica_state
+from tf_regtopk.error_feedback import equations
+from tf_regtopk.kernels import device_kind
+from tf_regtopk.kernels import scatter_sum
+from tf_regtopk.kernels import words
+from tf_regtopk.selection import kth_largest
+from tf_regtopk.steps import flat_buffer
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -32,7 +32,7 @@ def test_sum_is_that_of_the_replicas_in_order(compiled):
         expected[indices[n]] += values[n]
     for kind in ("CPU", "GPU"):
         with device_kind.compile_for(kind):
-            actual = tf.function(aggregation.sum_entries, jit_compile=compiled)(
+            actual = tf.function(scatter_sum.sum_entries, jit_compile=compiled)(
                 tf.constant(indices), tf.constant(values), size
             )
         np.testing.assert_array_equal(actual, expected)
@@ -42,10 +42,10 @@ def test_nothing_is_lost():
     """sent + residual error = accumulated, to the bit."""
     rng = np.random.default_rng(0)
     error, gradient = rng.standard_normal((2, 50)).astype(np.float32)
-    a = error_feedback.accumulate(tf.constant(error), tf.constant(gradient))
+    a = equations.accumulate(tf.constant(error), tf.constant(gradient))
     indices = tf.constant([3, 49, 0])
     sent = tf.gather(a, indices)
-    residual = error_feedback.residual_error(a, indices, sent).numpy()
+    residual = equations.residual_error(a, indices, sent).numpy()
     assert (residual[[3, 49, 0]] == 0).all()
     residual[[3, 49, 0]] += sent.numpy()
     np.testing.assert_array_equal(residual, error + gradient)
@@ -161,21 +161,21 @@ def test_groups():
 @pytest.mark.parametrize("num_parts", [32, 50])
 def test_kth_largest_by_counting(comparisons, num_parts, dtype, monkeypatch):
     """With narrow and wide digits; keys of all sizes, ties and padding."""
-    monkeypatch.setattr(radix, "_COMPARISONS", comparisons)
+    monkeypatch.setattr(kth_largest, "_COMPARISONS", comparisons)
     # 300 keys are counted in one part, or in 50.
-    monkeypatch.setattr(radix, "_PARTS", num_parts)
+    monkeypatch.setattr(kth_largest, "_PARTS", num_parts)
     largest = np.iinfo(dtype).max
     rng = np.random.default_rng(0)
     keys = (largest * rng.random(300) ** 8).astype(dtype)
     keys[:40], keys[40:90], keys[90:100] = -1, 12345, largest
     ordered = np.sort(keys)[::-1]
     for k in (1, 9, 10, 11, 100, 200, 260):
-        threshold, num_ties = radix.kth_largest_by_counting(
+        threshold, num_ties = kth_largest.kth_largest_by_counting(
             tf.constant(keys), tf.constant(k)
         )
         assert threshold == ordered[k - 1]
         assert num_ties == k - (keys > ordered[k - 1]).sum()
-        bound, _ = radix.kth_largest_by_counting(tf.constant(keys), k, 18)
+        bound, _ = kth_largest.kth_largest_by_counting(tf.constant(keys), k, 18)
         shift = 8 * np.dtype(dtype).itemsize - 1 - 18
         assert bound == ordered[k - 1] >> shift << shift
 

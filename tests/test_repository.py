@@ -1,6 +1,7 @@
-"""The public namespace, and that BUILD, README and CI fit the code."""
+"""The public namespace, and that BUILD, README and layers fit the code."""
 
 import ast
+import itertools
 import pathlib
 import re
 import subprocess
@@ -42,14 +43,28 @@ PUBLIC = {
     "load_scope",
     "worker_path",
 }
-MODULES = {path.stem for path in (ROOT / "tf_regtopk").glob("[a-z]*.py")}
+# Each layer imports only from those before it.
+LAYERS = (
+    ("keras_internals", "validation", "version"),
+    ("hyper_parameters", "kernels"),
+    ("distribute", "selection", "sparsifiers"),
+    ("codecs", "saving"),
+    ("error_feedback", "planning"),
+    ("steps",),
+    ("optimizers",),
+    ("callbacks",),
+    ("__init__", "advise"),
+    ("selftest",),
+)
+PACKAGE = ROOT / "tf_regtopk"
 
 
 def test_public_namespace():
     assert set(tf_regtopk.__all__) == PUBLIC
     visible = {name for name in vars(tf_regtopk) if not name.startswith("_")}
-    # Modules show once they have been imported.
-    assert visible - MODULES == PUBLIC - {"__version__"}
+    # Packages and modules show once they have been imported.
+    parts = set(itertools.chain(*LAYERS))
+    assert visible - parts == PUBLIC - {"__version__"}
 
 
 def test_version_needs_no_tensorflow():
@@ -63,97 +78,114 @@ def test_version_needs_no_tensorflow():
     )
 
 
-def imported_modules(path):
-    """The modules of the package, and of the same folder, that a file needs."""
-    names = set()
+def imported_parts(path):
+    """The packages and modules at the top of `tf_regtopk` that a file imports.
+
+    `__init__` stands for the public namespace.
+    """
+    parts = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
+            names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            if node.module == "tf_regtopk":
-                names |= {f"tf_regtopk.{alias.name}" for alias in node.names}
-            else:
-                names.add(node.module)
-    return names
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            package, *rest = name.split(".")
+            if package == "tf_regtopk":
+                parts.add(rest[0] if rest else "__init__")
+    return parts
+
+
+def files_of(part):
+    """The Python files of a package or module at the top of `tf_regtopk`."""
+    module = PACKAGE / f"{part}.py"
+    return [module] if module.exists() else (PACKAGE / part).glob("*.py")
+
+
+def test_layers_are_complete():
+    found = {path.stem for path in PACKAGE.glob("*.py")}
+    found |= {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert found == set(itertools.chain(*LAYERS))
 
 
 def test_imports_point_one_way():
-    """No module imports one that, in turn, imports it."""
-    graph = {
-        name: {
-            target.removeprefix("tf_regtopk.")
-            for target in imported_modules(ROOT / "tf_regtopk" / f"{name}.py")
-            if target.startswith("tf_regtopk.")
-        }
-        for name in MODULES
-    }
-    while graph:
-        leaves = {name for name, targets in graph.items() if not targets}
-        assert leaves, f"These import each other in a circle: {graph}"
-        graph = {
-            name: targets - leaves
-            for name, targets in graph.items()
-            if name not in leaves
-        }
+    """No module imports one of its own layer or of a later one."""
+    below = set()
+    for layer in LAYERS:
+        for part in layer:
+            for path in files_of(part):
+                above = imported_parts(path) - below - {part}
+                assert not above, f"{path} must not import {above}"
+        below |= set(layer)
 
 
-def build_targets():
-    """BUILD's targets by name: Starlark this plain is also Python."""
-    targets = {}
-    tree = ast.parse((ROOT / "BUILD").read_text(encoding="utf-8"))
-    for node in tree.body:
-        call = node.value
-        if getattr(call, "func", None) and call.func.id.startswith("py_"):
-            arguments = {
-                keyword.arg: ast.literal_eval(keyword.value)
-                for keyword in call.keywords
-                if keyword.arg != "data"  # May be a glob.
+def test_modules_do_not_import_each_other():
+    """Within a package no module imports one that, in turn, imports it."""
+    for package in PACKAGE.glob("*/__init__.py"):
+        name = f"tf_regtopk.{package.parent.name}"
+        graph = {}
+        for path in package.parent.glob("[!_]*.py"):
+            graph[path.stem] = {
+                alias.name if node.module == name else node.module.split(".")[2]
+                for node in ast.walk(ast.parse(path.read_text("utf-8")))
+                if isinstance(node, ast.ImportFrom)
+                and f"{node.module}.".startswith(f"{name}.")
+                for alias in node.names
             }
-            targets[arguments["name"]] = {"rule": call.func.id, **arguments}
+        while graph:
+            leaves = {name for name, targets in graph.items() if not targets}
+            assert leaves, f"These import each other in a circle: {graph}"
+            graph = {
+                name: targets - leaves
+                for name, targets in graph.items()
+                if name not in leaves
+            }
+
+
+def build_targets(path):
+    """The targets of a BUILD file by name: Starlark this plain is Python."""
+    targets = {}
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        call = node.value
+        if getattr(call, "func", None) and call.func.id == "py_library":
+            keywords = {k.arg: k.value for k in call.keywords}
+            name = ast.literal_eval(keywords["name"])
+            deps = keywords.get("deps", ast.List([]))
+            targets[name] = set(ast.literal_eval(deps))
     return targets
 
 
-def expected_deps(path):
-    deps = set()
-    for name in imported_modules(path):
-        if name == "tf_regtopk":
-            deps.add(":tf_regtopk")
-        elif name.startswith("tf_regtopk."):
-            deps.add(f":{name.removeprefix('tf_regtopk.')}")
-        elif any(
-            (folder / f"{name}.py").exists()
-            for folder in (path.parent, ROOT / "examples")
-        ):
-            deps.add(f":{name}")
-    return deps
+def label(part):
+    """The target of a part, as other packages name it."""
+    if part == "__init__":
+        return "//tf_regtopk"
+    if (PACKAGE / part).is_dir():
+        return f"//tf_regtopk/{part}"
+    return f"//tf_regtopk:{part}"
 
 
-@pytest.mark.parametrize(
-    "folder, rule",
-    [("tf_regtopk", "py_library"), ("examples", None), ("tests", None)],
-)
-def test_build_has_a_target_for_each_module(folder, rule):
-    targets = build_targets()
-    for path in (ROOT / folder).glob("*.py"):
-        name = "tf_regtopk" if path.stem == "__init__" else path.stem
-        assert name in targets, f"BUILD has no target for {path}"
-        target = targets[name]
-        is_test = path.stem.startswith("test_")
-        assert is_test == (target["rule"] == "py_test")
-        assert rule in (None, target["rule"])
-        assert target["srcs"][0] == f"{folder}/{path.name}"
-        missing = expected_deps(path) - set(target.get("deps", []))
-        if is_test:
-            missing |= {":conftest"} - set(target["deps"])
-        assert not missing, f"BUILD: {name} lacks deps {missing}"
+@pytest.mark.parametrize("part", [*itertools.chain(*LAYERS)])
+def test_build_has_the_imports(part):
+    """Of each package and module, no more and no less."""
+    is_package = (PACKAGE / part).is_dir()
+    path = (PACKAGE / part if is_package else PACKAGE) / "BUILD"
+    name = "tf_regtopk" if part == "__init__" else part
+    deps = {
+        f"//tf_regtopk{dep}" if dep.startswith(":") else dep
+        for dep in build_targets(path)[name]
+    }
+    imported = set().union(*map(imported_parts, files_of(part))) - {part}
+    assert deps == {label(other) for other in imported}
 
 
-def test_build_has_no_target_without_a_file():
-    for target in build_targets().values():
-        for source in target["srcs"]:
-            assert (ROOT / source).exists(), source
-        for dep in target.get("deps", []):
-            assert dep.removeprefix(":") in build_targets(), dep
+def test_build_names_examples():
+    """Every example script is a program of BUILD's."""
+    text = (ROOT / "examples" / "BUILD").read_text(encoding="utf-8")
+    for path in (ROOT / "examples").glob("*.py"):
+        is_script = "__main__" in path.read_text(encoding="utf-8")
+        assert is_script == (f'        "{path.stem}",' in text), path
 
 
 def test_readme_commands():

@@ -7,11 +7,11 @@ import pytest
 import tensorflow as tf
 
 import tf_regtopk
-from tf_regtopk import aggregation
 from tf_regtopk import error_feedback
-from tf_regtopk import flat_buffer
-from tf_regtopk import round as round_lib
 from tf_regtopk import selection
+from tf_regtopk.kernels import scatter_sum
+from tf_regtopk.steps import missing as missing_lib
+from tf_regtopk.steps import round as round_lib
 
 SIZE, NUM_REPLICAS, DENSITY = 37, 3, 0.2
 
@@ -53,7 +53,7 @@ def test_rounds_without_variables_or_strategy():
         payloads = tf.stack([payload for payload, _, _ in sent])
         indices, values, is_valid = method.payload_codec.decode(payloads)
         assert is_valid.numpy().all()
-        total = aggregation.sum_entries(indices, values, SIZE)
+        total = scatter_sum.sum_entries(indices, values, SIZE)
         total, shared = round_lib.aggregate(method, total, (), step)
         states = [
             round_lib.State(local, shared, memory)
@@ -82,7 +82,7 @@ def test_rounds_without_variables_or_strategy():
 
 def test_missing_entries_send_nothing_and_stay():
     method = method_of(tf_regtopk.TopK(0.5), tf_regtopk.Accumulate(0.5))
-    missing = flat_buffer.Missing(SIZE, ((5, 20),))
+    missing = missing_lib.Missing(SIZE, ((5, 20),))
     old = tf.range(1.0, SIZE + 1), tf.range(2.0, SIZE + 2)
     state = round_lib.State(old)
     step = error_feedback.Step(1, 0.5, tf.zeros([]), tf.constant(0))

@@ -9,8 +9,8 @@ import pytest
 import tensorflow as tf
 
 import tf_regtopk
-from tf_regtopk import saved_config
-from tf_regtopk import saved_state
+from tf_regtopk.saving import saved_config
+from tf_regtopk.saving import saved_state
 
 RULE = tf_regtopk.CompressedDownlink(
     tf_regtopk.EF21(momentum=0.5),

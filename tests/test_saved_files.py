@@ -8,8 +8,8 @@ import saved_files
 import tensorflow as tf
 
 import tf_regtopk
-from tf_regtopk import index_codecs
-from tf_regtopk import value_codecs
+from tf_regtopk.codecs import index_codecs
+from tf_regtopk.codecs import value_codecs
 
 RUNS = [
     (version, run)

@@ -9,10 +9,11 @@ import pytest
 import reference
 import tensorflow as tf
 
-from tf_regtopk import device_kind
-from tf_regtopk import group_sampling
-from tf_regtopk import sampling
 from tf_regtopk import selection
+from tf_regtopk.kernels import device_kind
+from tf_regtopk.selection import group_sampling
+from tf_regtopk.selection import largest
+from tf_regtopk.selection import sampling
 
 # Compiled once for each of these shapes, and run on many inputs.
 GROUPS = {
@@ -197,7 +198,7 @@ def test_every_step_samples_anew_and_selects_the_same():
 
 @pytest.mark.parametrize("chunk", [1000, LARGE // 3, LARGE - 1])
 def test_all_scores_are_searched_in_chunks(chunk, monkeypatch):
-    monkeypatch.setattr(selection, "_CHUNK", chunk)
+    monkeypatch.setattr(largest, "_CHUNK", chunk)
     scores = LARGE_SCORES["few_ties"](np.random.default_rng(0), LARGE)
     check(scores.astype(np.float32), [selection.Group(LARGE, 40001)], select)
 

@@ -22,24 +22,26 @@ import selftest_with_fault
 import tensorflow as tf
 
 import tf_regtopk
-from tf_regtopk import aggregation
-from tf_regtopk import codec as codec_lib
-from tf_regtopk import ef21
+from tf_regtopk import codecs
 from tf_regtopk import error_feedback
-from tf_regtopk import exchange
-from tf_regtopk import finiteness
-from tf_regtopk import hashing
-from tf_regtopk import optimizer
-from tf_regtopk import replica_state
-from tf_regtopk import selftest
-from tf_regtopk import selftest_checks
-from tf_regtopk import selftest_gpus
-from tf_regtopk import selftest_processes
-from tf_regtopk import selftest_trial
-from tf_regtopk import selftest_workers
-from tf_regtopk import wrapper
+from tf_regtopk.codecs import payload as payload_lib
+from tf_regtopk.distribute import collectives
+from tf_regtopk.distribute import replica_state
+from tf_regtopk.error_feedback import ef21
+from tf_regtopk.error_feedback import equations
+from tf_regtopk.kernels import hashing
+from tf_regtopk.kernels import scatter_sum
+from tf_regtopk.optimizers import sparsified
+from tf_regtopk.optimizers import wrapper
+from tf_regtopk.selftest import checks
+from tf_regtopk.selftest import command as command_lib
+from tf_regtopk.selftest import gpus
+from tf_regtopk.selftest import processes
+from tf_regtopk.selftest import trial
+from tf_regtopk.selftest import workers
+from tf_regtopk.steps import finiteness
 
-ROOT = pathlib.Path(selftest.__file__).parent.parent
+ROOT = pathlib.Path(command_lib.__file__).parent.parent.parent
 CPUS = ("CPU:0", "CPU:1")
 
 
@@ -52,12 +54,12 @@ def _eager():
 
 @pytest.fixture
 def devices(mirrored):
-    class Devices(selftest_trial.Devices):
+    class Devices(trial.Devices):
         # One strategy with collectives for a pair of devices in a process.
         all = property(lambda self: mirrored(2))
 
     replicas = mirrored(2).extended.worker_devices
-    names = tuple(map(selftest_trial.device_name, replicas))
+    names = tuple(map(trial.device_name, replicas))
     return Devices(names, CPUS, size=3_011, settings={"worker_seconds": 60})
 
 
@@ -68,14 +70,14 @@ def failures(check, devices, cases):
     def some(devices):
         return (
             (name, function)
-            for name, function in selftest_checks.CHECKS[check](devices)
+            for name, function in checks.CHECKS[check](devices)
             if cases in name
         )
 
     def report(outcome):
         ended[outcome["case"]] = outcome
 
-    passed = selftest_checks.run_check(some, devices, report)
+    passed = checks.run_check(some, devices, report)
     assert ended, f"{check} has no case like {cases}"
     failed = {
         name: outcome["found"]
@@ -91,13 +93,13 @@ def failures(check, devices, cases):
 
 def xla_ignores_the_device(monkeypatch):
     monkeypatch.setattr(
-        selftest_checks.tf, "device", lambda device: contextlib.nullcontext()
+        checks.tf, "device", lambda device: contextlib.nullcontext()
     )
 
 
 def error_is_forgotten(monkeypatch):
     monkeypatch.setattr(
-        error_feedback,
+        equations,
         "residual_error",
         lambda a, indices, sent: tf.zeros_like(a),
     )
@@ -105,21 +107,21 @@ def error_is_forgotten(monkeypatch):
 
 def replica_hears_itself_only(monkeypatch):
     monkeypatch.setattr(
-        exchange,
+        collectives,
         "all_gather",
         lambda payload, num_used=None: tf.tile(payload[tf.newaxis], [2, 1]),
     )
 
 
 def receivers_double_ternary(monkeypatch):
-    decode = codec_lib.PayloadCodec.decode
+    decode = codecs.PayloadCodec.decode
 
     def decode_double(self, payloads):
         indices, values, is_valid = decode(self, payloads)
         is_ternary = getattr(self.values, "bucket_size", 0) is None
         return indices, values * (2.0 if is_ternary else 1.0), is_valid
 
-    monkeypatch.setattr(codec_lib.PayloadCodec, "decode", decode_double)
+    monkeypatch.setattr(codecs.PayloadCodec, "decode", decode_double)
 
 
 def shift_is_forgotten(monkeypatch):
@@ -130,7 +132,9 @@ def shift_is_forgotten(monkeypatch):
 
 def density_stays(monkeypatch):
     monkeypatch.setattr(
-        optimizer.SparsifiedOptimizer, "set_density", lambda self, density: None
+        sparsified.SparsifiedOptimizer,
+        "set_density",
+        lambda self, density: None,
     )
 
 
@@ -156,7 +160,7 @@ def state_is_on_the_first_device(monkeypatch):
 
 def sum_is_rounded(monkeypatch):
     """Only with collectives, so not on the CPUs that are compared with."""
-    add = aggregation.sum_entries
+    add = scatter_sum.sum_entries
 
     def add_and_round(*args):
         strategy = tf.distribute.get_strategy()
@@ -166,7 +170,7 @@ def sum_is_rounded(monkeypatch):
             return total
         return total * (1 + 2**-20)
 
-    monkeypatch.setattr(aggregation, "sum_entries", add_and_round)
+    monkeypatch.setattr(scatter_sum, "sum_entries", add_and_round)
 
 
 def rounding_is_random(monkeypatch):
@@ -197,16 +201,16 @@ def overflow_is_not_told(monkeypatch):
 
 
 def loading_loses_the_error(monkeypatch):
-    load = optimizer.SparsifiedOptimizer.load_state
+    load = sparsified.SparsifiedOptimizer.load_state
 
     def load_some(self, saved):
         load(self, saved)
-        state, _ = selftest_trial.states_of(self)
+        state, _ = trial.states_of(self)
         state.assign_local(
             [[np.zeros_like(a) for a in r] for r in state.local_arrays()]
         )
 
-    monkeypatch.setattr(optimizer.SparsifiedOptimizer, "load_state", load_some)
+    monkeypatch.setattr(sparsified.SparsifiedOptimizer, "load_state", load_some)
 
 
 def steps_are_not_taken(monkeypatch):
@@ -321,7 +325,7 @@ def test_check_fails_on_a_fault(check, cases, fault, message, devices):
     if check == "speed":
         devices = dataclasses.replace(devices, quick=True)
     # Those of the quick run, and the two below, are seen to pass there.
-    if check not in (*selftest_checks.QUICK, "fit_dense", "fit_conv"):
+    if check not in (*checks.QUICK, "fit_dense", "fit_conv"):
         assert failures(check, devices, cases) == {}
     with pytest.MonkeyPatch.context() as monkeypatch:
         fault(monkeypatch)
@@ -335,7 +339,7 @@ def test_check_fails_on_a_fault(check, cases, fault, message, devices):
 @pytest.mark.parametrize(
     "error, expected",
     [
-        (selftest_trial.CheckError("one is 2"), "one is 2"),
+        (trial.CheckError("one is 2"), "one is 2"),
         (ValueError(), "ValueError:"),
         (
             tf.errors.InvalidArgumentError(
@@ -359,12 +363,12 @@ def test_check_fails_on_a_fault(check, cases, fault, message, devices):
     ],
 )
 def test_errors_are_told_in_a_line(error, expected):
-    assert selftest_checks.summary_of(error) == expected
+    assert checks.summary_of(error) == expected
 
 
 def test_every_check_has_a_fault():
     planted = {check for check, *_ in FAULTS}
-    assert planted | selftest_checks.OF_WORKERS == set(selftest_checks.CHECKS)
+    assert planted | checks.OF_WORKERS == set(checks.CHECKS)
 
 
 @pytest.mark.parametrize(
@@ -379,10 +383,10 @@ def test_a_missing_library_fails_only_what_needs_it(
 
 def test_the_cases_cover_all_parts(devices):
     """What the lists of the checks leave to other checks is in those."""
-    values = {values for _, values in selftest_checks.CODECS} | {"float32"}
-    assert values == set(codec_lib.value_codecs.CODECS)
-    indices = {indices for indices, _ in selftest_checks.CODECS} | {"auto"}
-    assert indices == {"auto", *codec_lib.index_codecs.CODECS}
+    values = {values for _, values in checks.CODECS} | {"float32"}
+    assert values == set(payload_lib.value_codecs.CODECS)
+    indices = {indices for indices, _ in checks.CODECS} | {"auto"}
+    assert indices == {"auto", *payload_lib.index_codecs.CODECS}
 
     def classes(base):
         found = {base}
@@ -390,15 +394,15 @@ def test_the_cases_cover_all_parts(devices):
             found |= {c for d in each.__subclasses__() for c in classes(d)}
         return {c for c in found if c.__name__ in tf_regtopk.__all__}
 
-    rules = {type(rule) for rule in selftest_checks.RULES.values()}
+    rules = {type(rule) for rule in checks.RULES.values()}
     rules |= {tf_regtopk.Accumulate}
     assert rules == classes(error_feedback.ErrorFeedback) - {
         error_feedback.ErrorFeedback
     }
     base = tf_regtopk.Sparsifier
-    sparsifiers = {type(s) for s in selftest_checks.SPARSIFIERS.values()}
+    sparsifiers = {type(s) for s in checks.SPARSIFIERS.values()}
     assert sparsifiers == classes(base) - {base}
-    for check in selftest_checks.CHECKS.values():
+    for check in checks.CHECKS.values():
         names = [name for name, _ in check(devices)]
         assert names and len(set(names)) == len(names)
 
@@ -418,14 +422,14 @@ for step in range(4):
 
 def play(monkeypatch, text):
     command = (sys.executable, "-c", FAKE_WORKER + text)
-    monkeypatch.setattr(selftest_workers, "COMMAND", command)
+    monkeypatch.setattr(workers, "COMMAND", command)
 
 
 def test_two_workers_agree(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     settings = {"worker_seconds": 600}
-    devices = selftest_trial.Devices(CPUS, CPUS, True, settings=settings)
+    devices = trial.Devices(CPUS, CPUS, True, settings=settings)
     assert failures("workers", devices, "AUTO") == {}
 
 
@@ -457,12 +461,10 @@ def test_workers_fails_on_a_fault(text, message, devices, monkeypatch):
 
 
 def test_nccl_is_for_two_gpus():
-    devices = selftest_trial.Devices(
-        ("GPU:0", "GPU:1"), CPUS, settings={"num_gpus": 1}
-    )
-    [_, (name, function)] = selftest_checks.CHECKS["workers"](devices)
+    devices = trial.Devices(("GPU:0", "GPU:1"), CPUS, settings={"num_gpus": 1})
+    [_, (name, function)] = checks.CHECKS["workers"](devices)
     assert name == "NCCL"
-    with pytest.raises(selftest_trial.SkippedError, match="here are 1"):
+    with pytest.raises(trial.SkippedError, match="here are 1"):
         function()
 
 
@@ -475,12 +477,12 @@ def test_workers_share_the_gpus(visible, shares, monkeypatch):
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         num_gpus = 3
-    devices = selftest_trial.Devices(
+    devices = trial.Devices(
         ("GPU:0", "GPU:1"), CPUS, settings={"num_gpus": num_gpus}
     )
-    assert [
-        selftest_workers.visible_gpus(number, devices) for number in (0, 1)
-    ] == [{"CUDA_VISIBLE_DEVICES": share} for share in shares]
+    assert [workers.visible_gpus(number, devices) for number in (0, 1)] == [
+        {"CUDA_VISIBLE_DEVICES": share} for share in shares
+    ]
 
 
 # The first one waits, for as long as it is said, and ends as it is said.
@@ -498,7 +500,7 @@ def test_workers_share_the_gpus(visible, shares, monkeypatch):
     ],
 )
 def test_lost_worker(text, message, devices, monkeypatch):
-    monkeypatch.setattr(selftest_workers, "TIMEOUT_SECONDS", 1.0)
+    monkeypatch.setattr(workers, "TIMEOUT_SECONDS", 1.0)
     if message and "third" in message:
         monkeypatch.setattr(
             sys.modules[__name__], "FAKE_WORKER", "import sys\n"
@@ -546,18 +548,18 @@ for name in settings["checks"]:
 def command(tmp_path, monkeypatch, capsys):
     """Function that runs the command with such processes."""
     monkeypatch.setattr(
-        selftest_processes, "COMMAND", (sys.executable, "-c", FAKE_CHECKS)
+        processes, "COMMAND", (sys.executable, "-c", FAKE_CHECKS)
     )
-    monkeypatch.setattr(selftest_gpus, "driver_error", lambda: "no driver")
+    monkeypatch.setattr(gpus, "driver_error", lambda: "no driver")
 
     def run(**arguments):
         values = flags.FlagValues()
-        selftest.define_flags(values)
+        command_lib.define_flags(values)
         output = tmp_path / "report.json"
         values(["", f"--output={output}"])
         for name, value in arguments.items():
             values[name].value = value
-        status = selftest.run(values)
+        status = command_lib.run(values)
         report = json.loads(output.read_text("utf-8"))
         assert report["exit_status"] == status
         return status, capsys.readouterr().out, report
@@ -574,7 +576,7 @@ def test_each_check_is_reported(command, jobs):
     status, output, report = command(
         checks=names, jobs=jobs, limit_seconds=10.0
     )
-    assert status == selftest.FAILED
+    assert status == command_lib.FAILED
     results = {r["check"]: r for r in report["checks"]}
     assert set(results) == {"environment", *names}
     failed = {
@@ -599,7 +601,7 @@ def test_each_check_is_reported(command, jobs):
 
 def test_all_pass(command, monkeypatch):
     monkeypatch.setattr(
-        selftest_processes,
+        processes,
         "COMMAND",
         (
             sys.executable,
@@ -609,22 +611,22 @@ def test_all_pass(command, monkeypatch):
         ),
     )
     status, output, report = command(quick=True)
-    assert status == selftest.PASSED
-    assert {r["check"] for r in report["checks"]} == set(selftest_checks.QUICK)
-    assert f"{len(selftest_checks.QUICK)} checks passed in" in output
+    assert status == command_lib.PASSED
+    assert {r["check"] for r in report["checks"]} == set(checks.QUICK)
+    assert f"{len(checks.QUICK)} checks passed in" in output
 
 
 def test_workers_can_be_left_out(command):
     _, _, report = command(workers="0", limit_seconds=1.0)
     assert {r["check"] for r in report["checks"]} == (
-        set(selftest_checks.CHECKS) - selftest_checks.OF_WORKERS
+        set(checks.CHECKS) - checks.OF_WORKERS
     )
 
 
 def test_says_why_there_is_no_gpu(command, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     status, output, report = command(device_type="GPU")
-    assert status == selftest.NO_GPU
+    assert status == command_lib.NO_GPU
     assert output.startswith("TensorFlow 9 sees no GPU.\n")
     for reason in (
         "It was built without CUDA",
@@ -637,12 +639,12 @@ def test_says_why_there_is_no_gpu(command, monkeypatch):
 
 def test_no_answer(command, monkeypatch):
     monkeypatch.setattr(
-        selftest_processes,
+        processes,
         "COMMAND",
         (sys.executable, "-c", "raise SystemExit('cannot import')"),
     )
     status, output, _ = command(device_type="GPU")
-    assert status == selftest.FAILED
+    assert status == command_lib.FAILED
     assert (
         "TensorFlow does not say what devices it sees: cannot import" in output
     )
@@ -658,7 +660,7 @@ def test_what_tensorflow_says_of_gpus():
         "I0000 00:00:17.9 5870 dso_loader.cc:144] Could not load dynamic "
         "library 'libcudnn.so.9'; dlerror: no such file",
     ]
-    reasons = selftest_gpus.why_no_gpu({"TensorFlow": "9"}, True, lines)
+    reasons = gpus.why_no_gpu({"TensorFlow": "9"}, True, lines)
     assert [r for r in reasons if r.startswith("TensorFlow: ")] == [
         "TensorFlow: Cannot dlopen some GPU libraries. Please make sure",
         "TensorFlow: Could not load dynamic library 'libcudnn.so.9'; dlerror: "
@@ -672,21 +674,21 @@ def test_memory_is_shared(monkeypatch, tmp_path):
     program.write_text("#!/bin/sh\necho 81000\necho 40000\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    free = selftest_gpus.gpu_memory()
+    free = gpus.gpu_memory()
     assert free == 40000
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
-    jobs = selftest_gpus.default_jobs("GPU", free)
-    limit = selftest_gpus.memory_limit(free, jobs)
+    jobs = gpus.default_jobs("GPU", free)
+    limit = gpus.memory_limit(free, jobs)
     assert 1 < jobs <= 16
-    assert limit >= selftest_gpus.SMALLEST_LIMIT
+    assert limit >= gpus.SMALLEST_LIMIT
     assert 2 * limit * jobs < free
-    assert selftest_gpus.default_jobs("GPU", 3000) == 1
-    assert selftest_gpus.memory_limit(free, 1) > 2 * limit
+    assert gpus.default_jobs("GPU", 3000) == 1
+    assert gpus.memory_limit(free, 1) > 2 * limit
     program.write_text("#!/bin/sh\necho 595.58.03\n")
-    assert selftest_gpus.driver_version() == "595.58.03"
+    assert gpus.driver_version() == "595.58.03"
     for text in ("exit 9", "echo '[N/A]'", ""):
         program.write_text(f"#!/bin/sh\n{text}\n")
-        assert selftest_gpus.gpu_memory() is None
+        assert gpus.gpu_memory() is None
 
 
 # ----- The command -----
@@ -696,6 +698,7 @@ def test_import_defines_no_flags():
     assert "limit_seconds" not in flags.FLAGS
 
 
+@pytest.mark.slow
 def test_a_fault_fails_exactly_one_check(tmp_path):
     output = tmp_path / "selftest.json"
     result = fork_server.run_one(
@@ -705,12 +708,12 @@ def test_a_fault_fails_exactly_one_check(tmp_path):
         + ["--limit_seconds=900"],
         timeout=1200,
     )
-    assert result.returncode == selftest.FAILED, result.stderr
+    assert result.returncode == command_lib.FAILED, result.stderr
     report = json.loads(output.read_text("utf-8"))
     statuses = {r["check"]: r["status"] for r in report["checks"]}
     assert statuses == {
         name: "failed" if name == "error_feedback" else "ok"
-        for name in selftest_checks.QUICK
+        for name in checks.QUICK
     }, result.stdout
     assert "FAILED  error_feedback" in result.stdout
     assert report["software"]["TensorFlow"] == tf.__version__
@@ -722,7 +725,7 @@ def test_command_on_cpus(tmp_path):
         "tf_regtopk.selftest",
         ["--checks=environment", "--device_type=CPU", f"--output={output}"],
     )
-    assert result.returncode == selftest.PASSED, result.stderr
+    assert result.returncode == command_lib.PASSED, result.stderr
     assert "\nok      environment " in result.stdout
 
 
@@ -736,7 +739,7 @@ def test_command_on_cpus(tmp_path):
 )
 def test_wrong_arguments(argument, message):
     result = fork_server.run_one("tf_regtopk.selftest", [argument])
-    assert result.returncode == selftest.USAGE
+    assert result.returncode == command_lib.USAGE
     assert message in result.stdout + result.stderr
 
 
@@ -750,15 +753,15 @@ def test_document():
     )
     assert "python -m tf_regtopk.selftest\n" in section
     values = flags.FlagValues()
-    selftest.define_flags(values)
+    command_lib.define_flags(values)
     for flag in re.findall(r"--([a-z_]+)", section):
         assert flag in values, flag
     statuses = {int(s) for s in re.findall(r"^\| (\d) \|", section, re.M)}
     assert statuses == {
-        selftest.PASSED,
-        selftest.FAILED,
-        selftest.USAGE,
-        selftest.NO_GPU,
+        command_lib.PASSED,
+        command_lib.FAILED,
+        command_lib.USAGE,
+        command_lib.NO_GPU,
     }
     columns = re.findall(r"^\| (`.*?) \|", section, re.M)
     marked = {
@@ -766,7 +769,4 @@ def test_document():
         for column in columns
         for name, mark in re.findall(r"`([a-z_]+)`( ¹)?", column)
     }
-    assert marked == {
-        name: name not in selftest_checks.QUICK
-        for name in selftest_checks.CHECKS
-    }
+    assert marked == {name: name not in checks.QUICK for name in checks.CHECKS}

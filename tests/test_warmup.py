@@ -114,6 +114,7 @@ def test_errors_are_kept(mirrored):
     np.testing.assert_allclose(errors - variable.numpy(), total, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_resumes_in_the_middle_of_the_warmup(mirrored, tmp_path):
     """To the bit, at the density of the epoch it goes on with."""
     strategy, rule = mirrored(2), tf_regtopk.LearnedShift(momentum=0.5)

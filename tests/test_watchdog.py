@@ -7,7 +7,7 @@ import tensorflow as tf
 
 import tf_regtopk
 from tf_regtopk import keras_internals
-from tf_regtopk import watchdog
+from tf_regtopk.distribute import watchdog
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import reference
 import tensorflow as tf
 
 import tf_regtopk
-from tf_regtopk import exchange
-from tf_regtopk import index_codecs
-from tf_regtopk import words
+from tf_regtopk.codecs import index_codecs
+from tf_regtopk.distribute import collectives
+from tf_regtopk.kernels import words
 
 SHAPES = [(3, 5), (7,), (12, 7)]
 SIZES = [int(np.prod(shape)) for shape in SHAPES]
@@ -152,7 +152,7 @@ def test_a_corrupted_payload_raises_and_changes_nothing(
         sparsifier=tf_regtopk.RegTopK(0.1),
         codec=tf_regtopk.Codec(indices),
     )
-    gather = exchange.all_gather
+    gather = collectives.all_gather
     is_corrupt = tf.Variable(False)
 
     def corrupt(*args):
@@ -164,7 +164,7 @@ def test_a_corrupted_payload_raises_and_changes_nothing(
         flipped = tf.bitwise.bitwise_xor(payloads, noise)
         return words.hold(tf.where(is_corrupt, flipped, payloads))
 
-    monkeypatch.setattr(exchange, "all_gather", corrupt)
+    monkeypatch.setattr(collectives, "all_gather", corrupt)
     take_step = flat_gradients.step_function(strategy, optimizer, variables)
     g = np.random.default_rng(0).standard_normal((num_replicas, SIZE))
     take_step(g)

@@ -3,7 +3,7 @@ r"""Whether to compress, by what a step is predicted to take.
     python -m tf_regtopk.advise --parameters=25.6e6 --workers=16 \
         --bandwidth=10Gbit --latency=50us --step_time=180ms
 
-`cost_model.py` and `links.py` have the equations.
+`cost_model.py` and `network.py` have the equations.
 """
 
 import dataclasses
@@ -14,12 +14,12 @@ import textwrap
 from absl import app
 from absl import flags
 
-from tf_regtopk import cost_model
-from tf_regtopk import crossover
-from tf_regtopk import value_codecs
-from tf_regtopk.cost_model import Job
-from tf_regtopk.cost_model import predict
-from tf_regtopk.links import Network
+from tf_regtopk.codecs import value_codecs
+from tf_regtopk.planning import cost_model
+from tf_regtopk.planning import crossover
+from tf_regtopk.planning.cost_model import Job
+from tf_regtopk.planning.cost_model import predict
+from tf_regtopk.planning.network import Network
 
 # Of methods not slower than the fastest by more, the simplest is recommended.
 TOLERANCE = 0.1

@@ -270,7 +270,7 @@ def check_built(optimizer, method):
     if not optimizer.built:
         raise ValueError(
             f"The optimizer must be built before `{method}`. Call "
-            "`optimizer.build(model.trainable_variables)`."
+            "`sparsified.build(model.trainable_variables)`."
         )
 
 

@@ -1,0 +1,253 @@
+"""Saving a run so that it can be stopped, resumed and resized."""
+
+import contextlib
+import glob
+import os
+import re
+import shutil
+import tempfile
+
+from absl import logging
+import h5py
+import keras
+import numpy as np
+
+from tf_regtopk.callbacks import load_scope
+from tf_regtopk.distribute import collectives
+from tf_regtopk.optimizers import wrapper
+from tf_regtopk.saving import saved_state
+from tf_regtopk.saving import worker_files
+
+_PARTIAL, _DELETED = "partial.", ".deleted-"
+_REST = "tf_regtopk"
+
+
+class Backup(keras.callbacks.Callback):
+    """Backs up the whole training after every epoch, and resumes it.
+
+    `fit` then goes on to the bit as if it had not been interrupted: weights,
+    optimizer, every replica's residual error, and the random states of dropout
+    and the like, which Keras's ways of saving leave out. Every worker gives the
+    same folder, whether or not they share a disk, and writes its own files; the
+    workers agree on the newest epoch that all of them can load. Another number
+    of workers or replicas can go on, if it can read the files of all. A file
+    gets its name once it is complete, and the epoch before stays. Callbacks
+    that change the training at the end of an epoch come before this one.
+
+    Args:
+        directory: Path of a folder, the same on every worker.
+
+    Example:
+
+    ```python
+    backup = tf_regtopk.Backup("backup")
+    first_epoch = backup.restore(model)  # 0 if there is nothing to resume.
+    model.fit(
+        batches_from(first_epoch),
+        initial_epoch=first_epoch,
+        epochs=10,
+        callbacks=[backup],
+    )
+    backup.delete()
+    ```
+
+    The order of the data is up to the data set: to resume to the bit, it has to
+    give in epoch n what it gave in epoch n before.
+    """
+
+    def __init__(self, directory):
+        super().__init__()
+        self.directory = os.fspath(directory)
+        self._restored = None
+        self._next_epoch = None
+
+    def restore(self, model):
+        """Loads the newest backup, if there is any. To be called before `fit`.
+
+        Args:
+            model: The compiled `keras.Model`, built and in the scope of its
+                strategy.
+
+        Returns:
+            Number of the epoch to go on with, for `initial_epoch`.
+
+        Raises:
+            FileNotFoundError: If the backups of some workers are missing.
+            ValueError: If they cannot be loaded, or differ in their weights.
+        """
+        wrapper.of_model(model)  # Builds it.
+        strategy = model.distribute_strategy
+        self._clean_up()
+        epoch = self._newest_of_all(strategy)
+        if epoch:
+            logging.info("Resuming %s after epoch %d", self.directory, epoch)
+            with load_scope.load_scope(
+                self._path(epoch), strategy, model
+            ) as path:
+                model.load_weights(path)
+                _load_rest(model, path)
+        _check_workers_agree(model)
+        for found, path in self._files():
+            if found > epoch:  # Some workers had saved it, and not all.
+                logging.warning("Removing %s, which not all have", path)
+                _remove(path)
+        self._restored, self._next_epoch = model, epoch
+        return epoch
+
+    def on_train_begin(self, logs=None):
+        if self._restored is not self.model:
+            raise ValueError(
+                "`Backup.restore(model)` must be called before `fit`, and its "
+                "result be given as `initial_epoch`"
+            )
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch != self._next_epoch:
+            raise ValueError(
+                "`initial_epoch` must be what `Backup.restore` has returned, "
+                f"or the number of epochs trained since, {self._next_epoch}. "
+                f"Received: initial_epoch={epoch}"
+            )
+
+    def on_epoch_end(self, epoch, logs=None):
+        path = worker_files.worker_path(
+            self._path(epoch + 1), self.model.distribute_strategy
+        )
+        directory, name = os.path.split(path)
+        partial = os.path.join(directory, _PARTIAL + name)
+        self.model.save_weights(partial)
+        _save_rest(self.model, partial)
+        _flush(partial)
+        os.replace(partial, path)
+        _flush(directory)
+        # All workers have saved the epoch before: they met since.
+        for found, old in self._files():
+            if found < epoch:
+                _remove(old)
+        self._next_epoch = epoch + 1
+
+    def delete(self):
+        """Deletes the backups, all at once, when all workers are done.
+
+        To be called by every worker. It waits for the others.
+        """
+        if self._restored is None:
+            raise ValueError("`Backup.restore(model)` must be called first")
+        collectives.gather_from_workers([0], self._restored.distribute_strategy)
+        away = tempfile.mkdtemp(
+            prefix=f"{os.path.basename(self.directory)}{_DELETED}",
+            dir=os.path.dirname(os.path.abspath(self.directory)),
+        )
+        with contextlib.suppress(FileNotFoundError):  # A shared folder.
+            os.rename(self.directory, os.path.join(away, "backup"))
+        shutil.rmtree(away)
+
+    def _clean_up(self):
+        """Removes what an earlier run was about to write or to delete."""
+        os.makedirs(self.directory, exist_ok=True)
+        for name in os.listdir(self.directory):
+            if name.startswith(_PARTIAL):
+                _remove(os.path.join(self.directory, name))
+        for folder in glob.glob(f"{glob.escape(self.directory)}{_DELETED}*"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _path(self, epoch):
+        return os.path.join(self.directory, f"epoch-{epoch:06d}.weights.h5")
+
+    def _files(self):
+        """Epoch and path of every backup here, of any worker."""
+        for name in os.listdir(self.directory):
+            match = re.match(r"epoch-(\d+)\.", name)
+            if match:
+                yield int(match.group(1)), os.path.join(self.directory, name)
+
+    def _newest_of_all(self, strategy):
+        """The newest epoch that every worker can load, the same on each."""
+        here = sorted({epoch for epoch, _ in self._files()})
+        loadable = [
+            epoch
+            for epoch in here
+            if worker_files.find_files(self._path(epoch), strategy)
+        ]
+        # Two at most: the workers are never more than one epoch apart.
+        newest = ([0, 0] + loadable)[-2:]
+        of_all = collectives.gather_from_workers([len(here), *newest], strategy)
+        common = set.intersection(*(set(row[1:].tolist()) for row in of_all))
+        epoch = max(common, default=0)
+        # One file without its peers is a first backup cut short: no loss.
+        if not epoch and max(row[0] for row in of_all) > 1:
+            raise FileNotFoundError(
+                "The backups must be there of every worker for one of the last "
+                f"two epochs. Received: in {self.directory!r} those of epochs "
+                f"{here}, of which this worker can load {loadable}. Give all "
+                "workers the folders back; or, if the run had ended or is to "
+                "start anew, delete these"
+            )
+        if here and not epoch:
+            logging.warning("The first backup was cut short. Starting anew")
+        return epoch
+
+
+def _check_workers_agree(model):
+    """Raises unless all workers go on from the same step and weights."""
+    moment = wrapper.of_model(model).moment
+    # An int32 takes 31 of the checksum's bits.
+    numbers = [moment["step"], moment["weights"] >> 1]
+    of_all = collectives.gather_from_workers(numbers, model.distribute_strategy)
+    if not np.all(of_all == of_all[0]):
+        raise ValueError(
+            "The workers' backups must be of the same run. Received: steps "
+            f"{of_all[:, 0].tolist()} and weights with the checksums "
+            f"{of_all[:, 1].tolist()}"
+        )
+
+
+def _save_rest(model, path):
+    """Adds to a file what Keras leaves out: random states, and a checksum."""
+    with h5py.File(path, "a") as file:
+        group = file.create_group(_REST)
+        for i, variable in enumerate(_random_states(model)):
+            group[str(i)] = variable.numpy()
+        group.attrs["checksum"] = _checksum(model)
+
+
+def _load_rest(model, path):
+    with h5py.File(path, "r") as file:
+        group = file[_REST]
+        states = _random_states(model)
+        if len(group) != len(states):
+            raise ValueError(
+                f"The model must have {len(group)} random states, as when it "
+                f"was saved. Received: {len(states)}"
+            )
+        for i, variable in enumerate(states):
+            variable.assign(group[str(i)][()])
+        if group.attrs["checksum"] != _checksum(model):
+            raise ValueError(
+                "The file must be as it was written. Received: weights with "
+                f"another checksum in {path!r}"
+            )
+
+
+def _random_states(model):
+    """The states of the model's `keras.random.SeedGenerator`s."""
+    weights = {id(variable) for variable in model.weights}
+    return [v for v in model.variables if id(v) not in weights]
+
+
+def _checksum(model):
+    return saved_state.checksum(v.numpy() for v in model.variables)
+
+
+def _remove(path):
+    with contextlib.suppress(FileNotFoundError):  # A shared folder.
+        os.remove(path)
+
+
+def _flush(path):
+    """Makes sure that a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

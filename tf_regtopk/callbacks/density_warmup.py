@@ -1,0 +1,66 @@
+"""Warm-up of the density under `model.fit`."""
+
+import collections.abc
+
+import keras
+
+from tf_regtopk import validation
+from tf_regtopk.optimizers import wrapper
+
+
+class DensityWarmup(keras.callbacks.Callback):
+    """Sends more entries in the first epochs than later.
+
+    Epoch i, counted from 0, trains with `densities[i]`, and the epochs after
+    the last of these with the density of the optimizer's sparsifier. Whenever
+    the density changes, the step is compiled anew, and what the sparsifier
+    remembers of the last step is dropped. A run that is resumed goes on with
+    the density of the epoch it resumes in.
+
+    Args:
+        densities: List of floats in (0, 1], one for each epoch.
+
+    Raises:
+        TypeError: If `densities` is no list of numbers.
+        ValueError: If a density is not in (0, 1].
+
+    Example:
+
+    >>> warmup = DensityWarmup()
+    >>> warmup.densities
+    (0.25, 0.0625, 0.015625, 0.004)
+
+    ```python
+    model.fit(dataset, epochs=90, callbacks=[tf_regtopk.DensityWarmup()])
+    ```
+
+    Source: Lin, Han, Mao, Wang, Dally, "Deep Gradient Compression" (2018),
+    whose densities are the defaults, before a last one of 0.001.
+    """
+
+    def __init__(self, densities=(0.25, 0.0625, 0.015625, 0.004)):
+        super().__init__()
+        if not isinstance(densities, collections.abc.Iterable):
+            raise TypeError(
+                "`densities` must be a list of floats such as `[0.25, 0.01]`. "
+                f"Received: densities={densities!r}"
+            )
+        self.densities = tuple(densities)
+        for density in self.densities:
+            validation.check_number(
+                "densities", density, "all in (0, 1]", lambda d: 0 < d <= 1
+            )
+        self._traced = None
+
+    def on_epoch_begin(self, epoch, logs=None):
+        optimizer = wrapper.of_model(self.model)
+        density = optimizer.sparsifier.density
+        if epoch < len(self.densities):
+            density = self.densities[epoch]
+        if density != optimizer.density:
+            optimizer.set_density(density)
+        # What `fit` has in hand may have been traced before a change.
+        traced = self.model.train_function, optimizer.changes
+        if traced != self._traced:
+            self.model.make_train_function(force=True)
+            self._traced = self.model.train_function, optimizer.changes

@@ -1,0 +1,109 @@
+"""Loading what all workers have saved, all or nothing."""
+
+import contextlib
+import os
+
+import tensorflow as tf
+
+from tf_regtopk.distribute import strategy as strategy_lib
+from tf_regtopk.optimizers import wrapper
+from tf_regtopk.saving import worker_files
+
+# What TensorFlow raises in a collective that other workers have left.
+_LOST_ERRORS = (
+    tf.errors.AbortedError,
+    tf.errors.CancelledError,
+    tf.errors.DeadlineExceededError,
+    tf.errors.UnavailableError,
+)
+
+
+@contextlib.contextmanager
+def load_scope(path, strategy, model=None):
+    """Finds what all workers have saved for `path`, and loads all or nothing.
+
+    For what was saved to `worker_path(path, strategy)`, by as many workers as
+    there are now or by others, or by one alone to `path`. Gives the path that
+    this worker is to load.
+
+    Args:
+        path: Path of a file, a folder or a checkpoint, the same on every
+            worker.
+        strategy: The `tf.distribute.Strategy` that the model trains under.
+        model: The `keras.Model` that is loaded into, with a built optimizer. If
+            loading fails it is put back to what it was.
+
+    Raises:
+        FileNotFoundError: If nothing was saved, or the files of some workers
+            are missing.
+        ValueError: If loading failed, nothing was loaded, or it is not what
+            was saved.
+
+    Example:
+
+    ```python
+    with tf_regtopk.load_scope("m.weights.h5", strategy, model) as own_path:
+        model.load_weights(own_path)
+    ```
+    """
+    files = worker_files.find_files(path, strategy)
+    if not files:
+        raise FileNotFoundError(
+            "There must be a file of one worker, or of each worker of a run. "
+            f"Received: path={os.fspath(path)!r}"
+        )
+    number, _ = strategy_lib.worker_number(strategy)
+    own_path = files[number % len(files)]
+    try:
+        with put_back_on_error(model), worker_files.reading(files) as loaded:
+            yield own_path
+            _check_loaded(loaded, model)
+    except _LOST_ERRORS:
+        raise
+    except Exception as e:
+        raise ValueError(
+            "`path` must hold what can be loaded here. Received: "
+            f"{own_path!r}, with which loading ended in {type(e).__name__}: {e}"
+        ) from e
+
+
+def _check_loaded(loaded, model):
+    if not loaded:
+        raise ValueError(
+            "The residual errors must be loaded within `load_scope`. Received: "
+            "an optimizer that was not built, or files without them. Call "
+            "`sparsified.build(model.trainable_variables)` before"
+        )
+    if model is not None:
+        moment = wrapper.of_model(model).moment
+        if moment not in [saved.moment for saved in loaded]:
+            raise ValueError(
+                "The weights must be those that were saved. Received: "
+                f"{moment} after loading {loaded[0].moment}"
+            )
+
+
+@contextlib.contextmanager
+def put_back_on_error(model):
+    """Puts a model and its optimizer back if the block raises."""
+    if model is None:
+        yield
+        return
+    optimizer = wrapper.of_model(model)
+    # Of each replica: batch normalisation keeps averages of its own on each.
+    variables = [
+        local
+        for variable in [*model.variables, *model.optimizer.variables]
+        for local in model.distribute_strategy.experimental_local_results(
+            variable.value
+        )
+    ]
+    values = [variable.numpy() for variable in variables]
+    state = optimizer.save_state()
+    try:
+        yield
+    except BaseException:
+        for variable, value in zip(variables, values, strict=True):
+            variable.assign(value)
+        optimizer.load_state(state)
+        raise

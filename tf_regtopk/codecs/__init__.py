@@ -1,0 +1,25 @@
+"""Codecs: how entries are written into a payload."""
+
+from tf_regtopk.codecs.payload import Codec
+from tf_regtopk.codecs.payload import PayloadCodec
+from tf_regtopk.codecs.value_codecs import BFloat16
+from tf_regtopk.codecs.value_codecs import Float16
+from tf_regtopk.codecs.value_codecs import Float32
+from tf_regtopk.codecs.value_codecs import Natural
+from tf_regtopk.codecs.value_codecs import ScaledSign
+from tf_regtopk.codecs.value_codecs import Uniform
+from tf_regtopk.codecs.value_codecs import ValueCodec
+from tf_regtopk.codecs.wire_report import WireReport
+
+__all__ = [
+    "BFloat16",
+    "Codec",
+    "Float16",
+    "Float32",
+    "Natural",
+    "PayloadCodec",
+    "ScaledSign",
+    "Uniform",
+    "ValueCodec",
+    "WireReport",
+]

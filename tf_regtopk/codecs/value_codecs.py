@@ -1,0 +1,370 @@
+r"""How the values of the k entries are written.
+
+A value codec is a pair of pure functions between float values and 32-bit words
+whose number is fixed by k. What a codec rounds away stays in the residual
+error, and the sparsifier remembers what was delivered: the decoded values.
+
+Decoded values must be the same to the bit on the sender and on every receiver,
+whatever a compiler fuses. So decoding has at most one operation that rounds.
+
+Stochastic rounding makes the decoded value right on average:
+
+    round up with the probability (x - below) / (above - below)
+
+It hashes the position, the seed, the step and the replica, because XLA's own
+generators are slow on a CPU.
+"""
+
+import abc
+import dataclasses
+
+import keras
+import tensorflow as tf
+
+from tf_regtopk import hyper_parameters
+from tf_regtopk import validation
+from tf_regtopk.codecs import bit_packing
+from tf_regtopk.kernels import hashing
+
+# Of a float32.
+_EXPONENT_SHIFT, _EXPONENT_MASK = 23, 0xFF
+# Of `Natural`: the number of exponents below the largest that stands for 0.
+_NOTHING = 0x7F
+
+
+@dataclasses.dataclass(frozen=True)
+class ValueCodec(hyper_parameters.HyperParameters, abc.ABC):
+    """Base class: k float values as words, and back.
+
+    A subclass is a frozen dataclass of its parameters. To be saved with a model
+    it is registered with `keras.saving.register_keras_serializable`.
+    """
+
+    @abc.abstractmethod
+    def num_words(self, k, dtype):
+        """Number of words that k values of a float dtype take."""
+
+    @abc.abstractmethod
+    def encode(self, values, stream):
+        """Writes values.
+
+        Args:
+            values: float32 or float64 tensor `[k]`.
+            stream: `(step, replica)`, scalar integer tensors: all that changes
+                what stochastic rounding draws.
+
+        Returns:
+            uint32 tensor `[num_words(k, dtype)]`.
+        """
+
+    @abc.abstractmethod
+    def decode(self, words, k, dtype):
+        """Reads values, from any words.
+
+        Args:
+            words: uint32 tensor `[num_words(k, dtype)]`.
+            k: Number of values, Python integer.
+            dtype: Float dtype to return.
+
+        Returns:
+            Tensor `[k]` of `dtype`.
+        """
+
+
+class _Cast(ValueCodec):
+    """Values in another float dtype, rounded to the nearest."""
+
+    dtype: tf.DType
+
+    def num_words(self, k, dtype):
+        del dtype
+        return bit_packing.num_words(k, 8 * self.dtype.size)
+
+    def encode(self, values, stream):
+        del stream
+        # What is too large for the dtype is sent in several steps.
+        values = tf.saturate_cast(values, self.dtype)
+        return bit_packing.pack(
+            tf.cast(tf.bitcast(values, tf.uint16), tf.uint32), 16
+        )
+
+    def decode(self, words, k, dtype):
+        numbers = tf.cast(bit_packing.unpack(words, k, 16), tf.uint16)
+        return tf.cast(tf.bitcast(numbers, self.dtype), dtype)
+
+
+@keras.saving.register_keras_serializable(package="tf_regtopk")
+@dataclasses.dataclass(frozen=True)
+class BFloat16(_Cast):
+    """bfloat16: 16 bits, 8 significant ones, the range of float32."""
+
+    dtype = tf.bfloat16
+
+
+@keras.saving.register_keras_serializable(package="tf_regtopk")
+@dataclasses.dataclass(frozen=True)
+class Float16(_Cast):
+    """float16: 16 bits, 11 significant ones, magnitudes to 65,504."""
+
+    dtype = tf.float16
+
+
+@keras.saving.register_keras_serializable(package="tf_regtopk")
+@dataclasses.dataclass(frozen=True)
+class Float32(ValueCodec):
+    """Values as they are: 32 bits, or 64 if any variable has float64."""
+
+    def num_words(self, k, dtype):
+        return k * dtype.size // 4
+
+    def encode(self, values, stream):
+        del stream
+        # A float64 is bitcast to two words, on an axis of their own.
+        return tf.reshape(tf.bitcast(values, tf.uint32), [-1])
+
+    def decode(self, words, k, dtype):
+        if dtype.size > 4:
+            words = tf.reshape(words, [k, dtype.size // 4])
+        return tf.bitcast(words, dtype)
+
+
+@keras.saving.register_keras_serializable(package="tf_regtopk")
+@dataclasses.dataclass(frozen=True)
+class Natural(ValueCodec):
+    r"""Natural compression: sign and power of two, stochastically rounded.
+
+        decoded = sign(v) 2^e or sign(v) 2^{e+1},     2^e <= |v| < 2^{e+1}
+
+    with the mean v, and a second moment of at most 9/8 v^2. A value takes 8
+    bits; exponents count down from the largest, so that values below 2^-126 of
+    that one become 0 (as do denormal ones).
+
+    Args:
+        seed: Non-negative integer, of the stochastic rounding.
+
+    Source: Horvath et al., "Natural Compression for Distributed Deep Learning"
+    (2019).
+    """
+
+    seed: int = 0
+
+    def __post_init__(self):
+        self._check_integer("seed", minimum=0)
+
+    def num_words(self, k, dtype):
+        del dtype
+        return 1 + bit_packing.num_words(k, 8)
+
+    def encode(self, values, stream):
+        pattern = tf.bitcast(_to_float32(values), tf.int32)
+        exponent = tf.bitwise.right_shift(pattern, _EXPONENT_SHIFT)
+        exponent &= _EXPONENT_MASK
+        # |v| / 2^e - 1, exactly.
+        mantissa = tf.cast(pattern & ((1 << _EXPONENT_SHIFT) - 1), tf.float32)
+        is_up = mantissa * 2.0**-_EXPONENT_SHIFT > hashing.uniform(
+            values.shape[0], self.seed, *stream
+        )
+        # 255 stands for infinity.
+        rounded = tf.minimum(exponent + tf.cast(is_up, tf.int32), 254)
+        rounded = tf.where(exponent == 0, 0, rounded)
+        largest = tf.reduce_max(rounded)
+        below = tf.where(rounded == 0, _NOTHING, largest - rounded)
+        negative = tf.bitwise.right_shift(pattern, 31) & 0x80
+        numbers = negative | tf.minimum(below, _NOTHING)
+        return tf.concat(
+            [
+                tf.bitcast(largest[tf.newaxis], tf.uint32),
+                bit_packing.pack(tf.bitcast(numbers, tf.uint32), 8),
+            ],
+            axis=0,
+        )
+
+    def decode(self, words, k, dtype):
+        largest = tf.bitcast(words[0], tf.int32) & _EXPONENT_MASK
+        numbers = tf.bitcast(bit_packing.unpack(words[1:], k, 8), tf.int32)
+        below = numbers & _NOTHING
+        exponent = tf.maximum(largest - below, 0)
+        exponent = tf.where(below == _NOTHING, 0, exponent)
+        pattern = tf.bitwise.left_shift(numbers & 0x80, 24)
+        pattern |= tf.bitwise.left_shift(exponent, _EXPONENT_SHIFT)
+        return tf.cast(tf.bitcast(pattern, tf.float32), dtype)
+
+
+class _InBuckets(ValueCodec):
+    """Base class of codecs in which `bucket_size` values share something."""
+
+    def _size_of_bucket(self, k):
+        return min(self.bucket_size or k, k)
+
+
+@keras.saving.register_keras_serializable(package="tf_regtopk")
+@dataclasses.dataclass(frozen=True)
+class Uniform(_InBuckets):
+    r"""Even levels between the extremes of each bucket, stochastically rounded.
+
+        decoded = low + c step,    c in {0, ..., 2^b - 1}
+        step    = (high - low) / (2^b - 1), rounded up to 16 significant bits
+
+    with the mean v. A bucket adds 64 bits, for halves of `low` and `step`.
+
+    Args:
+        num_bits: b, integer from 1 to 8, the bits of a value.
+        bucket_size: Positive integer, the number of consecutive values that
+            share `low` and `step`.
+        seed: Non-negative integer, of the stochastic rounding.
+
+    Sources: Alistarh et al., "QSGD" (2017), here with the bounds of Markov et
+    al., "CGX" (2022).
+    """
+
+    num_bits: int = 4
+    bucket_size: int = 1024
+    seed: int = 0
+
+    def __post_init__(self):
+        self._check_integer("num_bits", minimum=1)
+        validation.check_number(
+            "num_bits", self.num_bits, "from 1 to 8", lambda b: b <= 8
+        )
+        self._check_integer("bucket_size", minimum=1)
+        self._check_integer("seed", minimum=0)
+
+    def num_words(self, k, dtype):
+        del dtype
+        num_buckets = -(-k // self._size_of_bucket(k))
+        return 2 * num_buckets + bit_packing.num_words(k, self.num_bits)
+
+    def encode(self, values, stream):
+        k = values.shape[0]
+        # In halves, because a difference may be too large for a float32.
+        halves = _in_buckets(0.5 * _to_float32(values), self._size_of_bucket(k))
+        low = tf.reduce_min(halves, axis=1)
+        most = (1 << self.num_bits) - 1
+        step = _round_up((tf.reduce_max(halves, axis=1) - low) / most)
+        position = (halves - low[:, tf.newaxis]) / step[:, tf.newaxis]
+        position = tf.reshape(position, [-1])[:k]
+        below = tf.floor(position)
+        is_up = position - below > hashing.uniform(k, self.seed, *stream)
+        level = below + tf.cast(is_up, tf.float32)
+        # Where all values are equal, the step is 0.
+        level = tf.where(level > 0, tf.minimum(level, float(most)), 0.0)
+        return tf.concat(
+            [
+                tf.bitcast(tf.concat([low, step], axis=0), tf.uint32),
+                bit_packing.pack(tf.cast(level, tf.uint32), self.num_bits),
+            ],
+            axis=0,
+        )
+
+    def decode(self, words, k, dtype):
+        num_buckets = -(-k // self._size_of_bucket(k))
+        bounds = tf.bitcast(words[: 2 * num_buckets], tf.float32)
+        low, step = bounds[:num_buckets], bounds[num_buckets:]
+        level = bit_packing.unpack(words[2 * num_buckets :], k, self.num_bits)
+        level = tf.cast(tf.bitcast(level, tf.int32), tf.float32)
+        # A step of 16 significant bits makes the product exact.
+        half = _of_bucket(low, self._size_of_bucket(k), k) + level * _of_bucket(
+            step, self._size_of_bucket(k), k
+        )
+        largest = 0.5 * tf.float32.max
+        decoded = 2.0 * tf.clip_by_value(half, -largest, largest)
+        return tf.cast(decoded, dtype)
+
+
+@keras.saving.register_keras_serializable(package="tf_regtopk")
+@dataclasses.dataclass(frozen=True)
+class ScaledSign(_InBuckets):
+    r"""The sign of each value, times the mean magnitude of its bucket.
+
+        decoded = sign(v) mean of |v| over the bucket
+
+    One bit a value, and 32 a bucket. The sign of 0 counts as positive.
+
+    Args:
+        bucket_size: Positive integer, the number of consecutive values that
+            share a magnitude; None for all. Of k selected entries that is the
+            ternary code of STC: +mean, -mean, or not sent.
+
+    Sources: Karimireddy et al., "Error Feedback Fixes SignSGD and other
+    Gradient Compression Schemes" (2019); Sattler et al., "Robust and
+    Communication-Efficient Federated Learning from Non-IID Data" (STC, 2019).
+    """
+
+    bucket_size: int | None = None
+
+    def __post_init__(self):
+        if self.bucket_size is not None:
+            self._check_integer("bucket_size", minimum=1)
+
+    def num_words(self, k, dtype):
+        del dtype
+        return -(-k // self._size_of_bucket(k)) + bit_packing.num_words(k, 1)
+
+    def encode(self, values, stream):
+        del stream
+        k = values.shape[0]
+        values = _to_float32(values)
+        bucket_size = self._size_of_bucket(k)
+        num_buckets = -(-k // bucket_size)
+        padded = tf.pad(values, [[0, num_buckets * bucket_size - k]])
+        counts = tf.minimum(
+            tf.fill([num_buckets], bucket_size),
+            k - bucket_size * tf.range(num_buckets),
+        )
+        # Divided first, because the sum may be too large for a float32.
+        parts = tf.abs(tf.reshape(padded, [num_buckets, bucket_size]))
+        mean = tf.reduce_sum(
+            parts / tf.cast(counts, tf.float32)[:, tf.newaxis], axis=1
+        )
+        return tf.concat(
+            [
+                tf.bitcast(mean, tf.uint32),
+                bit_packing.pack(tf.cast(values < 0, tf.uint32), 1),
+            ],
+            axis=0,
+        )
+
+    def decode(self, words, k, dtype):
+        bucket_size = self._size_of_bucket(k)
+        num_buckets = -(-k // bucket_size)
+        mean = tf.bitcast(words[:num_buckets], tf.float32)
+        magnitude = _of_bucket(mean, bucket_size, k)
+        is_negative = bit_packing.unpack(words[num_buckets:], k, 1) > 0
+        return tf.cast(tf.where(is_negative, -magnitude, magnitude), dtype)
+
+
+CODECS = {
+    "float32": Float32(),
+    "bfloat16": BFloat16(),
+    "float16": Float16(),
+    "natural": Natural(),
+    "uniform": Uniform(),
+    "sign": ScaledSign(bucket_size=1024),
+    "ternary": ScaledSign(),
+}
+
+
+def _to_float32(values):
+    # Also a cast to the same dtype would be compiled.
+    if values.dtype == tf.float32:
+        return values
+    return tf.saturate_cast(values, tf.float32)
+
+
+def _in_buckets(values, bucket_size):
+    """Rows of `bucket_size` values; the last value fills up the last row."""
+    padding = tf.fill([-values.shape[0] % bucket_size], values[-1])
+    return tf.reshape(tf.concat([values, padding], axis=0), [-1, bucket_size])
+
+
+def _of_bucket(numbers, bucket_size, k):
+    """For each of k values the number of its bucket."""
+    shape = [numbers.shape[0], bucket_size]
+    return tf.reshape(tf.broadcast_to(numbers[:, tf.newaxis], shape), [-1])[:k]
+
+
+def _round_up(steps):
+    """Non-negative float32 `steps` to 16 significant bits, not downwards."""
+    pattern = (tf.bitcast(steps, tf.int32) + 0xFF) & ~0xFF
+    # The largest finite one.
+    return tf.bitcast(tf.minimum(pattern, 0x7F7FFF00), tf.float32)

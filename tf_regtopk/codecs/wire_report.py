@@ -1,0 +1,157 @@
+"""What a step sends, counted before training."""
+
+import dataclasses
+
+import numpy as np
+import tensorflow as tf
+
+from tf_regtopk.codecs import header
+from tf_regtopk.codecs import index_codecs
+from tf_regtopk.distribute import collectives
+
+
+@dataclasses.dataclass(frozen=True)
+class WireReport:
+    """Bytes that one replica sends each step, and what they are made of.
+
+    Without what the transport adds (headers of its own, acknowledgements). With
+    a code of variable length, for indices that are spread evenly.
+
+    Args:
+        num_replicas: N.
+        dense_below_bytes: Bytes of the gradients of the variables exchanged
+            densely.
+        dense_bytes: Bytes of all gradients, in the variables' dtypes.
+        num_entries: J, the entries of all variables exchanged sparsely.
+        num_selected: k.
+        index_code: Name of the code of the indices.
+        value_code: Name of the code of the values.
+        bits_per_index: Bits of an index.
+        entropy_bits_per_index: `log2 C(J, k) / k`, which no code for all sets
+            of indices can undercut.
+        bits_per_value: Bits of a value, with its share of scales.
+        payload_bytes: Bytes of the payload of one replica, header included.
+        exchange: `"sparse"` or `"dense"`, the one chosen.
+        exchange_seconds: Seconds a step of each, if they were measured to
+            choose (`exchange="auto"`), else None.
+    """
+
+    num_replicas: int
+    dense_below_bytes: int
+    dense_bytes: int
+    num_entries: int = 0
+    num_selected: int = 0
+    index_code: str = "none"
+    value_code: str = "none"
+    bits_per_index: float = 0.0
+    entropy_bits_per_index: float = 0.0
+    bits_per_value: float = 0.0
+    payload_bytes: int = 0
+    exchange: str = "sparse"
+    exchange_seconds: dict | None = None
+
+    @property
+    def ratio(self):
+        """How many times fewer bytes than without the wrapper a replica has."""
+        num_bytes = self.payload_bytes + self.dense_below_bytes
+        return self.dense_bytes / max(num_bytes, 1)
+
+    @property
+    def sent_bytes(self):
+        """Bytes that each replica sends a step, by rings.
+
+        An all-gather passes each payload on N - 1 times, an all-reduce sends
+        2 (N - 1) / N of the data.
+        """
+        n = self.num_replicas
+        reduced = 2 * (n - 1) / n * self.dense_below_bytes
+        return round((n - 1) * self.payload_bytes + reduced)
+
+    @property
+    def dense_sent_bytes(self):
+        """As `sent_bytes`, without the wrapper."""
+        n = self.num_replicas
+        return round(2 * (n - 1) / n * self.dense_bytes)
+
+    def __str__(self):
+        exchange = self.exchange
+        if self.exchange_seconds:
+            measured = [
+                f"{name} {1e3 * seconds:.1f} ms"
+                for name, seconds in self.exchange_seconds.items()
+            ]
+            exchange += f" (measured a step: {', '.join(measured)})"
+        rows = {
+            "exchange": collectives,
+            "entries selected": f"{self.num_selected:,} of "
+            f"{self.num_entries:,}, by each of {self.num_replicas} replicas",
+            "bits per index": f"{self.bits_per_index:.2f} ({self.index_code}; "
+            f"at least {self.entropy_bits_per_index:.2f})",
+            "bits per value": f"{self.bits_per_value:.2f} ({self.value_code})",
+            "payload": f"{self.payload_bytes:,} bytes",
+            "dense_below": f"{self.dense_below_bytes:,} bytes",
+            "all gradients": f"{self.dense_bytes:,} bytes, "
+            f"{self.ratio:.1f} times as many",
+            "sent by a replica": f"{self.sent_bytes:,} bytes a step "
+            f"(all-gather), {self.dense_sent_bytes:,} without the wrapper "
+            "(ring all-reduce)",
+        }
+        return "\n".join(f"{name:18} {text}" for name, text in rows.items())
+
+
+def report(payload_codec, sparse, dense, num_replicas):
+    """Makes the report.
+
+    Args:
+        payload_codec: `PayloadCodec`, None if no variable is sent sparsely.
+        sparse: List of the variables that are exchanged sparsely.
+        dense: List of those that are exchanged densely.
+        num_replicas: N.
+
+    Returns:
+        `WireReport`.
+    """
+    dense_below_bytes = _num_bytes(dense)
+    dense_bytes = dense_below_bytes + _num_bytes(sparse)
+    if payload_codec is None:
+        return WireReport(num_replicas, dense_below_bytes, dense_bytes)
+    k, size = payload_codec.indices.k, payload_codec.indices.size
+    num_words = _words_used(payload_codec)
+    value_words = payload_codec.num_value_words
+    header_words = header.header_words(payload_codec.dtype)
+    if payload_codec.is_variable:
+        header_words += 1  # The length.
+    return WireReport(
+        num_replicas,
+        dense_below_bytes,
+        dense_bytes,
+        num_entries=size,
+        num_selected=k,
+        index_code=type(payload_codec.indices).__name__,
+        value_code=type(payload_codec.values).__name__,
+        bits_per_index=32 * (num_words - value_words) / k,
+        entropy_bits_per_index=index_codecs.entropy_bits(k, size) / k,
+        bits_per_value=32 * value_words / k,
+        payload_bytes=4 * (header_words + num_words),
+    )
+
+
+def _num_bytes(variables):
+    return sum(
+        int(np.prod(v.shape)) * tf.as_dtype(v.dtype).size for v in variables
+    )
+
+
+def _words_used(payload_codec):
+    """Words of a payload, of random entries if that matters."""
+    if not payload_codec.is_variable:
+        return payload_codec.num_words
+    k, size = payload_codec.indices.k, payload_codec.indices.size
+    rng = np.random.default_rng(0)
+    indices = np.sort(rng.choice(size, k, replace=False, shuffle=False))
+    payload, _ = payload_codec.encode(
+        tf.constant(indices, tf.int32),
+        tf.constant(rng.standard_normal(k), payload_codec.dtype),
+        stream=(0, 0),
+    )
+    return int(payload_codec.num_used(payload))

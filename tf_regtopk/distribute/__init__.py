@@ -1,0 +1,1 @@
+"""The distribution of work: who talks to whom, and by which collectives."""

@@ -1,0 +1,103 @@
+"""The collectives: the only module that communicates, but for the topology."""
+
+import tensorflow as tf
+
+from tf_regtopk import keras_internals
+from tf_regtopk.distribute import watchdog
+from tf_regtopk.kernels import words
+
+
+def all_gather(payload, num_used=None):
+    """Gives every replica the payloads of all replicas, by one all-gather.
+
+    To be called in a replica context.
+
+    Args:
+        payload: Tensor `[length]` of held words, of the same length on every
+            replica.
+        num_used: Scalar int32 tensor: how many words of this payload have to be
+            sent, the others being 0. Defaults to all. May differ from replica
+            to replica, which first exchange it, unless they are of one host,
+            where all words are sent at once.
+
+    Returns:
+        Tensor `[N, length]` of held words, the same on each of the N replicas.
+    """
+    replica = tf.distribute.get_replica_context()
+    num_replicas = replica.num_replicas_in_sync
+    if num_replicas == 1:
+        return payload[tf.newaxis]
+    length = payload.shape[0]
+    if keras_internals.gathers_fixed_lengths():
+        num_used = None
+    if num_used is not None:
+        payload = payload[: _largest(num_used, length)]
+    gathered = tf.reshape(_gather(payload), [num_replicas, -1])
+    if num_used is not None:
+        padding = length - tf.shape(gathered)[1]
+        gathered = tf.pad(gathered, [[0, 0], [0, padding]])
+    return tf.ensure_shape(gathered, [num_replicas, length])
+
+
+def _largest(num_used, length):
+    """The largest `num_used` of all replicas, in [1, `length`]."""
+    numbers = _gather(words.hold(num_used)[tf.newaxis])
+    numbers = words.release(numbers, tf.int32)
+    # A collective of nothing would end the process.
+    return tf.clip_by_value(tf.reduce_max(numbers), 1, length)
+
+
+def _gather(payload):
+    """The payloads of all replicas, `[N length]`, all of the same length."""
+    if keras_internals.can_gather_at_once():
+        return watchdog.watched(lambda: keras_internals.gather_at_once(payload))
+    # Where nothing is fast: of floats, eager replicas would trace a function
+    # each time.
+    replica = tf.distribute.get_replica_context()
+    payload = words.release(payload, tf.int32)
+    gathered = watchdog.watched(lambda: replica.all_gather(payload, axis=0))
+    return words.hold(gathered)
+
+
+def gather_from_workers(numbers, strategy):
+    """Gives every worker what all workers say, and so waits for all of them.
+
+    Args:
+        numbers: List of integers, as many on every worker.
+        strategy: The `tf.distribute.Strategy` of the workers.
+
+    Returns:
+        Array `[number of replicas, number of integers]`.
+    """
+
+    def gather():
+        held = all_gather(words.hold(tf.constant(numbers, tf.int32)))
+        return words.release(held, tf.int32)
+
+    gathered = strategy.run(tf.function(gather))
+    return strategy.experimental_local_results(gathered)[0].numpy()
+
+
+def all_reduce_sum(gradients):
+    """Sums whole gradients over the replicas, as Keras itself does.
+
+    Args:
+        gradients: List of tensors or `tf.IndexedSlices`.
+
+    Returns:
+        List of the same structure, the same on every replica.
+    """
+    replica = tf.distribute.get_replica_context()
+    summed = list(gradients)
+    # A collective takes one dtype only.
+    for dtype in dict.fromkeys(g.dtype for g in gradients):
+        places = [i for i, g in enumerate(gradients) if g.dtype == dtype]
+        of_dtype = [gradients[i] for i in places]
+        totals = watchdog.watched(
+            lambda of_dtype=of_dtype: replica.all_reduce(
+                tf.distribute.ReduceOp.SUM, of_dtype
+            )
+        )
+        for i, total in zip(places, totals, strict=True):
+            summed[i] = total
+    return summed

@@ -1,0 +1,135 @@
+"""The base class of rules of error feedback."""
+
+import abc
+import dataclasses
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from tf_regtopk import hyper_parameters
+
+
+class Moment(NamedTuple):
+    """The facts of a step that are the same for all ways to exchange.
+
+    Args:
+        learning_rate: Scalar float tensor, the inner optimizer's.
+        number: Scalar integer tensor, the number of steps taken before.
+    """
+
+    learning_rate: tf.Tensor
+    number: tf.Tensor
+
+
+class Step(NamedTuple):
+    """What a rule may want to know of a step.
+
+    Args:
+        num_replicas: N.
+        density: k / J.
+        learning_rate: Scalar float tensor, the inner optimizer's; only for
+            rules with `needs_learning_rate`.
+        number: Scalar integer tensor, the number of steps taken before.
+    """
+
+    num_replicas: int
+    density: float
+    learning_rate: tf.Tensor
+    number: tf.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class ErrorFeedback(hyper_parameters.HyperParameters, abc.ABC):
+    """Base class: a rule of error feedback.
+
+    A subclass is a frozen dataclass of hyper-parameters. To be saved with a
+    model it is registered with `keras.saving.register_keras_serializable`.
+
+    Its state are `num_local` tensors `[J]` that start as zeros, of which each
+    replica has its own, and the tensors of `initial_shared`, which are the same
+    on all. If the number of replicas changes, the sums over the replicas of the
+    local ones are kept and spread evenly.
+    """
+
+    # Whether the rule reads `Step.learning_rate`.
+    needs_learning_rate = False
+
+    @property
+    @abc.abstractmethod
+    def num_local(self):
+        """Number of tensors that each replica has for itself."""
+
+    def initial_local(self, size, dtype):
+        """The local tensors before the first step, as `initial_shared`."""
+        return (tf.zeros([size], dtype),) * self.num_local
+
+    def initial_shared(self, size, dtype):
+        """The shared tensors before the first step.
+
+        Args:
+            size: J.
+            dtype: Float dtype of the gradient.
+
+        Returns:
+            Tuple of tensors.
+        """
+        del size, dtype
+        return ()
+
+    @abc.abstractmethod
+    def accumulate(self, local, shared, gradient, step):
+        """What entries are selected from.
+
+        Args:
+            local: Tuple of `num_local` tensors `[J]`.
+            shared: Tuple of tensors, as of `initial_shared`.
+            gradient: Tensor `[J]`, this replica's g.
+            step: `Step`.
+
+        Returns:
+            `(a, local)`: a, and the tuple of the local tensors: a itself where
+            a rule keeps a until it is known what was sent, and the same object
+            where one stays as it is.
+        """
+
+    @abc.abstractmethod
+    def update(self, local, indices, sent, step):
+        """The local tensors for the next step.
+
+        Args:
+            local: As returned by `accumulate`.
+            indices: int32 tensor `[k]`, the entries sent, each once.
+            sent: Tensor `[k]`, the values that the receivers see.
+            step: `Step`.
+
+        Returns:
+            Tuple of tensors `[J]`, the same object where one stays as it is.
+        """
+
+    def aggregate(self, shared, total, step):
+        """What the inner optimizer sees.
+
+        Args:
+            shared: Tuple of tensors, as of `initial_shared`.
+            total: Tensor `[J]`, the sum of what all replicas sent.
+            step: `Step`.
+
+        Returns:
+            `(aggregate, shared)`.
+        """
+        del step
+        return total, shared
+
+    def when_dense(self):
+        """What the rule comes to if no entry has to be held back.
+
+        Returns:
+            `ErrorFeedback` without local tensors, for `exchange="dense"`.
+
+        Raises:
+            ValueError: If the rule does not say.
+        """
+        raise ValueError(
+            '`exchange` must be "sparse" with a rule of error feedback that '
+            f"has no `when_dense`. Received: error_feedback={self}"
+        )

@@ -1,0 +1,129 @@
+"""Compression of the way back: what all replicas apply of their sum."""
+
+import dataclasses
+
+import keras
+import tensorflow as tf
+
+from tf_regtopk import codecs
+from tf_regtopk import selection
+from tf_regtopk import validation
+from tf_regtopk.error_feedback import base
+from tf_regtopk.error_feedback import equations
+from tf_regtopk.error_feedback import error_accumulation
+
+
+@keras.saving.register_keras_serializable(package="tf_regtopk")
+@dataclasses.dataclass(frozen=True)
+class CompressedDownlink(base.ErrorFeedback):
+    r"""Sparsifies and rounds the sum as well, and keeps the error of that.
+
+    As a parameter server does to what it sends back. With `total` what the
+    inner rule of error feedback makes of the replicas' sum, and an error E that
+    is the same on all replicas:
+
+        A = E + total
+        aggregate = decode(encode(the k entries of A of largest magnitude))
+        E = A - aggregate
+
+    Sparse ternary compression as a whole is
+
+    >>> import tf_regtopk
+    >>> stc = tf_regtopk.SparsifiedOptimizer(
+    ...     keras.optimizers.SGD(0.1),
+    ...     tf_regtopk.TopK(density=0.01),
+    ...     codec=tf_regtopk.Codec("golomb", "ternary"),
+    ...     error_feedback=CompressedDownlink())
+
+    In an all-gather there is no way back, every replica computes the same, and
+    no byte is saved: this is to compare with, and for who relays aggregates.
+
+    Args:
+        error_feedback: `ErrorFeedback`, the rule for the way there. Defaults
+            to `Accumulate()`.
+        density: Float in (0, 1], or None for that of the sparsifier.
+        codec: `Codec`, how the entries are written. Defaults to ternary values.
+
+    Source: Sattler, Wiedemann, Mueller, Samek, "Robust and
+    Communication-Efficient Federated Learning from Non-IID Data" (2019).
+    """
+
+    error_feedback: base.ErrorFeedback = dataclasses.field(
+        default_factory=error_accumulation.Accumulate
+    )
+    density: float | None = None
+    codec: codecs.Codec = dataclasses.field(
+        default_factory=lambda: codecs.Codec(values="ternary")
+    )
+
+    def __post_init__(self):
+        validation.check_instance(
+            "error_feedback",
+            self.error_feedback,
+            base.ErrorFeedback,
+            "Accumulate()",
+        )
+        if self.density is not None:
+            self._check_number("density", "in (0, 1]", lambda d: 0 < d <= 1)
+        validation.check_instance(
+            "codec", self.codec, codecs.Codec, 'Codec(values="ternary")'
+        )
+
+    @property
+    def needs_learning_rate(self):
+        return self.error_feedback.needs_learning_rate
+
+    @property
+    def num_local(self):
+        return self.error_feedback.num_local
+
+    def initial_local(self, size, dtype):
+        return self.error_feedback.initial_local(size, dtype)
+
+    def initial_shared(self, size, dtype):
+        inner = self.error_feedback.initial_shared(size, dtype)
+        return (tf.zeros([size], dtype), *inner)
+
+    def accumulate(self, local, shared, gradient, step):
+        return self.error_feedback.accumulate(local, shared[1:], gradient, step)
+
+    def update(self, local, indices, sent, step):
+        return self.error_feedback.update(local, indices, sent, step)
+
+    def aggregate(self, shared, total, step):
+        total, inner = self.error_feedback.aggregate(shared[1:], total, step)
+        a = shared[0] + total
+        density = step.density if self.density is None else self.density
+        k = max(1, round(density * a.shape[0]))
+        indices = selection.select_largest(
+            a, [selection.Group(a.shape[0], k)], step.number
+        )
+        # Stochastic rounding draws other numbers than any replica does.
+        stream = (step.number, tf.constant(step.num_replicas))
+        payload = self.codec.payload(k, a.shape[0], a.dtype)
+        _, sent = payload.encode(indices, selection.take(a, indices), stream)
+        aggregate = equations.add_sent(tf.zeros_like(a), indices, sent)
+        error = equations.residual_error(a, indices, sent)
+        return aggregate, (error, *inner)
+
+    def when_dense(self):
+        return self.error_feedback.when_dense()
+
+    def get_config(self):
+        serialize = keras.saving.serialize_keras_object
+        return {
+            "error_feedback": serialize(self.error_feedback),
+            "density": self.density,
+            "codec": serialize(self.codec),
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(
+            **{
+                name: keras.saving.deserialize_keras_object(value)
+                if isinstance(value, dict)
+                else value
+                for name, value in config.items()
+            }
+        )

@@ -1,0 +1,66 @@
+"""EF21: the replicas send what changes in their gradients."""
+
+import dataclasses
+
+import keras
+import tensorflow as tf
+
+from tf_regtopk.error_feedback import base
+from tf_regtopk.error_feedback import equations
+from tf_regtopk.error_feedback import momentum_of_sum
+
+
+@keras.saving.register_keras_serializable(package="tf_regtopk")
+@dataclasses.dataclass(frozen=True)
+class EF21(base.ErrorFeedback):
+    r"""EF21: the replicas send what changes in their gradients.
+
+        a = v - h,          h = h + sent,           v = (1 - eta) v + eta g
+        aggregate = H = H + total                   H: the sum of all h
+
+    With eta = 1, v is g itself; with less this is EF21-SGDM, for stochastic
+    gradients. What was not sent is in the next difference again.
+
+    Args:
+        momentum: Float eta in (0, 1].
+
+    Sources: Richtarik, Sokolov, Fatkhullin, "EF21" (2021); Fatkhullin,
+    Tyurin, Richtarik, "Momentum Provably Improves Error Feedback!" (2023).
+    """
+
+    momentum: float = 1.0
+
+    def __post_init__(self):
+        self._check_number("momentum", "in (0, 1]", lambda m: 0 < m <= 1)
+
+    @property
+    def num_local(self):
+        return 1 if self.momentum == 1 else 2
+
+    def initial_shared(self, size, dtype):
+        return (tf.zeros([size], dtype),)
+
+    def accumulate(self, local, shared, gradient, step):
+        del shared, step
+        if self.momentum == 1:
+            [h] = local
+            return gradient - h, local
+        h, v = local
+        v = (1 - self.momentum) * v + self.momentum * gradient
+        return v - h, (h, v)
+
+    def update(self, local, indices, sent, step):
+        del step
+        h = equations.add_sent(local[0], indices, sent)
+        return (h, *local[1:])
+
+    def aggregate(self, shared, total, step):
+        del step
+        [h_sum] = shared
+        h_sum += total
+        return h_sum, (h_sum,)
+
+    def when_dense(self):
+        return momentum_of_sum.momentum_of_sum(
+            1 - self.momentum, scale=self.momentum
+        )

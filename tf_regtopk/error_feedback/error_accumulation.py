@@ -1,0 +1,120 @@
+"""Error accumulation, and Deep Gradient Compression."""
+
+import dataclasses
+
+import keras
+import tensorflow as tf
+
+from tf_regtopk import validation
+from tf_regtopk.error_feedback import base
+from tf_regtopk.error_feedback import equations
+from tf_regtopk.error_feedback import momentum_of_sum
+
+
+@keras.saving.register_keras_serializable(package="tf_regtopk")
+@dataclasses.dataclass(frozen=True)
+class Accumulate(base.ErrorFeedback):
+    r"""Error accumulation: what was not sent is added to the next gradient.
+
+        a = e + g,          e = a - sent
+
+    With local momentum m, of which each sent entry is cleared if
+    `factor_masking` (Deep Gradient Compression; the inner optimizer then is
+    plain SGD):
+
+        u = m u + g,        a = e + u,          e = a - sent
+        u = 0 where sent                        (factor masking)
+
+    Args:
+        momentum: Float m in [0, 1).
+        factor_masking: Boolean.
+        clip_norm: Positive float, or None. g is scaled down to a norm of at
+            most `clip_norm / sqrt(N)` before it is accumulated, so that the sum
+            of N independent ones is clipped to about `clip_norm`.
+        follow_learning_rate: Boolean. Whether e is multiplied by the learning
+            rate of the last step over that of this one, so that it moves the
+            weights as far as if it had been sent at once. (Not in steps in
+            which its variable has no gradient.)
+
+    Example:
+
+    >>> dgc = Accumulate(momentum=0.9, factor_masking=True)
+
+    Sources: Stich, Cordonnier, Jaggi, "Sparsified SGD with Memory" (2018); Lin
+    et al., "Deep Gradient Compression" (2018).
+    """
+
+    momentum: float = 0.0
+    factor_masking: bool = False
+    clip_norm: float | None = None
+    follow_learning_rate: bool = False
+
+    def __post_init__(self):
+        self._check_number("momentum", "in [0, 1)", lambda m: 0 <= m < 1)
+        validation.check_boolean("factor_masking", self.factor_masking)
+        if self.factor_masking and not self.momentum:
+            raise ValueError(
+                "`factor_masking` must go with `momentum`, which it masks. "
+                "Received: factor_masking=True, momentum=0"
+            )
+        validation.check_boolean(
+            "follow_learning_rate", self.follow_learning_rate
+        )
+        if self.clip_norm is not None:
+            self._check_number("clip_norm", "positive", lambda c: c > 0)
+
+    @property
+    def num_local(self):
+        return 2 if self.momentum else 1
+
+    @property
+    def needs_learning_rate(self):
+        return self.follow_learning_rate
+
+    def initial_shared(self, size, dtype):
+        del size
+        return (tf.zeros([], dtype),) if self.follow_learning_rate else ()
+
+    def accumulate(self, local, shared, gradient, step):
+        if self.clip_norm is not None:
+            gradient = equations.clip(
+                gradient, self.clip_norm / step.num_replicas**0.5
+            )
+        e, *u = local
+        if self.follow_learning_rate:
+            e *= _ratio(shared[0], tf.cast(step.learning_rate, e.dtype))
+        if not self.momentum:
+            a = equations.accumulate(e, gradient)
+            return a, (a,)
+        u = self.momentum * u[0] + gradient
+        a = equations.accumulate(e, u)
+        return a, (a, u)
+
+    def update(self, local, indices, sent, step):
+        del step
+        e = equations.residual_error(local[0], indices, sent)
+        if not self.momentum:
+            return (e,)
+        if not self.factor_masking:
+            return e, local[1]
+        return e, equations.clear_sent(local[1], indices)
+
+    def aggregate(self, shared, total, step):
+        if self.follow_learning_rate:
+            shared = (tf.cast(step.learning_rate, total.dtype),)
+        return total, shared
+
+    def when_dense(self):
+        # Factor masking is for what was held back.
+        return momentum_of_sum.momentum_of_sum(
+            self.momentum, clip_norm=self.clip_norm
+        )
+
+
+def _ratio(previous, current):
+    """`previous / current`, 1 where either is 0."""
+    is_defined = (previous > 0) & (current > 0)
+    one = tf.ones_like(current)
+    return tf.where(
+        is_defined, previous / tf.where(is_defined, current, one), one
+    )

@@ -1,0 +1,57 @@
+"""Momentum of the sum of whole gradients."""
+
+import dataclasses
+
+import tensorflow as tf
+
+from tf_regtopk.error_feedback import base
+from tf_regtopk.error_feedback import equations
+from tf_regtopk.error_feedback import no_feedback
+
+
+@dataclasses.dataclass(frozen=True)
+class MomentumOfSum(base.ErrorFeedback):
+    """What rules with local momentum come to if every entry is sent.
+
+        aggregate = U = m U + c total           total: the sum of all g
+
+    Args:
+        momentum: Float m in [0, 1).
+        scale: Positive float c.
+        clip_norm: As of `Accumulate`.
+    """
+
+    momentum: float
+    scale: float = 1.0
+    clip_norm: float | None = None
+
+    num_local = 0
+
+    def initial_shared(self, size, dtype):
+        return (tf.zeros([size], dtype),) if self.momentum else ()
+
+    def accumulate(self, local, shared, gradient, step):
+        del shared
+        if self.clip_norm is not None:
+            gradient = equations.clip(
+                gradient, self.clip_norm / step.num_replicas**0.5
+            )
+        return gradient, local
+
+    def update(self, local, indices, sent, step):
+        del indices, sent, step
+        return local
+
+    def aggregate(self, shared, total, step):
+        del step
+        if not self.momentum:
+            return total, shared
+        u = self.momentum * shared[0] + self.scale * total
+        return u, (u,)
+
+
+def momentum_of_sum(momentum, scale=1.0, clip_norm=None):
+    """`MomentumOfSum`, or what there is without one."""
+    if not momentum and clip_norm is None:
+        return no_feedback.NoFeedback()
+    return MomentumOfSum(momentum, scale, clip_norm)

@@ -1,0 +1,70 @@
+"""The sum of what all replicas sent."""
+
+import tensorflow as tf
+
+from tf_regtopk.kernels import device_kind
+from tf_regtopk.kernels import words
+
+# As many entries of one replica are added at a time as span about this many
+# entries of the gradient, so that those of the other replicas find it in cache,
+_SPAN = 1 << 18
+# but not so few that starting the next run takes longer than adding it.
+_SHORTEST_RUN = 1 << 14
+
+
+def sum_entries(indices, values, size):
+    r"""Adds the entries of all replicas into one dense gradient.
+
+        agg_j = sum over replicas n of sent_{n,j}
+
+    Run by run of consecutive entries, and in each run replica after replica: an
+    index occurs once in each, so no two additions to one entry ever race, and
+    the sum is the same to the bit on every replica and device, whatever order a
+    scatter works in.
+
+    Args:
+        indices: Tensor `[N, k]`, int32 or held words, in each row every index
+            at most once; not read if k = J.
+        values: Float tensor `[N, k]`.
+        size: J, the number of entries of the gradient.
+
+    Returns:
+        Float tensor `[J]`.
+
+    Example:
+
+    >>> indices = tf.constant([[0, 2], [2, 1]])
+    >>> values = tf.constant([[1.0, 2.0], [3.0, 4.0]])
+    >>> sum_entries(indices, values, 4).numpy()
+    array([1., 4., 5., 0.], dtype=float32)
+    """
+    num_replicas, k = values.shape
+    if k == size:  # All entries, in their order.
+        return tf.reduce_sum(values, axis=0)
+
+    def add_runs(aggregate, first, length, num_runs):
+        def add_run(i, aggregate):
+            corner = [i % num_replicas, first + i // num_replicas * length]
+            run = [1, length]
+            return i + 1, tf.tensor_scatter_nd_add(
+                aggregate,
+                # Released run by run, because all at once would be copied.
+                words.release(tf.slice(indices, corner, run)[0], tf.int32)[
+                    :, tf.newaxis
+                ],
+                tf.slice(values, corner, run)[0],
+            )
+
+        return tf.while_loop(
+            lambda i, _: i < num_runs * num_replicas, add_run, (0, aggregate)
+        )[1]
+
+    length = min(k, max(_SHORTEST_RUN, _SPAN * k // size))
+    if device_kind.is_gpu():
+        length = k  # To start a run costs more than the cache saves.
+    num_runs, rest = divmod(k, length)
+    aggregate = tf.zeros([size], values.dtype)
+    aggregate = add_runs(aggregate, 0, length, num_runs)
+    if rest:
+        aggregate = add_runs(aggregate, k - rest, rest, 1)
+    return aggregate

@@ -1,0 +1,128 @@
+"""Loss scaling for `mixed_float16` that all replicas agree on."""
+
+import keras
+import tensorflow as tf
+
+from tf_regtopk import validation
+from tf_regtopk.optimizers import wrapper
+
+
+@keras.saving.register_keras_serializable(package="tf_regtopk")
+class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
+    """`keras.optimizers.LossScaleOptimizer` for several replicas.
+
+    Small float16 gradients would be rounded to 0. So the loss is multiplied by
+    a scale, and the gradients are divided by it:
+
+        step skipped, on any replica a NaN or infinity:  scale = scale / 2
+        `dynamic_growth_steps` taken in a row:           scale = scale * 2
+
+    Keras's own looks for NaN and infinity in one replica's gradients only, and
+    while others overflow leaves the scale as it is; several workers may even
+    wait for each other for ever. This one asks the wrapped optimizer, whose
+    exchange tells it of all replicas.
+
+    Args:
+        inner_optimizer: A `SparsifiedOptimizer`.
+        initial_scale: Positive float. The scale to begin with.
+        dynamic_growth_steps: Integer. See above.
+        name: String. The name of the optimizer.
+
+    Raises:
+        TypeError: If `inner_optimizer` is another optimizer, or an argument of
+            another type.
+        ValueError: If an argument breaks its rule.
+
+    Example:
+
+    ```python
+    keras.config.set_dtype_policy("mixed_float16")
+    with tf.distribute.MirroredStrategy().scope():
+        model = keras.Sequential([keras.layers.Dense(10)])
+        model.compile(
+            optimizer=tf_regtopk.LossScaleOptimizer(
+                tf_regtopk.SparsifiedOptimizer(keras.optimizers.SGD(0.1))
+            ),
+            loss="mse",
+        )
+    ```
+    """
+
+    def __init__(
+        self,
+        inner_optimizer,
+        initial_scale=2.0**15,
+        dynamic_growth_steps=2000,
+        name=None,
+        **kwargs,
+    ):
+        if not isinstance(inner_optimizer, wrapper.OptimizerWrapper):
+            raise TypeError(
+                "`inner_optimizer` must be a `SparsifiedOptimizer`. "
+                f"Received: inner_optimizer={inner_optimizer!r}"
+            )
+        validation.check_number(
+            "initial_scale", initial_scale, "positive", lambda scale: scale > 0
+        )
+        validation.check_integer(
+            "dynamic_growth_steps", dynamic_growth_steps, 1
+        )
+        super().__init__(
+            inner_optimizer,
+            initial_scale=initial_scale,
+            dynamic_growth_steps=dynamic_growth_steps,
+            name=name,
+            **kwargs,
+        )
+        inner_optimizer.is_scaled_locally = False
+
+    def build(self, var_list):
+        """Creates the variables of this and of the inner optimizer.
+
+        Args:
+            var_list: List of the trainable variables.
+        """
+        if self.built:
+            return
+        wrapper.build_once_for_all_replicas(
+            self, lambda: super(LossScaleOptimizer, self).build(var_list)
+        )
+
+    def apply(self, grads, trainable_variables=None):
+        """Divides the gradients by the scale, applies them, adapts the scale.
+
+        Args:
+            grads: List of this replica's gradients of the scaled loss.
+            trainable_variables: List of the variables that they belong to.
+        """
+        if not self.built:
+            self.build(trainable_variables)
+        scale = self.dynamic_scale.value
+        variables = trainable_variables or self._trainable_variables
+        unscaled = [
+            grad
+            if grad is None or getattr(variable, "overwrite_with_gradient", 0)
+            else _divide(grad, scale)
+            for grad, variable in zip(grads, variables, strict=True)
+        ]
+        taken = self.inner_optimizer.apply_if_finite(
+            unscaled, trainable_variables
+        )
+        counter = self.step_counter.value
+        grows = taken & (counter >= self.dynamic_growth_steps - 1)
+        factor = tf.where(taken, tf.where(grows, 2.0, 1.0), 0.5)
+        # Neither 0 nor infinity, from which there would be no way back.
+        self.dynamic_scale.assign(
+            tf.clip_by_value(scale * factor, 2.0**-126, 2.0**127)
+        )
+        self.step_counter.assign(tf.where(taken & ~grows, counter + 1, 0))
+
+
+def _divide(grad, scale):
+    if isinstance(grad, tf.IndexedSlices):
+        return tf.IndexedSlices(
+            _divide(grad.values, scale), grad.indices, grad.dense_shape
+        )
+    # The scale may be too large for float16.
+    wide = grad.dtype if grad.dtype.size >= 4 else tf.float32
+    return tf.cast(tf.cast(grad, wide) / tf.cast(scale, wide), grad.dtype)

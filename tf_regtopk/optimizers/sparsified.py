@@ -1,0 +1,458 @@
+"""The optimizer wrapper: one training step, from gradients to the update."""
+
+import dataclasses
+import itertools
+
+import keras
+import tensorflow as tf
+
+from tf_regtopk import codecs
+from tf_regtopk import error_feedback as error_feedback_lib
+from tf_regtopk import keras_internals
+from tf_regtopk import sparsifiers
+from tf_regtopk import validation
+from tf_regtopk.distribute import replica_state
+from tf_regtopk.distribute import topology
+from tf_regtopk.error_feedback import error_accumulation
+from tf_regtopk.optimizers import wrapper
+from tf_regtopk.saving import saved_config
+from tf_regtopk.saving import saved_state
+from tf_regtopk.saving import worker_files
+from tf_regtopk.steps import auto_exchange
+from tf_regtopk.steps import partition
+from tf_regtopk.steps import verdict
+
+
+@keras.saving.register_keras_serializable(package="tf_regtopk")
+class SparsifiedOptimizer(wrapper.OptimizerWrapper):
+    r"""Wraps a Keras optimizer so that replicas exchange only k entries a step.
+
+    Each step, replica n of N, with residual error `e_n` and gradient `g_n`:
+
+        a_n    = e_n + g_n                      accumulate
+        s_n    = the k largest scores of a_n    score, select
+        sent_n = decode(encode(s_n * a_n))      s_n * a_n, if encoded as it is
+        agg    = sum over n of sent_n           exchange, sum
+        e_n    = a_n - sent_n
+        inner optimizer's update with agg
+
+    The first and the last two lines are those of the default `error_feedback`.
+
+    The inner optimizer sees `agg` as it would see the sum of the replicas' full
+    gradients, with its own weight decay, moving average and learning-rate
+    schedule.  Its clipping (`clipnorm`, `clipvalue`, `global_clipnorm`) acts on
+    the aggregate, where plain Keras clips each replica's gradient before the
+    sum.  The wrapper takes the inner optimizer over: do not use that one
+    elsewhere as well.
+
+    If any replica's gradient holds NaN or infinity, no replica takes the step:
+    weights, inner optimizer and errors stay as they are, and `skipped_steps`
+    counts it.
+
+    Without a strategy, or with a single replica, nothing is exchanged, but
+    entries are selected all the same.
+
+    The residual errors and what the sparsifier remembers are saved and loaded
+    with the model, by Keras and by `tf.train.Checkpoint`, and training goes on
+    to the bit. Another number of replicas gets the same total of errors. Of
+    several workers each saves its own, see `Backup` and `worker_path`.
+    `model.set_weights` leaves both as they are.
+
+    Args:
+        inner_optimizer: The `keras.optimizers.Optimizer` to wrap. Created in
+            the scope of the same strategy. For loss scaling put
+            `LossScaleOptimizer` of this package around the wrapper.
+        sparsifier: `RegTopK`, `TopK`, `RandomK`, `Dense` or another
+            `Sparsifier`. Defaults to `RegTopK()`.
+        codec: `Codec`, how entries are written. Defaults to `Codec()`, which
+            rounds nothing.
+        error_feedback: `Accumulate`, `EF21`, `LearnedShift`, `NoFeedback` or
+            another `ErrorFeedback`: what becomes of what is not sent or
+            rounded away. Defaults to `Accumulate()`.
+        scope: `"global"` selects k entries of the concatenation of all
+            gradients, in the order of the trainable variables;
+            `"per_variable"` selects in each variable separately. A gradient
+            that is None counts as zeros, keeps its variable's residual error
+            and leaves the variable alone. `tf.IndexedSlices` (of embeddings)
+            reach the inner optimizer as dense gradients.
+        dense_below: Variables with fewer entries than this are exchanged
+            densely, by an all-reduce, and have no residual error, but the
+            momentum of `error_feedback` (and a `clip_norm` of their own).
+            Without momentum the inner optimizer sees what it would have seen
+            without the wrapper.
+        exchange: `"sparse"`; `"dense"`, which sums whole gradients by an
+            all-reduce, without sparsifier, codec and error, but with the
+            momentum of `error_feedback`; or `"auto"`, which runs both a few
+            times when the optimizer is built, on all workers at once, and takes
+            the faster one (`chosen_exchange`, `exchange_seconds`).
+        hierarchical: Boolean. Whether the replicas of each worker sum their
+            gradients densely, and workers exchange entries: N then is the
+            number of workers, and each sends its payload once, however many
+            devices it has.
+        name: String. The name of the optimizer.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If an argument breaks its rule, an argument of the base
+            class is given, the strategy in scope is not supported, or the Keras
+            backend is not TensorFlow.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+    >>> model.compile(
+    ...     optimizer=SparsifiedOptimizer(
+    ...         keras.optimizers.SGD(0.1, momentum=0.9),
+    ...         sparsifier=sparsifiers.RegTopK(density=0.25)),
+    ...     loss="mse")
+    >>> history = model.fit(tf.ones([8, 3]), tf.ones([8, 1]), verbose=0)
+
+    Source: Bereyhi, Liang, Boudreau, Afana, "Regularized Top-k: A Bayesian
+    Framework for Gradient Sparsification".
+    """
+
+    def __init__(
+        self,
+        inner_optimizer,
+        sparsifier=None,
+        *,
+        codec=None,
+        error_feedback=None,
+        scope="global",
+        dense_below=0,
+        exchange="sparse",
+        hierarchical=False,
+        name=None,
+        **kwargs,
+    ):
+        validation.check_no_base_arguments(kwargs)
+        if sparsifier is None:
+            sparsifier = sparsifiers.RegTopK()
+        if codec is None:
+            codec = codecs.Codec()
+        if error_feedback is None:
+            error_feedback = error_accumulation.Accumulate()
+        validation.check_instance(
+            "sparsifier",
+            sparsifier,
+            sparsifiers.Sparsifier,
+            "RegTopK(density=0.001)",
+        )
+        validation.check_instance(
+            "codec", codec, codecs.Codec, 'Codec(values="bfloat16")'
+        )
+        validation.check_instance(
+            "error_feedback",
+            error_feedback,
+            error_feedback_lib.ErrorFeedback,
+            "NoFeedback()",
+        )
+        validation.check_choice("scope", scope, ("global", "per_variable"))
+        validation.check_integer("dense_below", dense_below, minimum=0)
+        validation.check_choice(
+            "exchange", exchange, (*partition.EXCHANGES, "auto")
+        )
+        validation.check_boolean("hierarchical", hierarchical)
+        validation.check_hierarchical(hierarchical, codec.indices)
+        if exchange != "sparse":
+            error_feedback.when_dense()  # Says so if it cannot be.
+        super().__init__(inner_optimizer, name=name)
+        self.sparsifier = sparsifier
+        self.codec = codec
+        self.error_feedback = error_feedback
+        self.scope = scope
+        self.dense_below = dense_below
+        self.exchange = exchange
+        self.hierarchical = hierarchical
+
+    def _exchange(self, gradients):
+        """Select -> exchange: the first half of a step; nothing is kept yet."""
+        flags, exchanged = self._gradient_exchange.exchange(
+            gradients, self._read_moment()
+        )
+        is_current = tf.equal(self._changes.variables(), self.changes)
+        flags.append(verdict.Flags(are_current=is_current))
+        return verdict.is_finite(flags), exchanged
+
+    def _aggregate(self, exchanged, has_gradient):
+        """Sum -> remember -> clear the error: the second half of a step."""
+        return self._gradient_exchange.aggregate(
+            exchanged, has_gradient, self._read_moment()
+        )
+
+    def _read_moment(self):
+        rate = tf.zeros([])  # Where the rule of error feedback needs none.
+        if self.error_feedback.needs_learning_rate:
+            rate = tf.convert_to_tensor(self.learning_rate)
+        return error_feedback_lib.Moment(
+            tf.cast(rate, tf.float32), self._iterations.value.read_value()
+        )
+
+    def _create_state(self, variables):
+        self._participants = topology.Participants(self.hierarchical)
+        # Functions that were traced before a change are to know of it.
+        self.changes = 0
+        self._changes = replica_state.ReplicaState(
+            lambda: tf.constant(0, tf.int64)
+        )
+        self._exchange_seconds = None
+        kind = self.exchange
+        if kind == "auto":
+            kind = self._choose_exchange(variables)
+        self._gradient_exchange = self._new_exchange(kind, variables)
+
+    def _new_exchange(self, kind, variables):
+        return partition.GradientExchange(
+            kind,
+            variables,
+            self._participants,
+            self.sparsifier.density,
+            sparsifier=self.sparsifier,
+            codec=self.codec,
+            error_feedback=self.error_feedback,
+            scope=self.scope,
+            dense_below=self.dense_below,
+        )
+
+    def _choose_exchange(self, variables):
+        """The faster exchange, of gradients that are random numbers."""
+        if self._participants.count == 1:
+            return "dense"
+
+        def run_with(kind):
+            exchange = self._new_exchange(kind, variables)
+
+            def run():
+                replica = tf.distribute.get_replica_context()
+                seed = tf.convert_to_tensor(replica.replica_id_in_sync_group)
+                gradients = [
+                    tf.cast(
+                        tf.random.stateless_normal(v.shape, [slot, seed]),
+                        v.dtype,
+                    )
+                    for slot, v in enumerate(variables)
+                ]
+                moment = error_feedback_lib.Moment(
+                    tf.ones([]), tf.zeros([], self._iterations.dtype)
+                )
+                _, exchanged = exchange.exchange(gradients, moment)
+                sums = exchange.aggregate(
+                    exchanged, [True] * len(variables), moment
+                )
+                # Of each, or a part would not have to be computed.
+                return tf.add_n(
+                    [
+                        tf.reduce_sum(
+                            tf.cast(tf.reshape(s, [-1])[:1], tf.float32)
+                        )
+                        for s in sums
+                    ]
+                )
+
+            return run
+
+        self._exchange_seconds = auto_exchange.measure(
+            {kind: run_with(kind) for kind in partition.EXCHANGES}
+        )
+        return auto_exchange.choose(self._exchange_seconds)
+
+    @property
+    def chosen_exchange(self):
+        """`"sparse"` or `"dense"`; None if it is to be chosen when built."""
+        if self.built:
+            return self._gradient_exchange.kind
+        return None if self.exchange == "auto" else self.exchange
+
+    @property
+    def exchange_seconds(self):
+        """Seconds a step of each exchange by `exchange="auto"`, or None."""
+        return self._exchange_seconds if self.built else None
+
+    @property
+    def density(self):
+        """The share of the entries that is sent, the sparsifier's at first."""
+        if self.built:
+            return self._gradient_exchange.density
+        return self.sparsifier.density
+
+    def set_density(self, density):
+        """Sends another share of the entries from the next step on.
+
+        As `DensityWarmup` does under `model.fit`. The residual errors stay;
+        what the sparsifier remembers of the last step is dropped. It is saved
+        and loaded with them, and the sparsifier's own density stays what it is.
+
+        A function that takes steps must be traced again, for `fit` with
+        `model.make_train_function(force=True)`. The old one raises an error.
+
+        Args:
+            density: Float in (0, 1].
+
+        Raises:
+            ValueError: If the density is not in (0, 1], or the optimizer not
+                built.
+
+        Example:
+
+        >>> variable = tf.Variable(tf.ones([100]))
+        >>> optimizer = SparsifiedOptimizer(
+        ...     keras.optimizers.SGD(), sparsifiers.TopK(density=0.01))
+        >>> optimizer.build([variable])
+        >>> optimizer.set_density(0.25)
+        >>> optimizer.wire_report().num_selected, optimizer.density
+        (25, 0.25)
+        """
+        validation.check_built(self, "set_density")
+        density = dataclasses.replace(self.sparsifier, density=density).density
+        self._change(
+            lambda: self._gradient_exchange.start_with(density),
+        )
+
+    def _change(self, change):
+        """Changes what a step does, for functions that are traced anew."""
+        with tf.init_scope(), keras_internals.strategy_of(self).scope():
+            change()
+        self.changes += 1
+        num_local = len(self._changes.replicas)
+        self._changes.assign_local([[self.changes]] * num_local)
+
+    def wire_report(self):
+        """What each replica sends a step, as a `WireReport` to print.
+
+        From the shapes of the variables and a payload of random entries; so it
+        can be asked for before training, as soon as the optimizer is built.
+
+        Raises:
+            ValueError: If the optimizer is not built.
+
+        Example:
+
+        >>> model = keras.Sequential([keras.Input((9,)), keras.layers.Dense(9)])
+        >>> optimizer = SparsifiedOptimizer(
+        ...     keras.optimizers.SGD(), sparsifiers.TopK(density=0.1))
+        >>> optimizer.build(model.trainable_variables)
+        >>> optimizer.wire_report().payload_bytes
+        56
+        """
+        validation.check_built(self, "wire_report")
+        return dataclasses.replace(
+            self._gradient_exchange.wire_report(),
+            exchange=self.chosen_exchange,
+            exchange_seconds=self.exchange_seconds,
+        )
+
+    def save_state(self):
+        """The state of this process's replicas, as a `SavedState`."""
+        state, memory = self._states()
+        return saved_state.SavedState(
+            layout=self._layout_of(self._gradient_exchange),
+            moment=self.moment,
+            num_replicas=state.num_replicas,
+            replicas={
+                n: [*kept, *remembered]
+                for n, kept, remembered in zip(
+                    state.replicas,
+                    state.local_arrays(),
+                    memory.local_arrays(),
+                    strict=True,
+                )
+            },
+        )
+
+    def load_state(self, saved):
+        """Loads a `SavedState`, or raises and changes nothing."""
+        exchange = self._exchange_for(saved)
+        saved_state.check_layout(
+            self._completed(saved.layout), self._layout_of(exchange)
+        )
+        state = exchange.feedback_state
+        # Older ones could not have another than the sparsifier's.
+        density = saved.moment.get("density", self.sparsifier.density)
+        local, *shared = state.initial_arrays()
+        shared = [*itertools.chain(*shared)]
+        replicas = saved_state.state_of_replicas(
+            worker_files.complete(saved, state.replicas, state.num_replicas),
+            state.replicas,
+            state.num_replicas,
+            local,
+            shared,
+            [part.numpy() for part in exchange.initial_memory(density)],
+        )
+        if exchange is not self._gradient_exchange:
+            self._change(lambda: setattr(self, "_gradient_exchange", exchange))
+        if density != self.density:
+            self.set_density(density)
+        split = len(local) + len(shared)
+        state, memory = self._states()
+        state.assign_local([parts[:split] for parts in replicas])
+        memory.assign_local([parts[split:] for parts in replicas])
+
+    def _states(self):
+        exchange = self._gradient_exchange
+        return exchange.feedback_state, exchange.memory
+
+    def _exchange_for(self, saved):
+        """The exchange by which the saved run went, and is to go on."""
+        kind = saved.moment.get("exchange", "sparse")
+        if kind == self.chosen_exchange:
+            return self._gradient_exchange
+        if self.exchange != "auto":
+            raise ValueError(
+                f'`exchange` must be "auto" or "{kind}" to load what was saved '
+                f'with exchange="{kind}". Received: exchange="{self.exchange}"'
+            )
+        with tf.init_scope(), keras_internals.strategy_of(self).scope():
+            return self._new_exchange(kind, self._trainable_variables)
+
+    @property
+    def moment(self):
+        """Tells steps and runs apart: all workers agree in it."""
+        return {
+            "step": int(self._iterations.numpy()),
+            "density": self.density,
+            "exchange": self.chosen_exchange,
+            "weights": saved_state.checksum(
+                variable.numpy() for variable in self._trainable_variables
+            ),
+        }
+
+    def _layout_of(self, exchange):
+        """What a saved state must agree in with this optimizer."""
+        return {
+            **exchange.layout(),
+            **{
+                name: saved_config.describe(record)
+                for name, record in self._compared_records().items()
+            },
+        }
+
+    def _completed(self, layout):
+        """The layout of a file of any version, to compare with one's own."""
+        return {
+            **layout,
+            **{
+                name: saved_config.complete(layout[name], record)
+                for name, record in self._compared_records().items()
+                if name in layout
+            },
+        }
+
+    def _compared_records(self):
+        return {
+            "sparsifier": self.sparsifier,
+            "error_feedback": self.error_feedback,
+        }
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "sparsifier": keras.saving.serialize_keras_object(self.sparsifier),
+            "codec": keras.saving.serialize_keras_object(self.codec),
+            "error_feedback": keras.saving.serialize_keras_object(
+                self.error_feedback
+            ),
+            "scope": self.scope,
+            "dense_below": self.dense_below,
+            "exchange": self.exchange,
+            "hierarchical": self.hierarchical,
+        }

@@ -1,0 +1,371 @@
+"""A Keras optimizer around another one: all but the aggregation itself."""
+
+import abc
+import copy
+import warnings
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tf_regtopk import keras_internals
+from tf_regtopk import validation
+from tf_regtopk.distribute import branches
+from tf_regtopk.saving import saved_state
+from tf_regtopk.saving import worker_files
+
+
+class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
+    """Aggregates gradients in its own way, and lets an inner optimizer apply.
+
+    To Keras this is an optimizer with the inner one's learning rate, step count
+    and variables. A subclass says in `_create_state` what it keeps, and in
+    `_aggregate` how the gradients of the replicas become one.
+
+    Args:
+        inner_optimizer: The `keras.optimizers.Optimizer` to wrap.
+        name: String. The name of the optimizer.
+    """
+
+    def __init__(self, inner_optimizer, name=None):
+        validation.check_keras()
+        validation.check_inner_optimizer(inner_optimizer, OptimizerWrapper)
+        validation.check_strategy()
+        validation.check_in_scope_of(
+            "inner_optimizer", keras_internals.strategy_of(inner_optimizer)
+        )
+        super().__init__(learning_rate=0.0, name=name)
+        self.inner_optimizer = inner_optimizer
+        self.is_scaled_locally = False
+
+    @abc.abstractmethod
+    def _create_state(self, variables):
+        """Creates what the aggregation keeps between steps, in the scope."""
+
+    @abc.abstractmethod
+    def save_state(self):
+        """What the aggregation keeps, as a `saved_state.SavedState`."""
+
+    @abc.abstractmethod
+    def load_state(self, saved):
+        """Loads a `saved_state.SavedState`, or raises and changes nothing."""
+
+    @abc.abstractmethod
+    def _exchange(self, gradients):
+        """Exchanges gradients with the other replicas, and keeps nothing yet.
+
+        Args:
+            gradients: One gradient of this replica for each variable the
+                optimizer was built with, in that order; None where there is
+                none.
+
+        Returns:
+            `(is_finite, exchanged)`: whether no replica met a NaN or infinity,
+            the same on every replica; and a structure of tensors.
+        """
+
+    @abc.abstractmethod
+    def _aggregate(self, exchanged, has_gradient):
+        """The sums over all replicas of their gradients.
+
+        Called only if all is finite, and so the place to change what the
+        aggregation keeps.
+
+        Args:
+            exchanged: Structure of tensors, from `_exchange`.
+            has_gradient: For each variable whether there was a gradient.
+
+        Returns:
+            One gradient for each variable or None, the same on every replica.
+        """
+
+    def build(self, variables):
+        """Creates the variables of this and of the inner optimizer.
+
+        Args:
+            variables: List of the trainable variables.
+        """
+        if self.built:
+            return
+        if tf.distribute.has_strategy():
+            validation.check_in_scope_of(
+                "optimizer", keras_internals.strategy_of(self)
+            )
+        build_once_for_all_replicas(self, lambda: self._build(variables))
+
+    def _build(self, variables):
+        self.inner_optimizer.build(variables)
+        _leave_saving_to_wrapper(self.inner_optimizer)
+        keras_internals.take_aggregated_gradients(self.inner_optimizer)
+        super().build(variables)
+        self._skipped_steps = self.add_variable(
+            shape=(),
+            dtype="int",
+            aggregation="only_first_replica",
+            name="skipped_steps",
+        )
+        self._create_state(variables)
+        # `tf.train.Checkpoint` tracks it, and restores at once what it has.
+        setattr(self, worker_files.CHECKPOINT_KEY, _CheckpointedState(self))
+
+    def apply(self, grads, trainable_variables=None):
+        """Aggregates the gradients and lets the inner optimizer apply them.
+
+        If a gradient of any replica holds NaN or infinity, no replica applies
+        anything, and `skipped_steps` counts it.
+
+        Args:
+            grads: List of this replica's gradients: tensors, `tf.IndexedSlices`
+                or None.
+            trainable_variables: List of the variables that the gradients belong
+                to. Defaults to those the optimizer was built with.
+        """
+        self.apply_if_finite(grads, trainable_variables)
+
+    def apply_if_finite(self, grads, trainable_variables=None):
+        """As `apply`, and says whether the step was taken.
+
+        Returns:
+            Scalar bool tensor, the same on every replica.
+        """
+        grads = list(grads)
+        if not grads:
+            return tf.constant(True)
+        validation.check_replica_context()
+        validation.check_in_scope_of(
+            "optimizer", keras_internals.strategy_of(self)
+        )
+        validation.check_not_compiled_as_a_whole(
+            keras_internals.in_xla_context()
+        )
+        validation.check_loss_scaling(self.is_scaled_locally)
+        variables = self._variables_of(grads, trainable_variables)
+        slots = [self._slot_of(variable) for variable in variables]
+        if len(set(slots)) < len(slots):
+            raise ValueError(
+                "`trainable_variables` must hold each variable once. Received: "
+                f"{[variable.name for variable in variables]}"
+            )
+        if all(grad is None for grad in grads):
+            self.inner_optimizer.apply(grads, variables)  # Says so.
+        gradients = [None] * len(self._trainable_variables)
+        for slot, grad in zip(slots, grads, strict=True):
+            gradients[slot] = grad
+        is_finite, exchanged = self._exchange(gradients)
+        has_gradient = [gradient is not None for gradient in gradients]
+
+        def take_step(exchanged):
+            aggregate = self._aggregate(exchanged, has_gradient)
+            self.inner_optimizer.apply(
+                [aggregate[slot] for slot in slots], variables
+            )
+            self._iterations.assign_add(1)
+
+        def skip_step():
+            self._skipped_steps.assign_add(1)
+
+        branches.call_on_all_replicas(
+            is_finite, take_step, skip_step, (exchanged,)
+        )
+        return is_finite
+
+    def _variables_of(self, grads, trainable_variables):
+        """The variables of `grads`; builds the optimizer on the first call."""
+        if trainable_variables is not None:
+            variables = list(trainable_variables)
+            self.build(variables)
+        elif self.built:
+            variables = self._trainable_variables
+        else:
+            raise ValueError(
+                "`trainable_variables` must be given until the optimizer is "
+                "built. Received: trainable_variables=None"
+            )
+        if len(grads) != len(variables):
+            raise ValueError(
+                "`grads` must hold one gradient for each variable. Received: "
+                f"{len(grads)} gradients for {len(variables)} variables"
+            )
+        return variables
+
+    def _slot_of(self, variable):
+        """The place of a variable in the list the optimizer was built with."""
+        try:
+            return self._get_variable_index(variable)
+        except KeyError:
+            raise ValueError(
+                "`trainable_variables` must be those the optimizer was built "
+                f"with. Received the unknown variable: {variable}"
+            ) from None
+
+    def __setattr__(self, name, value):
+        # The base class sets its own before there is an inner optimizer.
+        if hasattr(self, "inner_optimizer"):
+            validation.check_no_base_setting(name, value)
+        super().__setattr__(name, value)
+
+    @property
+    def variables(self):
+        return self._variables + self.inner_optimizer.variables
+
+    @property
+    def learning_rate(self):
+        return self.inner_optimizer.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate):
+        self.inner_optimizer.learning_rate = learning_rate
+
+    @property
+    def iterations(self):
+        return self.inner_optimizer.iterations
+
+    @property
+    def skipped_steps(self):
+        """Number of steps not taken, because some gradient was not finite."""
+        return self._skipped_steps
+
+    @property
+    def loss_scale_factor(self):
+        # Never None: Keras does not set an attribute to what it already is, and
+        # the setter is to know.
+        factor = self.inner_optimizer.loss_scale_factor
+        return 1.0 if factor is None else factor
+
+    @loss_scale_factor.setter
+    def loss_scale_factor(self, factor):
+        if hasattr(self, "inner_optimizer"):
+            # What Keras's LossScaleOptimizer does to the optimizer it wraps.
+            self.is_scaled_locally = factor is None
+            self.inner_optimizer.loss_scale_factor = factor
+
+    def scale_loss(self, loss):
+        return self.inner_optimizer.scale_loss(loss)
+
+    def apply_gradients(self, grads_and_vars):
+        super().apply_gradients(grads_and_vars)
+        return self.iterations
+
+    def exclude_from_weight_decay(self, var_list=None, var_names=None):
+        self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
+
+    def finalize_variable_values(self, var_list):
+        self.inner_optimizer.finalize_variable_values(var_list)
+
+    def set_weights(self, weights):
+        # The base class knows only the wrapper's own.
+        values = [np.asarray(weight) for weight in weights]
+        validation.check_shapes("`weights`", self.variables, values)
+        for variable, value in zip(self.variables, values, strict=True):
+            variable.assign(value)
+
+    def save_own_variables(self, store):
+        if self.built:
+            arrays = saved_state.to_arrays(
+                self.save_state(), [v.numpy() for v in self.variables]
+            )
+            for name, array in arrays.items():
+                store[name] = array
+
+    def load_own_variables(self, store):
+        arrays = {name: store[name] for name in store.keys()}  # noqa: SIM118
+        if not self.built:
+            numbered = {n: a for n, a in arrays.items() if n.isdigit()}
+            super().load_own_variables(numbered)  # Warns, and loads nothing.
+            return
+        if not arrays:
+            warnings.warn(
+                f"The saved optimizer '{self.name}' was not built yet, and "
+                "holds nothing: this one stays as it is.",
+                stacklevel=2,
+            )
+            return
+        # All is checked before anything is assigned.
+        saved, values = saved_state.from_arrays(arrays)
+        validation.check_loaded_shapes(self.variables, values)
+        self.load_state(saved)
+        for variable, value in zip(self.variables, values, strict=True):
+            variable.assign(value)
+
+    def get_config(self):
+        # Not the base class's: its arguments belong to the inner optimizer.
+        return {
+            "name": self.name,
+            "inner_optimizer": keras.saving.serialize_keras_object(
+                self.inner_optimizer
+            ),
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        config = copy.deepcopy(config)  # Keras writes into nested ones.
+        for name, value in config.items():
+            if isinstance(value, dict):
+                config[name] = keras.saving.deserialize_keras_object(
+                    value, custom_objects=custom_objects
+                )
+        return cls(**config)
+
+
+class _CheckpointedState(tf.train.experimental.PythonState):
+    """Saves and restores a wrapper's state with `tf.train.Checkpoint`."""
+
+    def __init__(self, wrapper):
+        self._wrapper = wrapper
+
+    def serialize(self):
+        return saved_state.to_bytes(self._wrapper.save_state())
+
+    def deserialize(self, string_value):
+        self._wrapper.load_state(saved_state.from_bytes(string_value))
+
+
+def _leave_saving_to_wrapper(inner_optimizer):
+    """Makes Keras pass over the variables, which the wrapper saves and loads.
+
+    Else it would store them twice, and load them even where the wrapper has
+    refused what was saved.
+    """
+    for part in (inner_optimizer, *getattr(inner_optimizer, "optimizers", ())):
+        part.save_own_variables = part.load_own_variables = lambda store: None
+
+
+def of_model(model):
+    """The wrapper in the optimizer of a `keras.Model`, which it builds."""
+    optimizer = model.optimizer
+    while not isinstance(optimizer, OptimizerWrapper):
+        if not hasattr(optimizer, "inner_optimizer"):
+            raise ValueError(
+                "The optimizer of `model` must be a `SparsifiedOptimizer`. "
+                f"Received: {optimizer!r}"
+            )
+        optimizer = optimizer.inner_optimizer
+    if not model.built:
+        raise ValueError(
+            "`model` must be built, as by `model.build(input_shape)`. "
+            f"Received: {model!r}"
+        )
+    if not optimizer.built:
+        model.optimizer.build(model.trainable_variables)
+    return optimizer
+
+
+def build_once_for_all_replicas(optimizer, build):
+    """Calls `build` in the scope of the optimizer's strategy.
+
+    Args:
+        optimizer: A Keras optimizer.
+        build: Function of no arguments, which creates the variables.
+    """
+
+    def build_in_scope(_=None):
+        # Lifted out of any graph, so that the first step may be taken anywhere.
+        with tf.init_scope(), keras_internals.strategy_of(optimizer).scope():
+            build()
+
+    replica = tf.distribute.get_replica_context()
+    if replica is None:
+        build_in_scope()
+    else:
+        # The replicas meet here, and one of them builds for all.
+        replica.merge_call(build_in_scope)

@@ -1,0 +1,305 @@
+r"""Predicts what a training step takes, for each way to exchange gradients.
+
+A step is computing, then processing (what a device does to gradients and
+entries beside), then the exchange. N is the number of workers, J of parameters,
+k of selected entries, and F the time of a pass over the gradient.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+
+from tf_regtopk import codecs
+from tf_regtopk import sparsifiers
+from tf_regtopk import validation
+from tf_regtopk.planning import network as network_lib
+
+FLOAT_BYTES = 4
+# F reads two floats a parameter and writes one.
+PASS_BYTES = 3 * FLOAT_BYTES
+
+# Fitted to docs/benchmarks.md, 1M to 25.6M parameters at densities of 0.1 to
+# 10 %. In F, and those named `ENTRY` in F an entry over J.
+START_SECONDS = 8e-3  # To start programs and wake the others; measured with
+# two workers a core, where a step of a small model takes no longer than this.
+SELECT_PASSES = 3.3  # A replica's step 2.2, flattening and splitting 1.1.
+SELECT_ENTRY_PASSES = 50
+WRITE_ENTRY_PASSES = {"int32": 2, "auto": 20}
+READ_ENTRY_PASSES = {"int32": 4, "auto": 25}
+SUM_PASSES = 0.5  # To clear the sum.
+SUM_ENTRY_PASSES = 16  # An entry costs a line of the cache, but
+SUM_MOST_PASSES = 0.4  # a payload no more than all lines.
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is trained.
+
+    Args:
+        parameters: J, of the model.
+        workers: N, at least 2: hosts with a link each.
+        step_seconds: Of a step's computing, without any exchange.
+        density: k / J.
+        values: Name of the code of the values, see `Codec`.
+        devices_per_worker: D.
+        overlap: Share in [0, 1] of a dense exchange that computing can hide.
+            A sparse one has to wait for all gradients.
+        memory_bandwidth: Bytes a second of a device.
+
+    Raises:
+        TypeError: If an argument is of another type.
+        ValueError: If an argument breaks its rule.
+    """
+
+    parameters: int
+    workers: int
+    step_seconds: float
+    density: float = 0.001
+    values: str = "float32"
+    devices_per_worker: int = 1
+    overlap: float = 0.0
+    memory_bandwidth: float = 8e9
+
+    def __post_init__(self):
+        for name, least in (
+            ("parameters", 1),
+            ("workers", 2),
+            ("devices_per_worker", 1),
+        ):
+            validation.check_integer(name, getattr(self, name), least)
+        validation.check_number(
+            "parameters",
+            self.parameters,
+            "below 2^31, the most that indices of 32 bits reach",
+            lambda parameters: parameters < 2**31,
+        )
+        network_lib.check_time("step_seconds", self.step_seconds)
+        network_lib.check_rate("memory_bandwidth", self.memory_bandwidth)
+        validation.check_number(
+            "overlap", self.overlap, "in [0, 1]", lambda share: 0 <= share <= 1
+        )
+        # They check theirs.
+        codecs.Codec(values=self.values)
+        sparsifiers.TopK(self.density)
+
+    @property
+    def num_selected(self):
+        """k."""
+        return sparsifiers.TopK(self.density).num_selected(self.parameters)
+
+    @property
+    def gradient_bytes(self):
+        """Bytes of the whole gradient."""
+        return FLOAT_BYTES * self.parameters
+
+    @property
+    def pass_seconds(self):
+        """F."""
+        return PASS_BYTES * self.parameters / self.memory_bandwidth
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What a step takes.
+
+    Args:
+        step_seconds: Of the whole step.
+        exchange_seconds: Of what passes links, hidden or not.
+        processing_seconds: Of selecting, writing, reading and adding.
+        sent_bytes: Bytes that a worker sends to others.
+    """
+
+    step_seconds: float
+    exchange_seconds: float
+    processing_seconds: float
+    sent_bytes: float
+
+
+def compression_seconds(job, indices, num_payloads):
+    """Of all that surrounds an exchange of entries.
+
+        t = start + F (select + k / J (select_entry + write) + sum
+            + n (k / J read + min(k / J sum_entry, sum_most)))
+
+    with the constants of this module.
+
+    Args:
+        job: `Job`.
+        indices: Name of the code of the indices, `"int32"` or `"auto"`.
+        num_payloads: n, how many a device reads and adds.
+
+    Returns:
+        Seconds.
+
+    Example:
+
+    >>> job = Job(parameters=10**7, workers=8, step_seconds=0.2)
+    >>> round(compression_seconds(job, "auto", num_payloads=8), 3)
+    0.071
+    """
+    density = job.num_selected / job.parameters
+    write = SELECT_ENTRY_PASSES + WRITE_ENTRY_PASSES[indices]
+    read = density * READ_ENTRY_PASSES[indices]
+    add = min(density * SUM_ENTRY_PASSES, SUM_MOST_PASSES)
+    passes = SELECT_PASSES + density * write + SUM_PASSES
+    passes += num_payloads * (read + add)
+    return START_SECONDS + passes * job.pass_seconds
+
+
+@functools.lru_cache(maxsize=4096)
+def _payload_bytes(indices, values, k, size):
+    """Bytes of a payload as the library writes it, without its header."""
+    return 4 * codecs.Codec(indices, values).payload(k, size).num_words
+
+
+def _dense(job, network, num_members, local_seconds=0.0, local_passes=0.0):
+    link = network.link(job.memory_bandwidth)
+    exchange = network_lib.ring_seconds(num_members, job.gradient_bytes, link)
+    exchange += local_seconds
+    rest = (num_members - 1) / num_members
+    processing = (rest + local_passes) * job.pass_seconds
+    hidden = min(job.overlap * exchange, job.step_seconds)
+    return Prediction(
+        job.step_seconds + processing + exchange - hidden,
+        exchange,
+        processing,
+        2 * rest * job.gradient_bytes,
+    )
+
+
+def _dense_over_devices(job, network):
+    return _dense(job, network, job.workers * job.devices_per_worker)
+
+
+def _dense_by_worker(job, network):
+    return _dense(job, network, job.workers, *_local_sum(job, network))
+
+
+def _local_sum(job, network):
+    """Seconds and passes of the sum over a worker's devices."""
+    devices = job.devices_per_worker
+    seconds = network_lib.ring_seconds(
+        devices, job.gradient_bytes, network.local
+    )
+    return seconds, (devices - 1) / devices
+
+
+def _sparse(job, network, indices="auto", values=None):
+    payload = _payload_bytes(
+        indices, values or job.values, job.num_selected, job.parameters
+    )
+    devices = job.devices_per_worker
+    # Each device of a worker to each of the other worker.
+    to_each = devices**2 * payload
+    link = network.link(job.memory_bandwidth)
+    exchange = network_lib.gather_seconds(job.workers, to_each, link)
+    processing = compression_seconds(job, indices, job.workers * devices)
+    return Prediction(
+        job.step_seconds + processing + exchange,
+        exchange,
+        processing,
+        (job.workers - 1) * to_each,
+    )
+
+
+def _hierarchical(job, network):
+    sparse = _sparse(dataclasses.replace(job, devices_per_worker=1), network)
+    local_seconds, local_passes = _local_sum(job, network)
+    # Each device has its copy of what the worker has received.
+    local_seconds += network_lib.gather_seconds(
+        2, sparse.sent_bytes, network.local
+    )
+    processing = local_passes * job.pass_seconds
+    return Prediction(
+        sparse.step_seconds + local_seconds + processing,
+        sparse.exchange_seconds + local_seconds,
+        sparse.processing_seconds + processing,
+        sparse.sent_bytes,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way to exchange gradients.
+
+    Args:
+        name: Name.
+        meaning: What is done, in words.
+        cost: Function of `Job` and `Network` to `Prediction`.
+        is_dense: Whether whole gradients are sent.
+        is_by_worker: Whether a worker's devices first sum among themselves; not
+            offered where there is one.
+    """
+
+    name: str
+    meaning: str
+    cost: Callable[[Job, network_lib.Network], Prediction]
+    is_dense: bool = False
+    is_by_worker: bool = False
+
+
+# From the simplest to use on.
+METHODS = (
+    Method(
+        "dense",
+        "ring all-reduce of whole gradients over all devices",
+        _dense_over_devices,
+        is_dense=True,
+    ),
+    Method(
+        "dense by worker",
+        "all-reduce inside each worker, then over the workers",
+        _dense_by_worker,
+        is_dense=True,
+        is_by_worker=True,
+    ),
+    Method(
+        "coded",
+        "all-gather of each device's entries, in the shortest index code",
+        _sparse,
+    ),
+    Method(
+        "natural",
+        "all-gather of each device's entries, coded, with values of 8 bits",
+        functools.partial(_sparse, values="natural"),
+    ),
+    Method(
+        "sparse",
+        "all-gather of each device's entries, as int32 and float32",
+        functools.partial(_sparse, indices="int32", values="float32"),
+    ),
+    Method(
+        "hierarchical",
+        "all-reduce inside each worker, then all-gather of entries as coded",
+        _hierarchical,
+        is_by_worker=True,
+    ),
+)
+
+
+def methods(job):
+    """The `METHODS` that there are for a job."""
+    several = job.devices_per_worker > 1
+    return [m for m in METHODS if several or not m.is_by_worker]
+
+
+def predict(job, network):
+    """What a step takes by each method.
+
+    Args:
+        job: `Job`.
+        network: `network.Network`.
+
+    Returns:
+        Dictionary of the names of `methods(job)` to `Prediction`.
+
+    Example:
+
+    >>> job = Job(parameters=10**7, workers=4, step_seconds=0.2)
+    >>> predictions = predict(job, network_lib.Network(12.5e6, latency=0.005))
+    >>> round(predictions["dense"].exchange_seconds, 2)
+    5.12
+    >>> predictions["sparse"].sent_bytes
+    240000
+    """
+    return {m.name: m.cost(job, network) for m in methods(job)}

@@ -1,0 +1,1 @@
+"""What is saved of the replicas' state, and how it comes back."""

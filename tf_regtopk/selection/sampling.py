@@ -1,0 +1,139 @@
+r"""Bounds on the k-th largest score from a sample of the scores.
+
+With m samples of J scores, about m k / J of them are among the k largest, give
+or take the square root of that. So the sample's score of a rank well above that
+is nearly always a lower bound on the k-th largest, and one well below an upper
+bound. Either may fail; then all scores must be searched.
+"""
+
+import math
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from tf_regtopk.kernels import bitmap
+from tf_regtopk.kernels import hashing
+from tf_regtopk.selection import keys as keys_lib
+
+# Standard deviations (of a Poisson count) that a bound is away from k.
+_MARGIN = 4.0
+# Above this density more time is lost on refining candidates than an upper
+# bound as well costs (benchmarks/selection.py).
+_HIGH_DENSITY = 1 / 32
+
+
+class Plan(NamedTuple):
+    """How to sample, and what to expect.
+
+    Args:
+        num_samples: m.
+        lower_rank: Rank of the lower bound among the samples, from 1.
+        upper_rank: Rank of the upper bound; 0 if none is to be drawn.
+        room: Most scores to expect between the bounds.
+    """
+
+    num_samples: int
+    lower_rank: int
+    upper_rank: int
+    room: int
+
+
+class Candidates(NamedTuple):
+    """What is left of all scores, as bitmaps of their positions.
+
+    Args:
+        sure: Those at least as large as the upper bound; None if there is none.
+        num_sure: Their number.
+        undecided: Those from the lower to below the upper bound.
+        num_undecided: Their number.
+        suffice: Whether the k-th largest is an undecided one, and there are no
+            more of those than there is room for (as with masses of ties).
+    """
+
+    sure: tf.Tensor
+    num_sure: tf.Tensor
+    undecided: tf.Tensor
+    num_undecided: tf.Tensor
+    suffice: tf.Tensor
+
+
+def plan(size, k):
+    """The `Plan` for the k largest of `size` scores; None if none would pay."""
+    num_samples = min(max(size // 256, 1 << 14), 1 << 16) // 32 * 32
+    if num_samples > size:
+        return None
+    expected = num_samples * k / size
+    margin = _MARGIN * math.sqrt(expected) + 1
+    lower_rank = math.ceil(expected + margin)
+    upper_rank = 0
+    if k > _HIGH_DENSITY * size:
+        upper_rank = max(0, math.floor(expected - margin))
+    # The number of scores between two samples varies as well.
+    num_undecided = lower_rank - upper_rank
+    room = num_undecided + _MARGIN * math.sqrt(num_undecided) + 1
+    room = -(-math.ceil(size / num_samples * room) // bitmap.SQUARE)
+    room *= bitmap.SQUARE
+    if lower_rank >= num_samples or room >= size:
+        return None
+    return Plan(num_samples, lower_rank, upper_rank, room)
+
+
+def candidates(scores, group, step):
+    """Rules out most of a large group in one pass over its scores.
+
+        sure      = {j : |score_j| >= upper}
+        undecided = {j : upper > |score_j| >= lower}
+
+    Args:
+        scores: Float tensor `[J]`.
+        group: `keys.Group` of all J, for which there is a `plan`.
+        step: Integer, or scalar integer tensor. Changes the sample.
+
+    Returns:
+        `Candidates`.
+    """
+    p = plan(*group)
+    lower, upper = _bounds(scores, p, step)
+    if p.upper_rank:
+        sure, undecided = keys_lib.pack_where(
+            scores,
+            lambda key: key >= upper,
+            lambda key: (key >= lower) & (key < upper),
+        )
+        num_sure = tf.reduce_sum(bitmap.count_bits(sure))
+    else:
+        sure, num_sure = None, tf.constant(0)
+        [undecided] = keys_lib.pack_where(scores, lambda key: key >= lower)
+    num_undecided = tf.reduce_sum(bitmap.count_bits(undecided))
+    suffice = (
+        (num_sure < group.k)
+        & (group.k <= num_sure + num_undecided)
+        & (num_undecided <= p.room)
+    )
+    return Candidates(sure, num_sure, undecided, num_undecided, suffice)
+
+
+def _bounds(scores, p, step):
+    """The keys of the planned ranks among samples, one from each stretch.
+
+    Where in its stretch a sample lies changes with the stretch and the step, so
+    that the bounds cannot keep missing a pattern in the scores.
+    """
+    stretch = scores.shape[0] // p.num_samples
+    random = tf.bitwise.right_shift(
+        hashing.hash_bits(p.num_samples, 0, step), tf.constant(16, tf.uint32)
+    )
+    offset = tf.bitwise.right_shift(
+        tf.bitcast(random, tf.int32) * stretch, tf.constant(16, tf.int32)
+    )
+    samples = tf.gather(scores, tf.range(p.num_samples) * stretch + offset)
+    keys = keys_lib.in_rows(keys_lib.order_preserving(samples), [p.num_samples])
+
+    # The upper half of a key makes a good enough bound. (Scores that all have
+    # the same are all searched.)
+    num_bits = 4 * keys.rows.dtype.size + 2
+
+    def bound(rank):
+        return keys_lib.kth_largest(keys, [rank], num_bits)[0][0]
+
+    return bound(p.lower_rank), bound(p.upper_rank) if p.upper_rank else None

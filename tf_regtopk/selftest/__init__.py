@@ -1,0 +1,1 @@
+"""The self-test: whether the library works on a machine."""

@@ -1,0 +1,46 @@
+"""Random-k."""
+
+import dataclasses
+
+import keras
+
+from tf_regtopk.kernels import hashing
+from tf_regtopk.sparsifiers import base
+
+
+def random_k_score(size, seed, step, dtype):
+    r"""Random-k: uniform in [0, 1), and the same on every replica.
+
+    Args:
+        size: J, the number of entries.
+        seed: Python integer.
+        step: Scalar integer tensor.
+        dtype: Float dtype of the scores.
+
+    Returns:
+        Float tensor `[J]`.
+    """
+    return hashing.uniform(size, seed, step, dtype=dtype)
+
+
+@keras.saving.register_keras_serializable(package="tf_regtopk")
+@dataclasses.dataclass(frozen=True)
+class RandomK(base.Sparsifier):
+    """Random-k: the same k entries on every replica, fresh every step.
+
+    Args:
+        density: Float in (0, 1]. The share of entries that is sent.
+        seed: Non-negative integer. Runs with one seed select the same entries.
+
+    Source: Stich, Cordonnier, Jaggi, "Sparsified SGD with Memory" (2018).
+    """
+
+    seed: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_integer("seed", minimum=0)
+
+    def score(self, a, memory, step):
+        del memory
+        return random_k_score(a.shape[0], self.seed, step, a.dtype)

@@ -1,0 +1,44 @@
+"""Top-k."""
+
+import dataclasses
+from typing import ClassVar
+
+import keras
+
+from tf_regtopk.sparsifiers import base
+
+
+def top_k_score(a):
+    """Top-k: `score_j = a_j`.
+
+    Args:
+        a: Float tensor `[J]`, the accumulated gradient.
+
+    Returns:
+        Float tensor `[J]`.
+    """
+    return a
+
+
+@keras.saving.register_keras_serializable(package="tf_regtopk")
+@dataclasses.dataclass(frozen=True)
+class TopK(base.Sparsifier):
+    """Top-k: the k entries of the largest magnitude.
+
+    Args:
+        density: Float in (0, 1]. The share of entries that is sent.
+
+    Example:
+
+    >>> TopK(density=0.01).num_selected(1000)
+    10
+
+    Source: Aji, Heafield, "Sparse Communication for Distributed Gradient
+    Descent" (2017).
+    """
+
+    selects_non_finite: ClassVar[bool] = True
+
+    def score(self, a, memory, step):
+        del memory, step
+        return top_k_score(a)

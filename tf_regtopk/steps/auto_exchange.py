@@ -1,0 +1,81 @@
+"""Which exchange is faster, measured among all workers."""
+
+import time
+
+import numpy as np
+import tensorflow as tf
+
+from tf_regtopk.distribute import collectives
+
+# Timed runs of each, if the first does not tell them apart by a factor of
+_NUM_RUNS = 5
+_CLEAR_RATIO = 2.0
+# The dense exchange loses nothing, so the sparse one has to be faster by this.
+_ADVANTAGE = 1.05
+
+
+def measure(exchanges):
+    """Runs exchanges in turn, and tells how long a step spends in each.
+
+    To be called in the scope of the strategy, outside of its replicas, by all
+    workers at the same time.
+
+    Args:
+        exchanges: Dict from name to function of no arguments, for a replica
+            context; each returns a tensor that is there when it is done.
+
+    Returns:
+        Dict from name to seconds, the same on every worker: the slowest
+        replica's median.
+    """
+    strategy = tf.distribute.get_strategy()
+    runs = {
+        name: tf.function(lambda function=function: strategy.run(function))
+        for name, function in exchanges.items()
+    }
+    seconds = {name: [] for name in runs}
+
+    def run_all():
+        for name, run in runs.items():
+            start = time.perf_counter()
+            for result in strategy.experimental_local_results(run()):
+                result.numpy()  # Waits for it.
+            seconds[name].append(time.perf_counter() - start)
+
+    def of_all_replicas():
+        medians = [np.median(times) for times in seconds.values()]
+        # What all agree on has to be the same on all.
+        microseconds = collectives.gather_from_workers(
+            [min(round(1e6 * t), 2**31 - 1) for t in medians], strategy
+        )
+        return 1e-6 * np.max(microseconds, axis=0)
+
+    run_all()  # Traces and compiles.
+    seconds = {name: [] for name in runs}
+    run_all()
+    slowest = of_all_replicas()
+    if max(slowest) < _CLEAR_RATIO * min(slowest):
+        for _ in range(_NUM_RUNS - 1):
+            run_all()
+        slowest = of_all_replicas()
+    return dict(zip(runs, map(float, slowest), strict=True))
+
+
+def choose(seconds):
+    """The better of the measured exchanges.
+
+    Args:
+        seconds: Dict from `"sparse"` and `"dense"` to seconds.
+
+    Returns:
+        `"sparse"` or `"dense"`.
+
+    Example:
+
+    >>> choose({"sparse": 0.02, "dense": 0.5})
+    'sparse'
+    >>> choose({"sparse": 0.02, "dense": 0.0201})
+    'dense'
+    """
+    is_sparse = _ADVANTAGE * seconds["sparse"] < seconds["dense"]
+    return "sparse" if is_sparse else "dense"

@@ -1,0 +1,169 @@
+"""The flat buffer: where in one vector each variable's gradient lies."""
+
+import dataclasses
+import functools
+import itertools
+import math
+import os
+
+import tensorflow as tf
+
+from tf_regtopk import selection
+from tf_regtopk.kernels import device_kind
+from tf_regtopk.steps import missing
+
+
+@dataclasses.dataclass(frozen=True)
+class FlatBuffer:
+    """The order, shapes and dtypes of the gradients in one flat vector.
+
+    Args:
+        shapes: Tuple of static shapes (tuples of ints), one a variable.
+        dtypes: Tuple of the variables' float dtypes.
+
+    Example:
+
+    >>> buffer = FlatBuffer(((2,), ()), (tf.float32, tf.float32))
+    >>> gradients = [tf.constant([1.0, 2.0]), tf.constant(3.0)]
+    >>> flat = tf.concat(buffer.vectors(gradients), axis=0)
+    >>> flat.numpy()
+    array([1., 2., 3.], dtype=float32)
+    >>> buffer.split(flat)[1].numpy()
+    np.float32(3.0)
+    """
+
+    shapes: tuple
+    dtypes: tuple
+
+    @classmethod
+    def for_variables(cls, variables):
+        """The flat buffer for the gradients of `variables`, in their order.
+
+        Raises:
+            ValueError: If they have more entries than an int32 index reaches.
+        """
+        buffer = cls(
+            tuple(tuple(v.shape) for v in variables),
+            tuple(tf.as_dtype(v.dtype) for v in variables),
+        )
+        if buffer.size >= 2**31:
+            raise ValueError(
+                "The variables exchanged sparsely must have fewer than 2^31 "
+                f"entries in all. Received: {buffer.size} entries"
+            )
+        return buffer
+
+    @functools.cached_property
+    def sizes(self):
+        """Number of entries of each variable."""
+        return tuple(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def size(self):
+        """J, the number of entries in all."""
+        return sum(self.sizes)
+
+    @property
+    def dtype(self):
+        """float64 if any variable has it, else float32.
+
+        Narrower gradients are accumulated in float32: a small gradient added to
+        a large error would otherwise be rounded away.
+        """
+        return tf.float64 if tf.float64 in self.dtypes else tf.float32
+
+    def groups(self, scope, num_selected):
+        """The groups of entries in which a sparsifier selects.
+
+        Args:
+            scope: `"global"` (one group) or `"per_variable"`.
+            num_selected: Function from the size of a group to its k.
+
+        Returns:
+            Tuple of `selection.Group`.
+        """
+        sizes = (self.size,) if scope == "global" else self.sizes
+        return tuple(selection.Group(n, num_selected(n)) for n in sizes if n)
+
+    def densify(self, gradients):
+        """`gradients` with each `tf.IndexedSlices` as a dense tensor.
+
+        Outside of XLA: the number of slices varies from step to step, and XLA
+        would compile anew for each.
+        """
+        return [
+            tf.math.unsorted_segment_sum(
+                gradient.values, gradient.indices, num_segments=shape[0]
+            )
+            if isinstance(gradient, tf.IndexedSlices)
+            else gradient
+            for gradient, shape in zip(gradients, self.shapes, strict=True)
+        ]
+
+    def vectors(self, gradients):
+        """Vectors of which XLA has to make the flat one, by a concatenation.
+
+        One a variable, with zeros where a gradient is None. But with several
+        threads of a CPU all in one, by TensorFlow: there XLA's code for a
+        concatenation loads beyond the ends of vectors and masks what it finds,
+        which takes much longer where no memory is (benchmarks/flatten.py).
+        """
+        vectors = [
+            tf.zeros([size], self.dtype)
+            if gradient is None
+            else tf.cast(tf.reshape(gradient, [size]), self.dtype)
+            for gradient, size in zip(gradients, self.sizes, strict=True)
+        ]
+        return [tf.concat(vectors, axis=0)] if _has_threads() else vectors
+
+    def split(self, flat):
+        """A flat vector as gradients: a list in the variables' shapes, dtypes.
+
+        Outside of XLA: there slices share the memory of `flat` where they lie
+        on the bounds that TensorFlow requires.
+        """
+        starts = itertools.accumulate(self.sizes, initial=0)
+        return [
+            _narrow(tf.reshape(tf.slice(flat, [start], [size]), shape), dtype)
+            for start, size, shape, dtype in zip(
+                starts, self.sizes, self.shapes, self.dtypes, strict=False
+            )
+        ]
+
+    def missing(self, has_gradient):
+        """The entries of variables without a gradient, or None if all have one.
+
+        Args:
+            has_gradient: For each variable whether there is a gradient.
+
+        Returns:
+            `Missing` or None.
+        """
+        if all(has_gradient):
+            return None
+        runs, start = [], 0
+        variables = zip(has_gradient, self.sizes, strict=True)
+        for has, run in itertools.groupby(variables, lambda v: v[0]):
+            end = start + sum(size for _, size in run)
+            if not has:
+                runs.append((start, end))
+            start = end
+        return missing.Missing(self.size, tuple(runs))
+
+
+def _has_threads():
+    """Whether XLA computes on a CPU, with more than one thread."""
+    if device_kind.is_gpu():
+        return False
+    num_threads = tf.config.threading.get_intra_op_parallelism_threads()
+    if num_threads == 0 and hasattr(os, "sched_getaffinity"):
+        num_threads = len(os.sched_getaffinity(0))
+    return (num_threads or os.cpu_count()) > 1
+
+
+def _narrow(values, dtype):
+    # A float16 holds less than the sum may be.  (To the same dtype it would
+    # copy.)
+    if dtype == values.dtype:
+        return values
+    return tf.saturate_cast(values, dtype)

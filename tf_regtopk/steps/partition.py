@@ -1,0 +1,241 @@
+"""From the gradients of this replica to the sum that all replicas apply."""
+
+import dataclasses
+import math
+
+from tf_regtopk import error_feedback as error_feedback_lib
+from tf_regtopk.codecs import wire_report
+from tf_regtopk.distribute import replica_state
+from tf_regtopk.kernels import device_kind
+from tf_regtopk.saving import saved_state
+from tf_regtopk.steps import dense_step
+from tf_regtopk.steps import flat_buffer
+from tf_regtopk.steps import round as round_lib
+from tf_regtopk.steps import sparse_step
+
+EXCHANGES = ("sparse", "dense")
+
+
+class GradientExchange:
+    """Which variables are exchanged in which way, and what is kept for it.
+
+    To be created in the scope of the strategy.
+
+    Args:
+        kind: `"sparse"` or `"dense"`.
+        variables: List of the trainable variables.
+        participants: `topology.Participants`.
+        density: Float, the share of the entries to send.
+        sparsifier: `Sparsifier`, and so on as of `SparsifiedOptimizer`:
+        codec: `Codec`.
+        error_feedback: `ErrorFeedback`.
+        scope: `"global"` or `"per_variable"`.
+        dense_below: Integer.
+    """
+
+    def __init__(
+        self,
+        kind,
+        variables,
+        participants,
+        density,
+        *,
+        sparsifier,
+        codec,
+        error_feedback,
+        scope,
+        dense_below,
+    ):
+        self.kind = kind
+        if kind == "sparse":
+            device_kind.warn_of_serial_scatters()
+        self._participants = participants
+        self._sparsifier = sparsifier
+        self._codec = codec
+        self._scope = scope
+        self._rule = error_feedback
+        self._dense_rule = _rule_when_dense(error_feedback)
+        sparse, dense = _partition(
+            variables, dense_below if kind == "sparse" else math.inf
+        )
+        self._sparse_slots, self._dense_slots = sparse, dense
+        self._sparse_variables = [variables[slot] for slot in sparse]
+        self._dense_variables = [variables[slot] for slot in dense]
+        self._buffer = flat_buffer.FlatBuffer.for_variables(
+            self._sparse_variables
+        )
+        self._dense_step = dense_step.PlainStep()
+        # Those of which the state below is.
+        self.variables = self._sparse_variables
+        if self._dense_rule != error_feedback_lib.NoFeedback():
+            self.variables = [*self._sparse_variables, *self._dense_variables]
+            self._dense_step = dense_step.DenseStep(
+                flat_buffer.FlatBuffer.for_variables(self._dense_variables),
+                self._dense_rule,
+            )
+        self.feedback_state = replica_state.ReplicaState(
+            self._initial_feedback, participants
+        )
+        self.start_with(density)
+
+    def start_with(self, density):
+        """Sends this share of the entries; what was remembered is dropped."""
+        self.density = density
+        self.memory = replica_state.ReplicaState(
+            lambda: self.initial_memory(density), self._participants
+        )
+        # Of a single participant nothing is sent, and nothing has to be short.
+        codec = self._codec
+        if self._participants.count == 1:
+            codec = dataclasses.replace(codec, indices="int32")
+        local, shared, _ = self.feedback_state.dtypes
+        self.sparse_step = sparse_step.SparseStep(
+            self._buffer,
+            round_lib.Method(
+                self._sparsifier,
+                self._rule,
+                self._payload_codec_of(codec),
+                self._groups_at(density),
+            ),
+            self._participants,
+            round_lib.State(local, shared, self.memory.dtypes),
+        )
+
+    def exchange(self, gradients, moment):
+        """The first half of a step; nothing is kept yet.
+
+        Args:
+            gradients: For each variable this replica's gradient or None.
+            moment: `error_feedback.Moment`.
+
+        Returns:
+            `(flags, exchanged)`: list of `verdict.Flags`, and for `aggregate` a
+            structure of tensors.
+        """
+        exchanged, flags = [], []
+        for slots, step, state in self._parts():
+            part = [gradients[slot] for slot in slots]
+            if all(gradient is None for gradient in part):
+                exchanged.append(())
+                continue
+            found, sent = step.exchange(part, state, moment)
+            exchanged.append(sent)
+            flags.append(found)
+        # What the inner optimizer is to see as it is.
+        summed = {*self._sparse_slots, *self._dense_slots}
+        as_it_is = {
+            slot: gradient
+            for slot, gradient in enumerate(gradients)
+            if gradient is not None and slot not in summed
+        }
+        return flags, (as_it_is, *exchanged)
+
+    def aggregate(self, exchanged, has_gradient, moment):
+        """The second half of a step: the sums over all replicas.
+
+        Args:
+            exchanged: From `exchange`.
+            has_gradient: For each variable whether there was a gradient.
+            moment: As of `exchange`.
+
+        Returns:
+            For each variable its gradient or None.
+        """
+        as_it_is, *exchanged = exchanged
+        aggregate = [as_it_is.get(slot) for slot in range(len(has_gradient))]
+        for sent, part in zip(exchanged, self._parts(), strict=True):
+            slots, step, state = part
+            has = tuple(has_gradient[slot] for slot in slots)
+            if any(has):
+                sums = step.aggregate(sent, state, moment, has)
+                for slot, value in zip(slots, sums, strict=True):
+                    aggregate[slot] = value if has_gradient[slot] else None
+        return aggregate
+
+    def _parts(self):
+        """The ways to exchange: `(slots, step, state)` of each."""
+        local, shared, dense_shared = self.feedback_state.variables()
+        sparse_state = round_lib.State(local, shared, self.memory.variables())
+        return (
+            (
+                self._dense_slots,
+                self._dense_step,
+                round_lib.State(shared=dense_shared),
+            ),
+            (self._sparse_slots, self.sparse_step, sparse_state),
+        )
+
+    def wire_report(self):
+        """What each participant sends a step, as a `WireReport`."""
+        return wire_report.report(
+            self._payload_codec_of(self._codec),
+            self._sparse_variables,
+            self._dense_variables,
+            self._participants.count,
+        )
+
+    def initial_memory(self, density):
+        """What the sparsifier remembers before the first step."""
+        if self.kind == "dense":
+            return ()
+        k = sum(group.k for group in self._groups_at(density))
+        return self._sparsifier.initial_memory(k, self._buffer.dtype)
+
+    def layout(self):
+        """What a saved state must agree in to fit."""
+        shapes = [list(variable.shape) for variable in self.variables]
+        has_double = any(v.dtype == "float64" for v in self.variables)
+        return {
+            "variables": saved_state.canonical_names(
+                [getattr(v, "path", v.name) for v in self.variables]
+            ),
+            "shapes": shapes,
+            "dtype": "float64" if has_double else "float32",
+            "scope": self._scope,
+        }
+
+    def _initial_feedback(self):
+        """`(local, shared, shared of the variables exchanged densely)`."""
+        local = shared = dense_shared = ()
+        if self.kind == "sparse":
+            args = self._buffer.size, self._buffer.dtype
+            local = self._rule.initial_local(*args)
+            shared = self._rule.initial_shared(*args)
+        if self._dense_variables:
+            buffer = flat_buffer.FlatBuffer.for_variables(self._dense_variables)
+            dense_shared = self._dense_rule.initial_shared(
+                buffer.size, buffer.dtype
+            )
+        return local, shared, dense_shared
+
+    def _groups_at(self, density):
+        sparsifier = dataclasses.replace(self._sparsifier, density=density)
+        return self._buffer.groups(self._scope, sparsifier.num_selected)
+
+    def _payload_codec_of(self, codec):
+        """The `PayloadCodec` of a `Codec`; None if nothing is selected."""
+        k = sum(group.k for group in self._groups_at(self.density))
+        if not k:
+            return None
+        return codec.payload(k, self._buffer.size, self._buffer.dtype)
+
+
+def _rule_when_dense(error_feedback):
+    """The rule of the variables exchanged densely."""
+    try:
+        return error_feedback.when_dense()
+    except ValueError:  # It does not say: they are just summed.
+        return error_feedback_lib.NoFeedback()
+
+
+def _partition(variables, dense_below):
+    """The slots of variables exchanged sparsely, and of those densely."""
+    sparse, dense = [], []
+    for slot, variable in enumerate(variables):
+        size = math.prod(variable.shape)
+        # Of an empty variable there is nothing to exchange.  A "gradient"
+        # to overwrite with (float8 scales) is no summand but the next value,
+        # and the inner optimizer assigns it.
+        if size and not getattr(variable, "overwrite_with_gradient", False):
+            (sparse if size >= dense_below else dense).append(slot)
+    return tuple(sparse), tuple(dense)

@@ -1,0 +1,198 @@
+r"""A step of one replica, as pure functions of plain values.
+
+    payload, sent     = send(method, gradient, state, step)
+    total             = sum over all replicas of what they sent     exchange
+    aggregate, shared = aggregate(method, total, shared, step)
+    local, memory     = settle(method, sent, total, step)
+
+There are two halves because the entries of the other replicas arrive between
+them, and because nothing that a replica keeps may change before all of them
+know that the step is taken. The optimizer, the simulation, the benchmarks and
+the exported programs call these functions.
+"""
+
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from tf_regtopk import codecs
+from tf_regtopk import error_feedback as error_feedback_lib
+from tf_regtopk import selection
+from tf_regtopk import sparsifiers
+from tf_regtopk import validation
+from tf_regtopk.steps import missing as missing_lib
+
+
+class Method(NamedTuple):
+    """The parts of a step, for gradients of one size.
+
+    Args:
+        sparsifier: `Sparsifier`.
+        error_feedback: `ErrorFeedback`.
+        payload_codec: `PayloadCodec` for the k of all groups.
+        groups: Tuple of `selection.Group`, whose sizes add up to J.
+    """
+
+    sparsifier: sparsifiers.Sparsifier
+    error_feedback: error_feedback_lib.ErrorFeedback
+    payload_codec: codecs.PayloadCodec
+    groups: tuple[selection.Group, ...]
+
+
+class State(NamedTuple):
+    """Everything that a replica keeps between steps.
+
+    Args:
+        local: Tuple of tensors `[J]`, the replica's own of the error feedback.
+        shared: Tuple of tensors, those of the error feedback that are the same
+            on all replicas.
+        memory: Tuple of tensors, what the sparsifier remembers.
+    """
+
+    local: tuple = ()
+    shared: tuple = ()
+    memory: tuple = ()
+
+
+class Sent(NamedTuple):
+    """Everything that a replica holds while others' entries are on the way.
+
+    Args:
+        indices: int32 tensor `[k]`, rising.
+        values: Float tensor `[k]`, as the receivers decode them.
+        local: The tuple of local tensors that the second half starts with.
+    """
+
+    indices: tf.Tensor
+    values: tf.Tensor
+    local: tuple
+
+
+def send(
+    method: Method,
+    gradient: tf.Tensor,
+    state: State,
+    step: error_feedback_lib.Step,
+    rank: tf.Tensor,
+    missing: missing_lib.Missing | None = None,
+) -> tuple[tf.Tensor, Sent, tf.Tensor]:
+    """Accumulates, scores, selects and encodes, on one replica.
+
+        a       = accumulate(state, g)
+        s       = the k entries of a of the largest scores
+        payload = encode(s, a_s)
+
+    Args:
+        method: `Method`.
+        gradient: Float tensor `[J]`.
+        state: `State`.
+        step: `Step`.
+        rank: Scalar int32 tensor, the replica's number, for stochastic
+            rounding.
+        missing: The entries without a gradient, if there are any. They send
+            nothing and keep their state.
+
+    Returns:
+        `(payload, sent, a)`: an int32 tensor `[num_words]`, `Sent`, and the
+        accumulated gradient `[J]`.
+
+    Example:
+
+    >>> method = Method(
+    ...     sparsifiers.TopK(density=0.5),
+    ...     error_feedback_lib.Accumulate(),
+    ...     codecs.Codec("int32").payload(k=1, size=2),
+    ...     (selection.Group(size=2, k=1),))
+    >>> state = State(local=(tf.constant([0.5, 1.0]),))
+    >>> step = error_feedback_lib.Step(1, 0.5, tf.zeros([]), tf.constant(0))
+    >>> _, sent, a = send(
+    ...     method, tf.constant([0.0, 1.0]), state, step, tf.constant(0))
+    >>> a.numpy().tolist(), sent.indices.numpy(), sent.values.numpy()
+    ([0.5, 2.0], array([1], dtype=int32), array([2.], dtype=float32))
+    """
+    accumulated, local = method.error_feedback.accumulate(
+        state.local, state.shared, gradient, step
+    )
+    validation.check_local_state(
+        f"{type(method.error_feedback).__name__}.accumulate", local, state.local
+    )
+    a = missing.clear(accumulated) if missing else accumulated
+    scores = method.sparsifier.score(a, state.memory, step.number)
+    validation.check_scores(scores, a)
+    indices = selection.select_largest(scores, method.groups, step.number)
+    a = method.sparsifier.restore(a, scores, state.memory, indices)
+    # A rule that keeps a keeps the restored one, because XLA may have written
+    # the scores over the other.
+    local = tuple(a if tensor is accumulated else tensor for tensor in local)
+    if missing:
+        local = missing.keep_state(state.local, local)
+    payload, values = method.payload_codec.encode(
+        indices, selection.take(a, indices), (step.number, rank)
+    )
+    return payload, Sent(indices, values, local), a
+
+
+def aggregate(
+    method: Method,
+    total: tf.Tensor,
+    shared: tuple,
+    step: error_feedback_lib.Step,
+    missing: missing_lib.Missing | None = None,
+) -> tuple[tf.Tensor, tuple]:
+    """Makes of the replicas' sum what the inner optimizer sees.
+
+    Args:
+        method: `Method`.
+        total: Float tensor `[J]`, the sum of what all replicas sent; 0 where
+            gradients are missing.
+        shared: The shared tensors of the `State` before the step.
+        step: `Step`.
+        missing: As of `send`.
+
+    Returns:
+        `(aggregate, shared)`: a float tensor `[J]` and the shared tensors after
+        the step, the same on all replicas. Tensors that stay as they are are
+        the same objects.
+    """
+    aggregated, after = method.error_feedback.aggregate(shared, total, step)
+    if missing:
+        after = missing.keep_state(shared, after)
+    return aggregated, tuple(after)
+
+
+def settle(
+    method: Method,
+    sent: Sent,
+    total: tf.Tensor,
+    step: error_feedback_lib.Step,
+    missing: missing_lib.Missing | None = None,
+) -> tuple[tuple, tuple]:
+    """Clears the error and remembers what became of the entries, on a replica.
+
+        local  = update(a, sent)
+        memory = remember(sent, total at s)
+
+    Args:
+        method: `Method`.
+        sent: `Sent`, from `send`.
+        total: As of `aggregate`.
+        step: `Step`.
+        missing: As of `send`.
+
+    Returns:
+        `(local, memory)` of the `State` after the step. Tensors that stay as
+        they are are the same objects.
+    """
+    indices, values, local = sent
+    memory = method.sparsifier.remember(
+        indices,
+        missing.applied(indices, values) if missing else values,
+        selection.take(total, indices),
+    )
+    after = method.error_feedback.update(local, indices, values, step)
+    validation.check_local_state(
+        f"{type(method.error_feedback).__name__}.update", after, local
+    )
+    if missing:
+        after = missing.keep_state(local, after)
+    return tuple(after), memory

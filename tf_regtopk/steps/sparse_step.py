@@ -1,0 +1,219 @@
+"""A step in which replicas exchange k entries each: `round` with variables."""
+
+import tensorflow as tf
+
+from tf_regtopk import error_feedback
+from tf_regtopk.codecs import header as header_lib
+from tf_regtopk.kernels import scatter_sum
+from tf_regtopk.kernels import words
+from tf_regtopk.steps import finiteness
+from tf_regtopk.steps import round as round_lib
+from tf_regtopk.steps import verdict
+
+
+class SparseStep:
+    """Send -> all-gather -> sum -> settle.
+
+    For one k: another density is another `SparseStep`. It keeps nothing between
+    steps; who does gives it the variables of this replica.
+
+    Args:
+        buffer: `FlatBuffer` of the variables.
+        method: `round.Method` for its size.
+        participants: `topology.Participants`.
+        state_dtypes: `round.State` of dtypes: those of the state, whose
+            variables hold words.
+    """
+
+    def __init__(self, buffer, method, participants, state_dtypes):
+        self._buffer = buffer
+        self._method = method
+        self._participants = participants
+        self._state_dtypes = state_dtypes
+
+    def exchange(self, gradients, state, moment):
+        """Send -> all-gather: the first half of a step; nothing is kept yet.
+
+        Args:
+            gradients: List of this replica's gradients, None where there is
+                none.
+            state: `round.State` of this replica's variables.
+            moment: `error_feedback.Moment`.
+
+        Returns:
+            `(flags, exchanged)`: `verdict.Flags`, and for `aggregate` a
+            structure of tensors.
+        """
+        gradients = self._participants.sum_within(
+            self._buffer.densify(gradients)
+        )
+        payload, num_used, sent = self.send(
+            self._buffer.vectors(gradients),
+            _read(state),
+            moment,
+            self._participants.number,
+            tuple(gradient is not None for gradient in gradients),
+        )
+        payloads = self._participants.all_gather(payload, num_used)
+        entries, flags = self.decode(payloads, moment.number)
+        return flags, (entries, sent)
+
+    def aggregate(self, exchanged, state, moment, has_gradient):
+        """Sum -> settle: the second half of a step.
+
+        Args:
+            exchanged: From `exchange`.
+            state: As of `exchange`.
+            moment: As of `exchange`.
+            has_gradient: For each variable whether there was a gradient.
+
+        Returns:
+            One gradient for each variable.
+        """
+        entries, (indices, values, changed) = exchanged
+        for i, value in changed.items():
+            state.local[i].assign(value)
+        aggregate = self.settle(
+            entries, (indices, values), state, moment, has_gradient
+        )
+        return self._buffer.split(aggregate)
+
+    @tf.function(jit_compile=True, autograph=False)
+    def send(self, vectors, state, moment, rank, has_gradient):
+        """The payload of this replica, and what it holds until `settle`.
+
+        Returns:
+            `(payload, num_used, sent)`: words; how many of them are sent, None
+            for all; and `round.Sent` with only those local tensors that change,
+            by their places.
+        """
+        state = self._release(state)
+        payload, sent, a = round_lib.send(
+            self._method,
+            tf.concat(vectors, axis=0),
+            state,
+            self._step_at(moment),
+            rank,
+            self._buffer.missing(has_gradient),
+        )
+        magnitude = finiteness.largest_magnitude(
+            # Of all entries, unless those that are not finite come first.
+            *([] if self._method.sparsifier.selects_non_finite else [a]),
+            sent.values,
+        )
+        changed = {
+            i: words.hold(new)
+            for i, (old, new) in enumerate(
+                zip(state.local, sent.local, strict=True)
+            )
+            if new is not old
+        }
+        return (
+            words.hold(
+                header_lib.add_header(magnitude, moment.number, payload)
+            ),
+            self._num_used(payload),
+            round_lib.Sent(words.hold(sent.indices), sent.values, changed),
+        )
+
+    @tf.function(jit_compile=True, autograph=False)
+    def decode(self, payloads, number):
+        """The entries `(indices, values)` of all replicas, and `Flags`."""
+        magnitudes, steps, payloads = header_lib.split_header(
+            words.release(payloads, tf.int32), self._buffer.dtype
+        )
+        indices, values, is_valid = self._method.payload_codec.decode(payloads)
+        if values.shape[1] == self._buffer.size:
+            # Nobody reads them, and they take as much memory as the values.
+            indices = indices[:, :0]
+        flags = verdict.Flags(
+            are_finite=tf.stack(
+                [
+                    finiteness.are_finite([values]),
+                    finiteness.is_sum_finite(magnitudes),
+                ]
+            ),
+            are_of_this_step=tf.equal(steps, tf.cast(number, tf.int32)),
+            are_valid=is_valid,
+        )
+        return (words.hold(indices), values), flags
+
+    @tf.function(jit_compile=True, autograph=False)
+    def settle(self, entries, sent, state, moment, has_gradient):
+        """The aggregate; assigns the state after the step.
+
+        Args:
+            entries: `(indices, values)` of all replicas, `[N, k]` each.
+            sent: `(indices, values)` of this one, `[k]` each.
+            state: `round.State` of variables, whose local ones are those of
+                `round.Sent`.
+            moment: `error_feedback.Moment`.
+            has_gradient: For each variable whether there was a gradient.
+
+        Returns:
+            Float tensor `[J]`.
+        """
+        all_indices, all_values = entries
+        indices, values = sent
+        before = self._release(_read(state))
+        step, missing = (
+            self._step_at(moment),
+            self._buffer.missing(has_gradient),
+        )
+        total = scatter_sum.sum_entries(
+            all_indices, all_values, self._buffer.size
+        )
+        if missing:
+            total = missing.clear(total)
+        aggregate, shared = round_lib.aggregate(
+            self._method, total, before.shared, step, missing
+        )
+        local, memory = round_lib.settle(
+            self._method,
+            round_lib.Sent(
+                words.release(indices, tf.int32), values, before.local
+            ),
+            total,
+            step,
+            missing,
+        )
+        # The local ones last, because what reads them comes before.
+        _assign(state.memory, before.memory, memory)
+        _assign(state.shared, before.shared, shared)
+        _assign(state.local, before.local, local)
+        return aggregate
+
+    def _num_used(self, payload):
+        """How many words of a payload with a header are sent; None for all."""
+        if not self._method.payload_codec.is_variable:
+            return None
+        header = header_lib.header_words(self._buffer.dtype)
+        return header + self._method.payload_codec.num_used(payload)
+
+    def _release(self, state):
+        """The values that the variables of a state hold."""
+        return round_lib.State(
+            *(
+                tuple(map(words.release, held, dtypes))
+                for held, dtypes in zip(state, self._state_dtypes, strict=True)
+            )
+        )
+
+    def _step_at(self, moment):
+        return error_feedback.Step(
+            self._participants.count,
+            self._method.payload_codec.indices.k / self._buffer.size,
+            moment.learning_rate,
+            moment.number,
+        )
+
+
+def _read(state):
+    return tf.nest.map_structure(lambda v: v.read_value(), state)
+
+
+def _assign(variables, before, after):
+    """Assigns the values that are not those from before."""
+    for variable, old, new in zip(variables, before, after, strict=True):
+        if new is not old:
+            variable.assign(words.hold(new))
