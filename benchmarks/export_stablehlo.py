@@ -148,7 +148,7 @@ def step_for(size, density, args):
     groups = buffer.groups("global", sparsifier.num_selected)
     [(_, k)] = groups
     codec = tf_regtopk.Codec(args.indices, args.values).payload(k, size)
-    initial = sparsifier.initial_memory(k, tf.float32)
+    initial = sparsifier.initial_memory(k, size, tf.float32)
     memory = [("float32", value.shape.as_list()) for value in initial]
     state_dtypes = round_lib.State(
         (tf.float32,), (), tuple(value.dtype for value in initial)

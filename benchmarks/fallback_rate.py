@@ -59,7 +59,9 @@ class Worker:
         self.group = selection.Group(size, sparsifier.num_selected(size))
         self.sparsifier = sparsifier
         self.error = tf.zeros([size])
-        self.memory = sparsifier.initial_memory(self.group.k, tf.float32)
+        self.memory = sparsifier.initial_memory(
+            self.group.k, self.group.size, tf.float32
+        )
 
     @tf.function(jit_compile=True, autograph=False)
     def _select(self, g, error, memory, step):
@@ -79,7 +81,11 @@ class Worker:
 
     def remember(self, aggregate):
         self.memory = self.sparsifier.remember(
-            self.indices, self.sent, tf.gather(aggregate, self.indices)
+            self.memory,
+            self.indices,
+            self.sent,
+            tf.gather(aggregate, self.indices),
+            tf.constant(0, tf.int64),
         )
 
 

@@ -1,7 +1,8 @@
 r"""How long each part of a step takes, from the gradients to the aggregate.
 
-* `step`: one replica's own work on the flat gradient: accumulate, score,
-  select, encode, and clear the error.
+* `step`: a step of the library on the flat gradient of one replica, without
+  the inner optimizer: accumulate, score, select, encode, check, decode, sum,
+  remember, and clear the error.
 * `sum of 8`: the entries of 8 replicas into one dense gradient.
 * `flatten`, `split`: the variables' gradients to one vector and back.
 * `apply`: a whole update of all variables by the optimizer with one replica,
@@ -16,54 +17,51 @@ import numpy as np
 import tensorflow as tf
 
 import tf_regtopk
-from tf_regtopk import selection
-from tf_regtopk.error_feedback import equations
+from tf_regtopk import error_feedback
+from tf_regtopk.distribute import replica_state
+from tf_regtopk.distribute import topology
 from tf_regtopk.kernels import scatter_sum
 from tf_regtopk.steps import flat_buffer
+from tf_regtopk.steps import round as round_lib
+from tf_regtopk.steps import sparse_step as sparse_step_lib
+from tf_regtopk.steps import verdict
 
 
 def replica_step(sparsifier, gradient):
-    """A function that takes one replica's step after the other."""
+    """A function that takes one replica's step after the other.
+
+    The library's own, with one participant: header, checks and the sum of the
+    entries included.
+    """
     size = len(gradient)
-    groups = [selection.Group(size, sparsifier.num_selected(size))]
     g = tf.constant(gradient)
-    error = tf.Variable(tf.zeros([size]))
-    memory = [
-        tf.Variable(value)
-        for value in sparsifier.initial_memory(groups[0].k, g.dtype)
-    ]
-    num_steps = tf.Variable(0)
+    rule = tf_regtopk.Accumulate()
+    buffer = flat_buffer.FlatBuffer(((size,),), (g.dtype,))
+    groups = buffer.groups("global", sparsifier.num_selected)
+    k = groups[0].k
     # As an entry takes no time to be written: see benchmarks/codecs.py.
-    codec = tf_regtopk.Codec("int32", "float32").payload(groups[0].k, size)
-
-    @tf.function(jit_compile=True, autograph=False)
-    def select_entries(e, memory, step):
-        a = equations.accumulate(e, g)
-        scores = sparsifier.score(a, memory, step)
-        indices = selection.select_largest(scores, groups, step)
-        a = sparsifier.restore(a, scores, memory, indices)
-        payload, sent = codec.encode(indices, tf.gather(a, indices), (step, 0))
-        return a, indices, payload, sent
-
-    @tf.function(jit_compile=True, autograph=False)
-    def clear(error, indices, sent):
-        a = error.read_value()
-        error.assign(equations.residual_error(a, indices, sent))
+    codec = tf_regtopk.Codec("int32", "float32").payload(k, size)
+    feedback = replica_state.ReplicaState(
+        lambda: rule.initial_local(size, g.dtype)
+    )
+    memory = replica_state.ReplicaState(
+        lambda: sparsifier.initial_memory(k, size, g.dtype)
+    )
+    sparse_step = sparse_step_lib.SparseStep(
+        buffer,
+        round_lib.Method(sparsifier, rule, codec, groups),
+        topology.Participants(),
+        round_lib.State(feedback.dtypes, (), memory.dtypes),
+    )
+    state = round_lib.State(feedback.variables(), (), memory.variables())
+    num_steps = tf.Variable(0, dtype=tf.int64)
 
     def step():
-        a, indices, payload, sent = select_entries(
-            error.read_value(),
-            [variable.read_value() for variable in memory],
-            num_steps.assign_add(1),
-        )
-        error.assign(a)
-        # As if the others had sent nothing for half of the entries.
-        summed = tf.where(tf.range(groups[0].k) % 2 == 0, sent, 2 * sent)
-        remembered = sparsifier.remember(indices, sent, summed)
-        for variable, value in zip(memory, remembered, strict=True):
-            variable.assign(value)
-        clear(error, indices, sent)
-        return payload
+        moment = error_feedback.Moment(tf.zeros([]), num_steps.assign_add(1))
+        flags, exchanged = sparse_step.exchange([g], state, moment)
+        with tf.control_dependencies([verdict.is_finite([flags])]):
+            exchanged = tf.nest.map_structure(tf.identity, exchanged)
+        return sparse_step.aggregate(exchanged, state, moment, (True,))
 
     return benchmark_utils.compiled(step, jit_compile=False)
 

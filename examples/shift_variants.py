@@ -17,8 +17,8 @@ from tf_regtopk.error_feedback import equations
 class MaskedShift(tf_regtopk.LearnedShift):
     """With factor masking: u is 0 where something was sent."""
 
-    def update(self, local, indices, sent, step):
-        e, h, *_ = super().update(local, indices, sent, step)
+    def update(self, local, indices, sent, total, step):
+        e, h, *_ = super().update(local, indices, sent, total, step)
         masked = (equations.clear_sent(u, indices) for u in local[2:])
         return (e, h, *masked)
 
@@ -32,8 +32,8 @@ class RoundedShift(tf_regtopk.LearnedShift):
     nothing of that rounding.
     """
 
-    def update(self, local, indices, sent, step):
-        e, h, *u = super().update(local, indices, sent, step)
+    def update(self, local, indices, sent, total, step):
+        e, h, *u = super().update(local, indices, sent, total, step)
         bits = tf.bitcast(tf.cast(h, tf.float32), tf.uint32)
         noise = tf.random.stateless_uniform(
             h.shape, [tf.cast(step.number, tf.int32), 0], 0, 1 << 16, tf.int32

@@ -133,7 +133,7 @@ class SparseDescent(NamedTuple):
             (tf.zeros_like(weights),) * self.inner.num_arrays,
             for_each_worker(self.error_feedback.initial_local(size, dtype)),
             self.error_feedback.initial_shared(size, dtype),
-            for_each_worker(self.sparsifier.initial_memory(k, dtype)),
+            for_each_worker(self.sparsifier.initial_memory(k, size, dtype)),
         )
 
     def step(self, state, gradients, t, rate):
@@ -180,11 +180,11 @@ class SparseDescent(NamedTuple):
         )
         local, memory, _ = tf.map_fn(
             # With something to return where nothing is kept.
-            lambda sent: (
-                *round_lib.settle(method, sent, total, context),
-                sent.indices,
+            lambda of_worker: (
+                *round_lib.settle(method, *of_worker, total, context),
+                of_worker[0].indices,
             ),
-            sent,
+            (sent, state.memory),
             fn_output_signature=(
                 _specs(state.local),
                 _specs(state.memory),

@@ -52,8 +52,8 @@ class Watch(keras.callbacks.Callback):
         if steps % 1000 == 0:
             traced = [self.model.num_traced]
             for function in (
-                self._optimizer._gradient_exchange.sparse_step.send,
-                self._optimizer._gradient_exchange.sparse_step.settle,
+                self._optimizer._partition.sparse_step.send,
+                self._optimizer._partition.sparse_step.settle,
             ):
                 traced.append(function.experimental_get_tracing_count())
             assert all(traced), traced

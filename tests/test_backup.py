@@ -160,9 +160,10 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 import conftest, test_backup, tf_regtopk
+from tf_regtopk.callbacks import backup as backup_lib
 
 calls = 0
-write = tf_regtopk.backup._save_rest
+write = backup_lib._save_rest
 
 def kill(*args):
     global calls
@@ -171,7 +172,7 @@ def kill(*args):
         os.kill(os.getpid(), signal.SIGKILL)
     write(*args)
 
-tf_regtopk.backup._save_rest = kill
+backup_lib._save_rest = kill
 model = test_backup.make(conftest._mirrored_strategy(0))
 backup = tf_regtopk.Backup(sys.argv[2])
 backup.restore(model)

@@ -40,7 +40,7 @@ def test_no_array_of_the_gradients_size_is_copied(sparsifier):
     """Neither to select, nor to damp scores, nor to clear what was sent."""
     size = 2**18
     optimizer, _variables = make_optimizer(sparsifier, [(size - 99,), (9, 11)])
-    exchange = optimizer._gradient_exchange
+    exchange = optimizer._partition
     local, shared, _ = exchange.feedback_state.variables()
     state = round_lib.State(local, shared, exchange.memory.variables())
     values = tf.nest.map_structure(lambda v: v.read_value(), state)

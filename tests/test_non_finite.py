@@ -57,7 +57,7 @@ def state_of(strategy, optimizer, variables):
         [
             [strategy.experimental_local_results(v.value) for v in variables],
             [v.numpy() for v in wrapper.inner_optimizer.variables],
-            wrapper._gradient_exchange.feedback_state.local_arrays(),
+            wrapper._partition.feedback_state.local_arrays(),
         ],
     )
 

@@ -54,7 +54,7 @@ def residual_errors(optimizer):
     """One array for each replica."""
     return [
         arrays[0]
-        for arrays in optimizer._gradient_exchange.feedback_state.local_arrays()
+        for arrays in optimizer._partition.feedback_state.local_arrays()
     ]
 
 
@@ -669,7 +669,7 @@ def test_no_retracing(mirrored):
         strategy, wrap(INNER_OPTIMIZERS["sgd"], tf_regtopk.RegTopK(0.3))
     )
     optimizer = model.optimizer
-    send = optimizer._gradient_exchange.sparse_step.send
+    send = optimizer._partition.sparse_step.send
     before = send.experimental_get_tracing_count()
     model.fit(*small_data(), batch_size=12, epochs=2, verbose=0)
     assert send.experimental_get_tracing_count() == before

@@ -93,7 +93,7 @@ def make_step(strategy, kwargs):
 
 
 def state_variables(optimizer):
-    exchange = optimizer._gradient_exchange
+    exchange = optimizer._partition
     return [
         part
         for state in (exchange.feedback_state, exchange.memory)

@@ -14,6 +14,12 @@ import tf_regtopk
 ROOT = pathlib.Path(tf_regtopk.__file__).parent.parent
 
 PUBLIC = {
+    "AllGather",
+    "AllReduce",
+    "Cluster",
+    "EntryTopology",
+    "Hierarchical",
+    "Topology",
     "Accumulate",
     "BFloat16",
     "Backup",

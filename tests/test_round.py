@@ -35,7 +35,7 @@ def test_rounds_without_variables_or_strategy():
         round_lib.State(
             (tf.zeros([SIZE]),),
             (),
-            sparsifier.initial_memory(k, tf.float32),
+            sparsifier.initial_memory(k, SIZE, tf.float32),
         )
         for _ in range(NUM_REPLICAS)
     ]
@@ -58,8 +58,8 @@ def test_rounds_without_variables_or_strategy():
         states = [
             round_lib.State(local, shared, memory)
             for local, memory in (
-                round_lib.settle(method, of_replica, total, step)
-                for _, of_replica, _ in sent
+                round_lib.settle(method, of_replica, state.memory, total, step)
+                for (_, of_replica, _), state in zip(sent, states, strict=True)
             )
         ]
         # Nothing is lost, and each error is what was not sent.
@@ -89,7 +89,7 @@ def test_missing_entries_send_nothing_and_stay():
     g = tf.ones([SIZE])
     _, sent, a = round_lib.send(method, g, state, step, 0, missing)
     assert not a[5:20].numpy().any()
-    local, _ = round_lib.settle(method, sent, a, step, missing)
+    local, _ = round_lib.settle(method, sent, (), a, step, missing)
     for before, after in zip(old, local, strict=True):
         np.testing.assert_array_equal(after[5:20], before[5:20])
         assert (after.numpy() != before.numpy())[:5].any()
@@ -105,7 +105,7 @@ class OfVersion010(tf_regtopk.ErrorFeedback):
     def accumulate(self, local, shared, gradient, step):
         return local[0] + gradient, (None,)
 
-    def update(self, local, indices, sent, step):
+    def update(self, local, indices, sent, total, step):
         return local
 
 

@@ -13,6 +13,12 @@ from tf_regtopk.codecs.value_codecs import Uniform
 from tf_regtopk.codecs.value_codecs import ValueCodec
 from tf_regtopk.codecs.wire_report import WireReport
 from tf_regtopk.distribute.strategy import MultiWorkerMirroredStrategy
+from tf_regtopk.distribute.topology import AllGather
+from tf_regtopk.distribute.topology import AllReduce
+from tf_regtopk.distribute.topology import Cluster
+from tf_regtopk.distribute.topology import EntryTopology
+from tf_regtopk.distribute.topology import Hierarchical
+from tf_regtopk.distribute.topology import Topology
 from tf_regtopk.error_feedback.base import ErrorFeedback
 from tf_regtopk.error_feedback.downlink import CompressedDownlink
 from tf_regtopk.error_feedback.ef21 import EF21
@@ -32,15 +38,20 @@ from tf_regtopk.version import __version__
 __all__ = [
     "EF21",
     "Accumulate",
+    "AllGather",
+    "AllReduce",
     "BFloat16",
     "Backup",
+    "Cluster",
     "Codec",
     "CompressedDownlink",
     "Dense",
     "DensityWarmup",
+    "EntryTopology",
     "ErrorFeedback",
     "Float16",
     "Float32",
+    "Hierarchical",
     "LearnedShift",
     "LossScaleOptimizer",
     "MultiWorkerMirroredStrategy",
@@ -52,6 +63,7 @@ __all__ = [
     "SparsifiedOptimizer",
     "Sparsifier",
     "TopK",
+    "Topology",
     "Uniform",
     "ValueCodec",
     "WireReport",

@@ -272,12 +272,3 @@ def check_built(optimizer, method):
             f"The optimizer must be built before `{method}`. Call "
             "`sparsified.build(model.trainable_variables)`."
         )
-
-
-def check_hierarchical(hierarchical, indices):
-    """Raises where workers cannot share the sending of a payload."""
-    if hierarchical and indices == "golomb":
-        raise ValueError(
-            "`codec` must write indices in a fixed length with "
-            '`hierarchical`. Received: indices="golomb"'
-        )

@@ -1,13 +1,14 @@
 """What a step sends, counted before training."""
 
 import dataclasses
+import functools
 
 import numpy as np
 import tensorflow as tf
 
 from tf_regtopk.codecs import header
 from tf_regtopk.codecs import index_codecs
-from tf_regtopk.distribute import collectives
+from tf_regtopk.distribute import topology as topology_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,11 @@ class WireReport:
             of indices can undercut.
         bits_per_value: Bits of a value, with its share of scales.
         payload_bytes: Bytes of the payload of one replica, header included.
+        sent_bytes: Bytes that each participant of the topology sends per step:
+            its payload, and by a ring its part of the other gradients.
+        dense_sent_bytes: Bytes that each replica sends per step without the
+            wrapper, by a ring.
+        topology: Name of the topology by which payloads go.
         exchange: `"sparse"` or `"dense"`, the one chosen.
         exchange_seconds: Seconds a step of each, if they were measured to
             choose (`exchange="auto"`), else None.
@@ -47,6 +53,9 @@ class WireReport:
     entropy_bits_per_index: float = 0.0
     bits_per_value: float = 0.0
     payload_bytes: int = 0
+    sent_bytes: int = 0
+    dense_sent_bytes: int = 0
+    topology: str = "AllGather"
     exchange: str = "sparse"
     exchange_seconds: dict | None = None
 
@@ -55,23 +64,6 @@ class WireReport:
         """How many times fewer bytes than without the wrapper a replica has."""
         num_bytes = self.payload_bytes + self.dense_below_bytes
         return self.dense_bytes / max(num_bytes, 1)
-
-    @property
-    def sent_bytes(self):
-        """Bytes that each replica sends a step, by rings.
-
-        An all-gather passes each payload on N - 1 times, an all-reduce sends
-        2 (N - 1) / N of the data.
-        """
-        n = self.num_replicas
-        reduced = 2 * (n - 1) / n * self.dense_below_bytes
-        return round((n - 1) * self.payload_bytes + reduced)
-
-    @property
-    def dense_sent_bytes(self):
-        """As `sent_bytes`, without the wrapper."""
-        n = self.num_replicas
-        return round(2 * (n - 1) / n * self.dense_bytes)
 
     def __str__(self):
         exchange = self.exchange
@@ -82,7 +74,7 @@ class WireReport:
             ]
             exchange += f" (measured a step: {', '.join(measured)})"
         rows = {
-            "exchange": collectives,
+            "exchange": exchange,
             "entries selected": f"{self.num_selected:,} of "
             f"{self.num_entries:,}, by each of {self.num_replicas} replicas",
             "bits per index": f"{self.bits_per_index:.2f} ({self.index_code}; "
@@ -93,34 +85,47 @@ class WireReport:
             "all gradients": f"{self.dense_bytes:,} bytes, "
             f"{self.ratio:.1f} times as many",
             "sent by a replica": f"{self.sent_bytes:,} bytes a step "
-            f"(all-gather), {self.dense_sent_bytes:,} without the wrapper "
+            f"({self.topology}), {self.dense_sent_bytes:,} without the wrapper "
             "(ring all-reduce)",
         }
         return "\n".join(f"{name:18} {text}" for name, text in rows.items())
 
 
-def report(payload_codec, sparse, dense, num_replicas):
+def report(payload_codec, sparse, dense, participants):
     """Makes the report.
 
     Args:
         payload_codec: `PayloadCodec`, None if no variable is sent sparsely.
         sparse: List of the variables that are exchanged sparsely.
         dense: List of those that are exchanged densely.
-        num_replicas: N.
+        participants: `topology.Participants`.
 
     Returns:
         `WireReport`.
     """
     dense_below_bytes = _num_bytes(dense)
     dense_bytes = dense_below_bytes + _num_bytes(sparse)
+    num_replicas = participants.count
+    reduced = functools.partial(
+        topology_lib.AllReduce().sent_bytes, cluster=participants.cluster
+    )
+    dense_sent_bytes = round(reduced(dense_bytes))
     if payload_codec is None:
-        return WireReport(num_replicas, dense_below_bytes, dense_bytes)
+        return WireReport(
+            num_replicas,
+            dense_below_bytes,
+            dense_bytes,
+            sent_bytes=round(reduced(dense_below_bytes)),
+            dense_sent_bytes=dense_sent_bytes,
+        )
     k, size = payload_codec.indices.k, payload_codec.indices.size
     num_words = _words_used(payload_codec)
     value_words = payload_codec.num_value_words
     header_words = header.header_words(payload_codec.dtype)
     if payload_codec.is_variable:
         header_words += 1  # The length.
+    payload_bytes = 4 * (header_words + num_words)
+    sent = participants.topology.sent_bytes(payload_bytes, participants.cluster)
     return WireReport(
         num_replicas,
         dense_below_bytes,
@@ -132,7 +137,10 @@ def report(payload_codec, sparse, dense, num_replicas):
         bits_per_index=32 * (num_words - value_words) / k,
         entropy_bits_per_index=index_codecs.entropy_bits(k, size) / k,
         bits_per_value=32 * value_words / k,
-        payload_bytes=4 * (header_words + num_words),
+        payload_bytes=payload_bytes,
+        sent_bytes=round(sent + reduced(dense_below_bytes)),
+        topology=type(participants.topology).__name__,
+        dense_sent_bytes=dense_sent_bytes,
     )
 
 

@@ -66,8 +66,8 @@ class ReplicaState:
 
     @property
     def replicas(self):
-        """The numbers of this process's participants among all."""
-        return self._participants.local
+        """The ranks of this process's participants."""
+        return self._participants.local_ranks
 
     @property
     def num_replicas(self):

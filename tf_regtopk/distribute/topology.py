@@ -1,91 +1,301 @@
-"""The topology: who exchanges entries with whom."""
+r"""Topologies: who exchanges gradients with whom, and what bytes that costs.
 
+A topology answers five questions of a step:
+
+    who takes part        `replicas_per_participant`
+    what is summed first  `sum_within`, before entries are selected
+    how payloads go       `exchange`
+    what that costs       `sent_bytes`, `worker_sent_bytes`
+    may lengths vary      `can_vary_length`
+
+The step, the wire report, the cost model and the checks ask the topology, so
+that another one is a class of its own.
+"""
+
+import abc
+from collections.abc import Sequence
+import dataclasses
+from typing import ClassVar
+
+import keras
 import tensorflow as tf
 
+from tf_regtopk import hyper_parameters
 from tf_regtopk import keras_internals
 from tf_regtopk.distribute import collectives
 from tf_regtopk.distribute import strategy as strategy_lib
 from tf_regtopk.distribute import watchdog
 
 
-class Participants:
-    """Who exchanges entries: every replica, or every worker as a whole.
-
-    To be created in the scope of the strategy. The methods and `number` are for
-    a replica context.
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """The replicas that train together, as one of their processes sees them.
 
     Args:
-        are_workers: Boolean. If true, the replicas of a worker first sum their
-            gradients, and from then on all do the same; each sends its share of
-            what the worker has to send.
+        num_replicas: Number of replicas on all workers.
+        num_workers: Number of workers, which have as many replicas each.
+        worker: Rank of this process's worker.
+
+    Example:
+
+    >>> Cluster(num_replicas=8, num_workers=2).replicas_per_worker
+    4
     """
 
-    def __init__(self, are_workers=False):
+    num_replicas: int
+    num_workers: int = 1
+    worker: int = 0
+
+    @classmethod
+    def in_scope(cls) -> "Cluster":
+        """Returns the cluster of the `tf.distribute.Strategy` in scope."""
         strategy = tf.distribute.get_strategy()
-        self._worker, num_workers = strategy_lib.worker_number(strategy)
-        num_replicas = strategy.num_replicas_in_sync
-        self._replicas_per_worker = num_replicas // num_workers
-        self._are_groups = are_workers and self._replicas_per_worker > 1
-        self.count = num_workers if are_workers else num_replicas
+        worker, num_workers = strategy_lib.worker_number(strategy)
+        return cls(strategy.num_replicas_in_sync, num_workers, worker)
 
     @property
-    def local(self):
-        """The numbers of those in this process."""
-        if self._are_groups:
-            return range(self._worker, self._worker + 1)
-        first = self._worker * self._replicas_per_worker
-        return range(first, first + self._replicas_per_worker)
+    def replicas_per_worker(self) -> int:
+        """Number of replicas of each worker."""
+        return self.num_replicas // self.num_workers
 
-    @property
-    def copies(self):
-        """How many replicas share a participant's state."""
-        return self._replicas_per_worker if self._are_groups else 1
 
-    @property
-    def number(self):
-        """The number of the participant that this replica belongs to."""
-        if self._are_groups:
-            return tf.constant(self._worker)
-        replica = tf.distribute.get_replica_context()
-        return tf.convert_to_tensor(replica.replica_id_in_sync_group)
+@dataclasses.dataclass(frozen=True)
+class Topology(hyper_parameters.HyperParameters, abc.ABC):
+    """Base class: who exchanges gradients with whom.
 
-    def sum_within(self, gradients):
-        """Sums gradients over the replicas of this participant.
+    A subclass is a frozen dataclass of hyper-parameters, registered with
+    `keras.saving.register_keras_serializable`. Derive one that exchanges
+    entries from `EntryTopology`.
+    """
+
+    # Whether selected entries are exchanged, not whole gradients.
+    sends_entries: ClassVar[bool] = False
+
+    def replicas_per_participant(self, cluster: Cluster) -> int:
+        """Returns how many replicas act as one, with one state and payload."""
+        del cluster
+        return 1
+
+    def num_participants(self, cluster: Cluster) -> int:
+        """Returns N, the number of those who exchange."""
+        return cluster.num_replicas // self.replicas_per_participant(cluster)
+
+    @abc.abstractmethod
+    def sent_bytes(self, num_bytes: int, cluster: Cluster) -> float:
+        """Returns the bytes that each participant sends per step.
 
         Args:
-            gradients: List of tensors or None.
+            num_bytes: Bytes of what each participant has: a payload, or a
+                whole gradient.
+            cluster: `Cluster`.
+        """
+
+    @abc.abstractmethod
+    def worker_sent_bytes(self, num_bytes: int, cluster: Cluster) -> float:
+        """Returns the bytes that each worker sends to others per step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EntryTopology(Topology):
+    """Base class: a topology by which payloads of selected entries go.
+
+    `exchange` and `sum_within` are called in a replica context, on all
+    replicas, while a `tf.function` is traced. Every participant must receive
+    the same payloads, because all of them apply the sum of the entries.
+    """
+
+    sends_entries: ClassVar[bool] = True
+    # Whether payloads may differ in length from participant to participant.
+    can_vary_length: ClassVar[bool] = False
+
+    def sum_within(
+        self, gradients: Sequence[tf.Tensor | None], cluster: Cluster
+    ) -> Sequence[tf.Tensor | None]:
+        """Returns the sums of gradients over the replicas of a participant."""
+        del cluster
+        return gradients
+
+    @abc.abstractmethod
+    def exchange(
+        self,
+        payload: tf.Tensor,
+        num_used: tf.Tensor | None,
+        cluster: Cluster,
+    ) -> tf.Tensor:
+        """Gives every participant the payloads of all.
+
+        Args:
+            payload: Tensor `[length]` of held words, of the same length on
+                every replica, and the same on the replicas of a participant.
+            num_used: Scalar int32 tensor, the number of words of this payload
+                that have to be sent, the others being 0; None for all, as
+                always where `can_vary_length` is False.
+            cluster: `Cluster`.
 
         Returns:
-            List of the same structure.
+            Tensor `[N, length]` of held words, in the order of the ranks.
         """
-        if not self._are_groups:
+
+
+@keras.saving.register_keras_serializable(package="tf_regtopk")
+@dataclasses.dataclass(frozen=True)
+class AllReduce(Topology):
+    """Whole gradients, summed over all replicas in a ring: the dense exchange.
+
+    Example:
+
+    >>> AllReduce().sent_bytes(1000, Cluster(num_replicas=4))
+    1500.0
+    """
+
+    def sum(self, gradients):
+        """Sums gradients over all replicas, as Keras itself does.
+
+        Args:
+            gradients: List of tensors or `tf.IndexedSlices`.
+
+        Returns:
+            List of the same structure, the same on every replica.
+        """
+        return collectives.all_reduce_sum(gradients)
+
+    def sent_bytes(self, num_bytes: int, cluster: Cluster) -> float:
+        n = cluster.num_replicas
+        return 2 * (n - 1) / n * num_bytes
+
+    def worker_sent_bytes(self, num_bytes: int, cluster: Cluster) -> float:
+        # The ring leaves each worker once.
+        is_alone = cluster.num_workers == 1
+        return 0 if is_alone else self.sent_bytes(num_bytes, cluster)
+
+
+@keras.saving.register_keras_serializable(package="tf_regtopk")
+@dataclasses.dataclass(frozen=True)
+class AllGather(EntryTopology):
+    """Every replica sends its payload to all others.
+
+    Example:
+
+    >>> AllGather().sent_bytes(100, Cluster(num_replicas=4))
+    300
+    """
+
+    can_vary_length: ClassVar[bool] = True
+
+    def exchange(self, payload, num_used, cluster):
+        del cluster
+        return collectives.all_gather(payload, num_used)
+
+    def sent_bytes(self, num_bytes: int, cluster: Cluster) -> float:
+        return (cluster.num_replicas - 1) * num_bytes
+
+    def worker_sent_bytes(self, num_bytes: int, cluster: Cluster) -> float:
+        # Each replica to each of the other workers.
+        own = cluster.replicas_per_worker
+        return own * (cluster.num_replicas - own) * num_bytes
+
+
+@keras.saving.register_keras_serializable(package="tf_regtopk")
+@dataclasses.dataclass(frozen=True)
+class Hierarchical(EntryTopology):
+    """Every worker acts as one: its replicas sum their gradients beforehand.
+
+    N is the number of workers, and each sends its payload once, however many
+    replicas it has: each of them sends its share of the words.
+
+    Example:
+
+    >>> cluster = Cluster(num_replicas=8, num_workers=2)
+    >>> Hierarchical().num_participants(cluster)
+    2
+    >>> Hierarchical().worker_sent_bytes(100, cluster)
+    100
+    """
+
+    def replicas_per_participant(self, cluster: Cluster) -> int:
+        return cluster.replicas_per_worker
+
+    def sum_within(self, gradients, cluster):
+        if cluster.replicas_per_worker == 1:
             return gradients
         present = [g for g in gradients if g is not None]
-        if self.count == 1:
-            sums = iter(collectives.all_reduce_sum(present))
+        if cluster.num_workers == 1:
+            sums = collectives.all_reduce_sum(present)
         else:
-            sums = iter(
-                watchdog.watched(
-                    lambda: keras_internals.sum_within_worker(
-                        present, self._worker, self.count
-                    )
+            sums = watchdog.watched(
+                lambda: keras_internals.sum_within_worker(
+                    present, cluster.worker, cluster.num_workers
                 )
             )
+        sums = iter(sums)
         return [None if g is None else next(sums) for g in gradients]
 
-    def all_gather(self, payload, num_used=None):
-        """As the function `all_gather`, among the participants."""
-        if not self._are_groups:
-            return collectives.all_gather(payload, num_used)
-        if self.count == 1:
+    def exchange(self, payload, num_used, cluster):
+        del num_used
+        if cluster.num_workers == 1:
             return payload[tf.newaxis]
+        if cluster.replicas_per_worker == 1:
+            return collectives.all_gather(payload)
         length = payload.shape[0]
-        share = -(-length // self._replicas_per_worker)
-        padding = share * self._replicas_per_worker - length
+        share = -(-length // cluster.replicas_per_worker)
+        padding = share * cluster.replicas_per_worker - length
         shares = tf.reshape(tf.pad(payload, [[0, padding]]), [-1, share])
         gathered = watchdog.watched(
             lambda: keras_internals.gather_among_workers(
-                shares, self._worker, self.count
+                shares, cluster.worker, cluster.num_workers
             )
         )
-        return tf.reshape(gathered, [self.count, -1])[:, :length]
+        return tf.reshape(gathered, [cluster.num_workers, -1])[:, :length]
+
+    def sent_bytes(self, num_bytes: int, cluster: Cluster) -> float:
+        return (cluster.num_workers - 1) * num_bytes
+
+    def worker_sent_bytes(self, num_bytes: int, cluster: Cluster) -> float:
+        return self.sent_bytes(num_bytes, cluster)
+
+
+class Participants:
+    """Those who exchange by a topology, in the scope of a strategy.
+
+    To be created in that scope. `rank`, `sum_within` and `exchange` are for a
+    replica context.
+
+    Args:
+        topology: `Topology`. Defaults to `AllGather()`.
+    """
+
+    def __init__(self, topology: Topology | None = None):
+        self.topology = topology or AllGather()
+        self.cluster = Cluster.in_scope()
+
+    @property
+    def count(self) -> int:
+        """N, the number of participants."""
+        return self.topology.num_participants(self.cluster)
+
+    @property
+    def copies(self) -> int:
+        """Number of replicas that share a participant's state."""
+        return self.topology.replicas_per_participant(self.cluster)
+
+    @property
+    def local_ranks(self) -> range:
+        """The ranks of the participants in this process."""
+        num_local = self.cluster.replicas_per_worker // self.copies
+        first = self.cluster.worker * num_local
+        return range(first, first + num_local)
+
+    @property
+    def rank(self) -> tf.Tensor:
+        """The rank of the participant that this replica belongs to."""
+        replica = tf.distribute.get_replica_context()
+        rank = tf.convert_to_tensor(replica.replica_id_in_sync_group)
+        return rank // self.copies if self.copies > 1 else rank
+
+    def sum_within(self, gradients):
+        """Sums gradients over the replicas of this participant."""
+        return self.topology.sum_within(gradients, self.cluster)
+
+    def exchange(self, payload, num_used=None):
+        """Gives every participant the payloads of all, `[N, length]`."""
+        return self.topology.exchange(payload, num_used, self.cluster)

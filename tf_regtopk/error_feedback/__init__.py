@@ -4,7 +4,7 @@ Each rule is a few equations for one replica n of N, in which g is its gradient,
 a what entries are selected from, and `sent` what the others receive of a:
 
     a, ...        = accumulate(state, g)        before anything is sent
-    state         = update(state, a, sent)      once it was
+    state         = update(state, a, sent, total)
     aggregate     = aggregate(shared, total)    total: the sum of all `sent`
 
 Under `tf.distribute` Keras divides the loss by the number of replicas, so g

@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+from typing import ClassVar
 from typing import NamedTuple
 
 import tensorflow as tf
@@ -51,6 +52,8 @@ class ErrorFeedback(hyper_parameters.HyperParameters, abc.ABC):
     local ones are kept and spread evenly.
     """
 
+    # Which of the local tensors is the residual error, None if there is none.
+    residual_place: ClassVar[int | None] = None
     # Whether the rule reads `Step.learning_rate`.
     needs_learning_rate = False
 
@@ -93,13 +96,14 @@ class ErrorFeedback(hyper_parameters.HyperParameters, abc.ABC):
         """
 
     @abc.abstractmethod
-    def update(self, local, indices, sent, step):
+    def update(self, local, indices, sent, total, step):
         """The local tensors for the next step.
 
         Args:
             local: As returned by `accumulate`.
             indices: int32 tensor `[k]`, the entries sent, each once.
             sent: Tensor `[k]`, the values that the receivers see.
+            total: Tensor `[J]`, the sum of what all replicas sent.
             step: `Step`.
 
         Returns:

@@ -74,6 +74,10 @@ class CompressedDownlink(base.ErrorFeedback):
         return self.error_feedback.needs_learning_rate
 
     @property
+    def residual_place(self):
+        return self.error_feedback.residual_place
+
+    @property
     def num_local(self):
         return self.error_feedback.num_local
 
@@ -87,8 +91,8 @@ class CompressedDownlink(base.ErrorFeedback):
     def accumulate(self, local, shared, gradient, step):
         return self.error_feedback.accumulate(local, shared[1:], gradient, step)
 
-    def update(self, local, indices, sent, step):
-        return self.error_feedback.update(local, indices, sent, step)
+    def update(self, local, indices, sent, total, step):
+        return self.error_feedback.update(local, indices, sent, total, step)
 
     def aggregate(self, shared, total, step):
         total, inner = self.error_feedback.aggregate(shared[1:], total, step)

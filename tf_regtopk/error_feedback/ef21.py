@@ -49,8 +49,8 @@ class EF21(base.ErrorFeedback):
         v = (1 - self.momentum) * v + self.momentum * gradient
         return v - h, (h, v)
 
-    def update(self, local, indices, sent, step):
-        del step
+    def update(self, local, indices, sent, total, step):
+        del total, step
         h = equations.add_sent(local[0], indices, sent)
         return (h, *local[1:])
 

@@ -1,6 +1,7 @@
 """Error accumulation, and Deep Gradient Compression."""
 
 import dataclasses
+from typing import ClassVar
 
 import keras
 import tensorflow as tf
@@ -43,6 +44,8 @@ class Accumulate(base.ErrorFeedback):
     Sources: Stich, Cordonnier, Jaggi, "Sparsified SGD with Memory" (2018); Lin
     et al., "Deep Gradient Compression" (2018).
     """
+
+    residual_place: ClassVar[int | None] = 0
 
     momentum: float = 0.0
     factor_masking: bool = False
@@ -90,8 +93,8 @@ class Accumulate(base.ErrorFeedback):
         a = equations.accumulate(e, u)
         return a, (a, u)
 
-    def update(self, local, indices, sent, step):
-        del step
+    def update(self, local, indices, sent, total, step):
+        del total, step
         e = equations.residual_error(local[0], indices, sent)
         if not self.momentum:
             return (e,)

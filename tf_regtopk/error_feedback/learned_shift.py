@@ -1,6 +1,7 @@
 """Error accumulation around a learned shift of the gradient."""
 
 import dataclasses
+from typing import ClassVar
 
 import keras
 import tensorflow as tf
@@ -39,6 +40,8 @@ class LearnedShift(base.ErrorFeedback):
     from a second message.
     """
 
+    residual_place: ClassVar[int | None] = 0
+
     rate: float | None = None
     momentum: float = 0.0
 
@@ -65,7 +68,7 @@ class LearnedShift(base.ErrorFeedback):
         a = e + u
         return a, (a, h, u)
 
-    def update(self, local, indices, sent, step):
+    def update(self, local, indices, sent, total, step):
         a, h, *u = local
         e = equations.residual_error(a, indices, sent)
         h = equations.add_sent(h, indices, self._rate(step) * sent)

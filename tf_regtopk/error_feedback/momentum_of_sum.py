@@ -38,8 +38,8 @@ class MomentumOfSum(base.ErrorFeedback):
             )
         return gradient, local
 
-    def update(self, local, indices, sent, step):
-        del indices, sent, step
+    def update(self, local, indices, sent, total, step):
+        del indices, sent, total, step
         return local
 
     def aggregate(self, shared, total, step):

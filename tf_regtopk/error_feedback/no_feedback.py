@@ -22,8 +22,8 @@ class NoFeedback(base.ErrorFeedback):
         del shared, step
         return gradient, local
 
-    def update(self, local, indices, sent, step):
-        del indices, sent, step
+    def update(self, local, indices, sent, total, step):
+        del indices, sent, total, step
         return local
 
     def when_dense(self):

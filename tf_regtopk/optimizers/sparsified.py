@@ -12,14 +12,14 @@ from tf_regtopk import keras_internals
 from tf_regtopk import sparsifiers
 from tf_regtopk import validation
 from tf_regtopk.distribute import replica_state
-from tf_regtopk.distribute import topology
+from tf_regtopk.distribute import topology as topology_lib
 from tf_regtopk.error_feedback import error_accumulation
 from tf_regtopk.optimizers import wrapper
 from tf_regtopk.saving import saved_config
 from tf_regtopk.saving import saved_state
 from tf_regtopk.saving import worker_files
 from tf_regtopk.steps import auto_exchange
-from tf_regtopk.steps import partition
+from tf_regtopk.steps import partition as partition_lib
 from tf_regtopk.steps import verdict
 
 
@@ -85,10 +85,16 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
             momentum of `error_feedback`; or `"auto"`, which runs both a few
             times when the optimizer is built, on all workers at once, and takes
             the faster one (`chosen_exchange`, `exchange_seconds`).
-        hierarchical: Boolean. Whether the replicas of each worker sum their
-            gradients densely, and workers exchange entries: N then is the
-            number of workers, and each sends its payload once, however many
-            devices it has.
+        topology: `AllGather`, `Hierarchical`, `AllReduce` or another
+            `Topology`: who exchanges gradients with whom. `AllReduce()` is
+            `exchange="dense"`. Defaults to `AllGather()`.
+        hierarchical: Boolean. True is `topology=Hierarchical()`: the replicas
+            of each worker sum their gradients densely, and workers exchange
+            entries. N then is the number of workers, and each sends its payload
+            once, however many devices it has.
+        telemetry: Boolean. Whether each step also finds the numbers that
+            `telemetry()` reads: norms, and how much was cancelled among the
+            replicas. Takes some passes over the gradient.
         name: String. The name of the optimizer.
 
     Raises:
@@ -121,7 +127,9 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         scope="global",
         dense_below=0,
         exchange="sparse",
+        topology=None,
         hierarchical=False,
+        telemetry=False,
         name=None,
         **kwargs,
     ):
@@ -150,10 +158,14 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         validation.check_choice("scope", scope, ("global", "per_variable"))
         validation.check_integer("dense_below", dense_below, minimum=0)
         validation.check_choice(
-            "exchange", exchange, (*partition.EXCHANGES, "auto")
+            "exchange", exchange, (*partition_lib.EXCHANGES, "auto")
         )
         validation.check_boolean("hierarchical", hierarchical)
-        validation.check_hierarchical(hierarchical, codec.indices)
+        validation.check_boolean("telemetry", telemetry)
+        topology = _choose_topology(topology, hierarchical)
+        _check_topology(topology, codec, exchange)
+        if not topology.sends_entries:
+            exchange = "dense"
         if exchange != "sparse":
             error_feedback.when_dense()  # Says so if it cannot be.
         super().__init__(inner_optimizer, name=name)
@@ -163,11 +175,12 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         self.scope = scope
         self.dense_below = dense_below
         self.exchange = exchange
-        self.hierarchical = hierarchical
+        self.topology = topology
+        self.has_telemetry = telemetry
 
     def _exchange(self, gradients):
         """Select -> exchange: the first half of a step; nothing is kept yet."""
-        flags, exchanged = self._gradient_exchange.exchange(
+        flags, exchanged = self._partition.exchange(
             gradients, self._read_moment()
         )
         is_current = tf.equal(self._changes.variables(), self.changes)
@@ -176,7 +189,7 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
 
     def _aggregate(self, exchanged, has_gradient):
         """Sum -> remember -> clear the error: the second half of a step."""
-        return self._gradient_exchange.aggregate(
+        return self._partition.aggregate(
             exchanged, has_gradient, self._read_moment()
         )
 
@@ -189,7 +202,7 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         )
 
     def _create_state(self, variables):
-        self._participants = topology.Participants(self.hierarchical)
+        self._participants = topology_lib.Participants(self.topology)
         # Functions that were traced before a change are to know of it.
         self.changes = 0
         self._changes = replica_state.ReplicaState(
@@ -199,68 +212,48 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         kind = self.exchange
         if kind == "auto":
             kind = self._choose_exchange(variables)
-        self._gradient_exchange = self._new_exchange(kind, variables)
+        self._partition = self._new_partition(kind, variables)
 
-    def _new_exchange(self, kind, variables):
-        return partition.GradientExchange(
+    def _new_partition(self, kind, variables):
+        return partition_lib.Partition(
             kind,
             variables,
             self._participants,
             self.sparsifier.density,
-            sparsifier=self.sparsifier,
-            codec=self.codec,
-            error_feedback=self.error_feedback,
-            scope=self.scope,
-            dense_below=self.dense_below,
+            partition_lib.Choices(
+                self.sparsifier,
+                self.codec,
+                self.error_feedback,
+                self.scope,
+                self.dense_below,
+                self.has_telemetry,
+            ),
         )
 
     def _choose_exchange(self, variables):
         """The faster exchange, of gradients that are random numbers."""
         if self._participants.count == 1:
             return "dense"
-
-        def run_with(kind):
-            exchange = self._new_exchange(kind, variables)
-
-            def run():
-                replica = tf.distribute.get_replica_context()
-                seed = tf.convert_to_tensor(replica.replica_id_in_sync_group)
-                gradients = [
-                    tf.cast(
-                        tf.random.stateless_normal(v.shape, [slot, seed]),
-                        v.dtype,
-                    )
-                    for slot, v in enumerate(variables)
-                ]
-                moment = error_feedback_lib.Moment(
-                    tf.ones([]), tf.zeros([], self._iterations.dtype)
-                )
-                _, exchanged = exchange.exchange(gradients, moment)
-                sums = exchange.aggregate(
-                    exchanged, [True] * len(variables), moment
-                )
-                # Of each, or a part would not have to be computed.
-                return tf.add_n(
-                    [
-                        tf.reduce_sum(
-                            tf.cast(tf.reshape(s, [-1])[:1], tf.float32)
-                        )
-                        for s in sums
-                    ]
-                )
-
-            return run
-
         self._exchange_seconds = auto_exchange.measure(
-            {kind: run_with(kind) for kind in partition.EXCHANGES}
+            {
+                kind: auto_exchange.trial(
+                    self._new_partition(kind, variables), variables
+                )
+                for kind in partition_lib.EXCHANGES
+            }
         )
         return auto_exchange.choose(self._exchange_seconds)
+
+    @property
+    def hierarchical(self):
+        """Whether the topology is `Hierarchical`."""
+        return isinstance(self.topology, topology_lib.Hierarchical)
 
     @property
     def chosen_exchange(self):
         """`"sparse"` or `"dense"`; None if it is to be chosen when built."""
         if self.built:
-            return self._gradient_exchange.kind
+            return self._partition.kind
         return None if self.exchange == "auto" else self.exchange
 
     @property
@@ -272,7 +265,7 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
     def density(self):
         """The share of the entries that is sent, the sparsifier's at first."""
         if self.built:
-            return self._gradient_exchange.density
+            return self._partition.density
         return self.sparsifier.density
 
     def set_density(self, density):
@@ -305,7 +298,7 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         validation.check_built(self, "set_density")
         density = dataclasses.replace(self.sparsifier, density=density).density
         self._change(
-            lambda: self._gradient_exchange.start_with(density),
+            lambda: self._partition.start_with(density),
         )
 
     def _change(self, change):
@@ -336,16 +329,72 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         """
         validation.check_built(self, "wire_report")
         return dataclasses.replace(
-            self._gradient_exchange.wire_report(),
+            self._partition.wire_report(),
             exchange=self.chosen_exchange,
             exchange_seconds=self.exchange_seconds,
         )
+
+    def telemetry(self):
+        """Returns numbers about the last step, for each replica.
+
+        Of the variables that are exchanged sparsely: `"gradient"`,
+        `"accumulated"`, `"sent"` and `"residual"`, the Euclidean norms of the
+        gradient, with the error added, of the part that was sent and of the
+        part that was held back; `"selected"`, the number of entries sent; each
+        of these by variable as well (`"gradient_by_variable"`);
+        `"unlike_top_k"`, how many of them Top-k would not have sent;
+        `"cancelled"`, the share of all that was sent which cancelled out in the
+        sum over the replicas; and what the sparsifier measures, such as
+        `"damped"` and `"selected_again"` of `RegTopK`.
+
+        Returns:
+            For each replica of this process (of each worker with
+            `hierarchical`) a dict of floats and of arrays with a number for
+            each of the variables exchanged sparsely. Empty if the exchange is
+            dense.
+
+        Raises:
+            ValueError: If the optimizer is not built, or was not created with
+                `telemetry=True`.
+
+        Example:
+
+        >>> optimizer = SparsifiedOptimizer(
+        ...     keras.optimizers.SGD(), sparsifiers.TopK(density=0.5),
+        ...     telemetry=True)
+        >>> variable = tf.Variable([0.0, 0.0])
+        >>> optimizer.apply([tf.constant([3.0, 4.0])], [variable])
+        >>> [of_replica] = optimizer.telemetry()
+        >>> of_replica["gradient"], of_replica["sent"], of_replica["residual"]
+        (5.0, 4.0, 3.0)
+        """
+        validation.check_built(self, "telemetry")
+        if not self.has_telemetry:
+            raise ValueError(
+                "The optimizer must be created with `telemetry=True` to read "
+                "its telemetry. Received: telemetry=False"
+            )
+        return self._partition.telemetry()
+
+    def residual_errors(self):
+        """Returns the residual error of each replica of this process.
+
+        Returns:
+            For each replica (each worker with `hierarchical`) a list of NumPy
+            arrays of the shapes of the variables that are exchanged sparsely.
+
+        Raises:
+            ValueError: If the optimizer is not built, or the rule of error
+                feedback keeps no residual error.
+        """
+        validation.check_built(self, "residual_errors")
+        return self._partition.residual_errors()
 
     def save_state(self):
         """The state of this process's replicas, as a `SavedState`."""
         state, memory = self._states()
         return saved_state.SavedState(
-            layout=self._layout_of(self._gradient_exchange),
+            layout=self._layout_of(self._partition),
             moment=self.moment,
             num_replicas=state.num_replicas,
             replicas={
@@ -361,7 +410,7 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
 
     def load_state(self, saved):
         """Loads a `SavedState`, or raises and changes nothing."""
-        exchange = self._exchange_for(saved)
+        exchange = self._partition_for(saved)
         saved_state.check_layout(
             self._completed(saved.layout), self._layout_of(exchange)
         )
@@ -378,8 +427,8 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
             shared,
             [part.numpy() for part in exchange.initial_memory(density)],
         )
-        if exchange is not self._gradient_exchange:
-            self._change(lambda: setattr(self, "_gradient_exchange", exchange))
+        if exchange is not self._partition:
+            self._change(lambda: setattr(self, "_partition", exchange))
         if density != self.density:
             self.set_density(density)
         split = len(local) + len(shared)
@@ -388,21 +437,21 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         memory.assign_local([parts[split:] for parts in replicas])
 
     def _states(self):
-        exchange = self._gradient_exchange
+        exchange = self._partition
         return exchange.feedback_state, exchange.memory
 
     def _exchange_for(self, saved):
         """The exchange by which the saved run went, and is to go on."""
         kind = saved.moment.get("exchange", "sparse")
         if kind == self.chosen_exchange:
-            return self._gradient_exchange
+            return self._partition
         if self.exchange != "auto":
             raise ValueError(
                 f'`exchange` must be "auto" or "{kind}" to load what was saved '
                 f'with exchange="{kind}". Received: exchange="{self.exchange}"'
             )
         with tf.init_scope(), keras_internals.strategy_of(self).scope():
-            return self._new_exchange(kind, self._trainable_variables)
+            return self._new_partition(kind, self._trainable_variables)
 
     @property
     def moment(self):
@@ -454,5 +503,42 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
             "scope": self.scope,
             "dense_below": self.dense_below,
             "exchange": self.exchange,
-            "hierarchical": self.hierarchical,
+            "topology": keras.saving.serialize_keras_object(self.topology),
+            "telemetry": self.has_telemetry,
         }
+
+
+def _choose_topology(topology, hierarchical):
+    """The topology that the two arguments ask for."""
+    if topology is None:
+        if hierarchical:
+            return topology_lib.Hierarchical()
+        return topology_lib.AllGather()
+    validation.check_instance(
+        "topology", topology, topology_lib.Topology, "Hierarchical()"
+    )
+    if hierarchical and topology != topology_lib.Hierarchical():
+        raise ValueError(
+            "`hierarchical=True` must go without another `topology`. "
+            f"Received: topology={topology!r}"
+        )
+    return topology
+
+
+def _check_topology(topology, codec, exchange):
+    """Raises where the other arguments do not fit the topology."""
+    if not topology.sends_entries:
+        if exchange == "auto":
+            raise ValueError(
+                '`exchange` must be "sparse" or "dense" with a topology that '
+                f"sends whole gradients. Received: topology={topology!r}, "
+                'exchange="auto"'
+            )
+    elif (
+        codec.payload(k=1, size=2).is_variable and not topology.can_vary_length
+    ):
+        raise ValueError(
+            "`codec` must write indices in a fixed length with a topology "
+            f"whose `can_vary_length` is False. Received: {topology=}, "
+            f'indices="{codec.indices}"'
+        )

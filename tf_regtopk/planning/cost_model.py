@@ -12,6 +12,7 @@ import functools
 from tf_regtopk import codecs
 from tf_regtopk import sparsifiers
 from tf_regtopk import validation
+from tf_regtopk.distribute import topology
 from tf_regtopk.planning import network as network_lib
 
 FLOAT_BYTES = 4
@@ -156,6 +157,10 @@ def _dense(job, network, num_members, local_seconds=0.0, local_passes=0.0):
     link = network.link(job.memory_bandwidth)
     exchange = network_lib.ring_seconds(num_members, job.gradient_bytes, link)
     exchange += local_seconds
+    cluster = topology.Cluster(num_members, num_members)
+    sent_bytes = topology.AllReduce().worker_sent_bytes(
+        job.gradient_bytes, cluster
+    )
     rest = (num_members - 1) / num_members
     processing = (rest + local_passes) * job.pass_seconds
     hidden = min(job.overlap * exchange, job.step_seconds)
@@ -163,7 +168,7 @@ def _dense(job, network, num_members, local_seconds=0.0, local_passes=0.0):
         job.step_seconds + processing + exchange - hidden,
         exchange,
         processing,
-        2 * rest * job.gradient_bytes,
+        sent_bytes,
     )
 
 
@@ -188,21 +193,24 @@ def _sparse(job, network, indices="auto", values=None):
     payload = _payload_bytes(
         indices, values or job.values, job.num_selected, job.parameters
     )
-    devices = job.devices_per_worker
-    # Each device of a worker to each of the other worker.
-    to_each = devices**2 * payload
+    num_devices = job.workers * job.devices_per_worker
+    sent_bytes = topology.AllGather().worker_sent_bytes(
+        payload, topology.Cluster(num_devices, job.workers)
+    )
+    to_each = sent_bytes / (job.workers - 1)
     link = network.link(job.memory_bandwidth)
     exchange = network_lib.gather_seconds(job.workers, to_each, link)
-    processing = compression_seconds(job, indices, job.workers * devices)
+    processing = compression_seconds(job, indices, num_devices)
     return Prediction(
         job.step_seconds + processing + exchange,
         exchange,
         processing,
-        (job.workers - 1) * to_each,
+        sent_bytes,
     )
 
 
 def _hierarchical(job, network):
+    # `topology.Hierarchical` sends what an all-gather of single devices does.
     sparse = _sparse(dataclasses.replace(job, devices_per_worker=1), network)
     local_seconds, local_passes = _local_sum(job, network)
     # Each device has its copy of what the worker has received.

@@ -219,7 +219,7 @@ def states_of(optimizer):
 
     The only place that looks into the optimizer.
     """
-    exchange = optimizer._gradient_exchange
+    exchange = optimizer._partition
     return exchange.feedback_state, exchange.memory
 
 

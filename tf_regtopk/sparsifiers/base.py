@@ -24,6 +24,9 @@ class Sparsifier(hyper_parameters.HyperParameters, abc.ABC):
     # not, the optimizer has to look for them among all.
     selects_non_finite: ClassVar[bool] = False
 
+    # Names of the numbers that `measure` returns.
+    measured: ClassVar[tuple[str, ...]] = ()
+
     density: float = 0.001
 
     def __post_init__(self):
@@ -33,17 +36,18 @@ class Sparsifier(hyper_parameters.HyperParameters, abc.ABC):
         """k = max(1, round(density * J)) for J = `num_entries`."""
         return max(1, round(self.density * num_entries))
 
-    def initial_memory(self, k, dtype):
-        """What is remembered before the first step.
+    def initial_memory(self, k, size, dtype):
+        """Returns the memory before the first step.
 
         Args:
-            k: Number of entries sent each step.
+            k: Number of entries sent per step.
+            size: J, the number of entries of the gradient.
             dtype: Float dtype of the gradient.
 
         Returns:
             Tuple of tensors, `()` if nothing is remembered.
         """
-        del k, dtype
+        del k, size, dtype
         return ()
 
     @abc.abstractmethod
@@ -79,17 +83,34 @@ class Sparsifier(hyper_parameters.HyperParameters, abc.ABC):
         del scores, memory, selected
         return a
 
-    def remember(self, indices, sent, aggregate):
-        """What to remember of a step for the next one.
+    def measure(self, a, memory, indices):
+        """Returns scalars about a step, for the optimizer's telemetry.
 
         Args:
+            a: Float tensor `[J]`, the accumulated gradient.
+            memory: As for `score`.
+            indices: int32 tensor `[k]`, the selected entries.
+
+        Returns:
+            Tuple of scalar tensors, as many as there are names in `measured`.
+        """
+        del a, memory, indices
+        return ()
+
+    def remember(self, memory, indices, sent, aggregate, step):
+        """Returns the memory for the next step.
+
+        Args:
+            memory: Tuple of tensors, the memory of this step.
             indices: int32 tensor `[k]`, the entries this replica sent.
             sent: Float tensor `[k]`, the values it sent.
             aggregate: Float tensor `[k]`, the sum of what all replicas sent for
                 these entries.
+            step: Scalar int64 tensor, the number of steps taken before.
 
         Returns:
-            Tuple of tensors of the shapes and dtypes of `initial_memory`.
+            Tuple of tensors of the shapes and dtypes of `initial_memory`, the
+            same object where a tensor stays as it is.
         """
-        del indices, sent, aggregate
-        return ()
+        del indices, sent, aggregate, step
+        return memory

@@ -84,6 +84,7 @@ class RegTopK(base.Sparsifier):
     """
 
     selects_non_finite: ClassVar[bool] = True
+    measured: ClassVar[tuple[str, ...]] = ("damped", "selected_again")
 
     mu: float = 4.0
     q: float = 1e8
@@ -98,17 +99,24 @@ class RegTopK(base.Sparsifier):
             "denominator", self.denominator, ("previous", "current")
         )
 
-    def initial_memory(self, k, dtype):
+    def initial_memory(self, k, size, dtype):
+        del size
         # NaN: nothing was sent, so Delta is not defined there.
         return tf.range(k), tf.fill([k], tf.constant(math.nan, dtype))
 
     def score(self, a, memory, step):
         del step
+        indices, _ = memory
+        one_plus_delta = self._one_plus_delta(a, memory)
+        return reg_top_k_score(a, indices, one_plus_delta, self.mu, self.q)
+
+    def _one_plus_delta(self, a, memory):
+        """1 + Delta at the entries sent at t-1, NaN where not defined."""
         indices, one_plus_delta = memory
         if self.denominator == "current":
             difference = one_plus_delta
             one_plus_delta = 1.0 + difference / tf.gather(a, indices)
-        return reg_top_k_score(a, indices, one_plus_delta, self.mu, self.q)
+        return one_plus_delta
 
     def restore(self, a, scores, memory, selected):
         indices, _ = memory
@@ -120,7 +128,25 @@ class RegTopK(base.Sparsifier):
             scores, indices[:, tf.newaxis], original
         )
 
-    def remember(self, indices, sent, aggregate):
+    def measure(self, a, memory, indices):
+        """Returns two numbers of the entries that were sent at t-1.
+
+        Damped are those with |1 + Delta| < 1/2, of which the others cancelled
+        more than half; selected again are those in `indices`.
+        """
+        before, _ = memory
+        is_damped = tf.abs(self._one_plus_delta(a, memory)) < 0.5
+        mask = tf.scatter_nd(
+            indices[:, tf.newaxis], tf.ones_like(indices), [a.shape[0]]
+        )
+        damped = tf.reduce_sum(tf.cast(is_damped, tf.int32))
+        is_first = tf.reduce_all(tf.math.is_nan(memory[1]))
+        again = tf.reduce_sum(tf.gather(mask, before))
+        # Before the first step the memory holds no entries that were sent.
+        return damped, tf.where(is_first, 0, again)
+
+    def remember(self, memory, indices, sent, aggregate, step):
+        del memory, step
         if self.denominator == "current":
             # The denominator follows in the next step.
             return indices, aggregate - sent

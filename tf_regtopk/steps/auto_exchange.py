@@ -1,10 +1,11 @@
-"""Which exchange is faster, measured among all workers."""
+"""The faster exchange, measured among all workers."""
 
 import time
 
 import numpy as np
 import tensorflow as tf
 
+from tf_regtopk import error_feedback
 from tf_regtopk.distribute import collectives
 
 # Timed runs of each, if the first does not tell them apart by a factor of
@@ -59,6 +60,36 @@ def measure(exchanges):
             run_all()
         slowest = of_all_replicas()
     return dict(zip(runs, map(float, slowest), strict=True))
+
+
+def trial(partition, variables):
+    """Returns a function that exchanges random gradients once, for `measure`.
+
+    Args:
+        partition: `partition.Partition` of the variables.
+        variables: List of the variables.
+    """
+
+    def run():
+        replica = tf.distribute.get_replica_context()
+        seed = tf.convert_to_tensor(replica.replica_id_in_sync_group)
+        gradients = [
+            tf.cast(tf.random.stateless_normal(v.shape, [slot, seed]), v.dtype)
+            for slot, v in enumerate(variables)
+        ]
+        moment = error_feedback.Moment(tf.ones([]), tf.zeros([], tf.int64))
+        _, exchanged = partition.exchange(gradients, moment)
+        sums = partition.aggregate(exchanged, [True] * len(variables), moment)
+        # One entry of every sum is read, because TensorFlow would prune the
+        # computation of a sum that nobody reads.
+        return tf.add_n(
+            [
+                tf.reduce_sum(tf.cast(tf.reshape(s, [-1])[:1], tf.float32))
+                for s in sums
+            ]
+        )
+
+    return run
 
 
 def choose(seconds):

@@ -3,7 +3,7 @@
 import tensorflow as tf
 
 from tf_regtopk import error_feedback as error_feedback_lib
-from tf_regtopk.distribute import collectives
+from tf_regtopk.distribute import topology
 from tf_regtopk.steps import finiteness
 from tf_regtopk.steps import verdict
 
@@ -14,7 +14,7 @@ class PlainStep:
     def exchange(self, gradients, state, moment):
         """As `SparseStep.exchange`."""
         del state, moment
-        totals = collectives.all_reduce_sum(
+        totals = topology.AllReduce().sum(
             [gradient for gradient in gradients if gradient is not None]
         )
         return _flags_of(totals), tuple(totals)
@@ -51,7 +51,7 @@ class DenseStep:
             moment,
             tuple(gradient is not None for gradient in gradients),
         )
-        totals = collectives.all_reduce_sum([a])
+        totals = topology.AllReduce().sum([a])
         return _flags_of(totals), tuple(totals)
 
     def aggregate(self, exchanged, state, moment, has_gradient):

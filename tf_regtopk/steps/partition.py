@@ -1,9 +1,12 @@
-"""From the gradients of this replica to the sum that all replicas apply."""
+"""The partition of the variables by the way their gradients are exchanged."""
 
 import dataclasses
 import math
+from typing import NamedTuple
 
+from tf_regtopk import codecs
 from tf_regtopk import error_feedback as error_feedback_lib
+from tf_regtopk import sparsifiers
 from tf_regtopk.codecs import wire_report
 from tf_regtopk.distribute import replica_state
 from tf_regtopk.kernels import device_kind
@@ -12,12 +15,33 @@ from tf_regtopk.steps import dense_step
 from tf_regtopk.steps import flat_buffer
 from tf_regtopk.steps import round as round_lib
 from tf_regtopk.steps import sparse_step
+from tf_regtopk.steps import telemetry
 
 EXCHANGES = ("sparse", "dense")
 
 
-class GradientExchange:
-    """Which variables are exchanged in which way, and what is kept for it.
+class Choices(NamedTuple):
+    """The parts of a step that the user has chosen.
+
+    Args:
+        sparsifier: `Sparsifier`.
+        codec: `Codec`.
+        error_feedback: `ErrorFeedback`.
+        scope: `"global"` or `"per_variable"`.
+        dense_below: Integer. Variables of fewer entries are exchanged densely.
+        telemetry: Boolean. Whether the numbers of `telemetry` are computed.
+    """
+
+    sparsifier: sparsifiers.Sparsifier
+    codec: codecs.Codec
+    error_feedback: error_feedback_lib.ErrorFeedback
+    scope: str
+    dense_below: int
+    telemetry: bool
+
+
+class Partition:
+    """The variables that are exchanged in each way, and what is kept for it.
 
     To be created in the scope of the strategy.
 
@@ -26,37 +50,18 @@ class GradientExchange:
         variables: List of the trainable variables.
         participants: `topology.Participants`.
         density: Float, the share of the entries to send.
-        sparsifier: `Sparsifier`, and so on as of `SparsifiedOptimizer`:
-        codec: `Codec`.
-        error_feedback: `ErrorFeedback`.
-        scope: `"global"` or `"per_variable"`.
-        dense_below: Integer.
+        choices: `Choices`.
     """
 
-    def __init__(
-        self,
-        kind,
-        variables,
-        participants,
-        density,
-        *,
-        sparsifier,
-        codec,
-        error_feedback,
-        scope,
-        dense_below,
-    ):
+    def __init__(self, kind, variables, participants, density, choices):
         self.kind = kind
         if kind == "sparse":
             device_kind.warn_of_serial_scatters()
         self._participants = participants
-        self._sparsifier = sparsifier
-        self._codec = codec
-        self._scope = scope
-        self._rule = error_feedback
-        self._dense_rule = _rule_when_dense(error_feedback)
+        self._choices = choices
+        self._dense_rule = _rule_when_dense(choices.error_feedback)
         sparse, dense = _partition(
-            variables, dense_below if kind == "sparse" else math.inf
+            variables, choices.dense_below if kind == "sparse" else math.inf
         )
         self._sparse_slots, self._dense_slots = sparse, dense
         self._sparse_variables = [variables[slot] for slot in sparse]
@@ -65,7 +70,7 @@ class GradientExchange:
             self._sparse_variables
         )
         self._dense_step = dense_step.PlainStep()
-        # Those of which the state below is.
+        # The variables that have error-feedback state.
         self.variables = self._sparse_variables
         if self._dense_rule != error_feedback_lib.NoFeedback():
             self.variables = [*self._sparse_variables, *self._dense_variables]
@@ -76,29 +81,35 @@ class GradientExchange:
         self.feedback_state = replica_state.ReplicaState(
             self._initial_feedback, participants
         )
+        self.measured = replica_state.ReplicaState(
+            self._initial_measured, participants
+        )
         self.start_with(density)
 
     def start_with(self, density):
-        """Sends this share of the entries; what was remembered is dropped."""
+        """Sets the share of the entries to send, and forgets the memory."""
         self.density = density
         self.memory = replica_state.ReplicaState(
             lambda: self.initial_memory(density), self._participants
         )
-        # Of a single participant nothing is sent, and nothing has to be short.
-        codec = self._codec
+        # Indices are not compressed for a single participant, because nothing
+        # is sent.
+        codec = self._choices.codec
         if self._participants.count == 1:
             codec = dataclasses.replace(codec, indices="int32")
         local, shared, _ = self.feedback_state.dtypes
         self.sparse_step = sparse_step.SparseStep(
             self._buffer,
             round_lib.Method(
-                self._sparsifier,
-                self._rule,
+                self._choices.sparsifier,
+                self._choices.error_feedback,
                 self._payload_codec_of(codec),
                 self._groups_at(density),
             ),
             self._participants,
-            round_lib.State(local, shared, self.memory.dtypes),
+            round_lib.State(
+                local, shared, self.memory.dtypes, self.measured.dtypes
+            ),
         )
 
     def exchange(self, gradients, moment):
@@ -155,7 +166,12 @@ class GradientExchange:
     def _parts(self):
         """The ways to exchange: `(slots, step, state)` of each."""
         local, shared, dense_shared = self.feedback_state.variables()
-        sparse_state = round_lib.State(local, shared, self.memory.variables())
+        sparse_state = round_lib.State(
+            local,
+            shared,
+            self.memory.variables(),
+            self.measured.variables(),
+        )
         return (
             (
                 self._dense_slots,
@@ -168,10 +184,10 @@ class GradientExchange:
     def wire_report(self):
         """What each participant sends a step, as a `WireReport`."""
         return wire_report.report(
-            self._payload_codec_of(self._codec),
+            self._payload_codec_of(self._choices.codec),
             self._sparse_variables,
             self._dense_variables,
-            self._participants.count,
+            self._participants,
         )
 
     def initial_memory(self, density):
@@ -179,7 +195,9 @@ class GradientExchange:
         if self.kind == "dense":
             return ()
         k = sum(group.k for group in self._groups_at(density))
-        return self._sparsifier.initial_memory(k, self._buffer.dtype)
+        return self._choices.sparsifier.initial_memory(
+            k, self._buffer.size, self._buffer.dtype
+        )
 
     def layout(self):
         """What a saved state must agree in to fit."""
@@ -191,16 +209,48 @@ class GradientExchange:
             ),
             "shapes": shapes,
             "dtype": "float64" if has_double else "float32",
-            "scope": self._scope,
+            "scope": self._choices.scope,
         }
+
+    def telemetry(self):
+        """Returns for each local participant the numbers of its last step."""
+        return [
+            telemetry.by_name(arrays, self._choices.sparsifier)
+            if arrays
+            else {}
+            for arrays in self.measured.local_arrays()
+        ]
+
+    def residual_errors(self):
+        """Returns for each local participant its error, an array a variable."""
+        rule = self._choices.error_feedback
+        place = rule.residual_place
+        if place is None:
+            raise ValueError(
+                "`error_feedback` must keep a residual error to read it. "
+                f"Received: error_feedback={rule!r}"
+            )
+        return [
+            [part.numpy() for part in self._buffer.split(arrays[place])]
+            if self._sparse_variables
+            else []
+            for arrays in self.feedback_state.local_arrays()
+        ]
+
+    def _initial_measured(self):
+        if not self._choices.telemetry or not self._sparse_variables:
+            return ()
+        return telemetry.initial(
+            len(self._sparse_variables), self._choices.sparsifier
+        )
 
     def _initial_feedback(self):
         """`(local, shared, shared of the variables exchanged densely)`."""
         local = shared = dense_shared = ()
         if self.kind == "sparse":
             args = self._buffer.size, self._buffer.dtype
-            local = self._rule.initial_local(*args)
-            shared = self._rule.initial_shared(*args)
+            local = self._choices.error_feedback.initial_local(*args)
+            shared = self._choices.error_feedback.initial_shared(*args)
         if self._dense_variables:
             buffer = flat_buffer.FlatBuffer.for_variables(self._dense_variables)
             dense_shared = self._dense_rule.initial_shared(
@@ -209,8 +259,10 @@ class GradientExchange:
         return local, shared, dense_shared
 
     def _groups_at(self, density):
-        sparsifier = dataclasses.replace(self._sparsifier, density=density)
-        return self._buffer.groups(self._scope, sparsifier.num_selected)
+        sparsifier = dataclasses.replace(
+            self._choices.sparsifier, density=density
+        )
+        return self._buffer.groups(self._choices.scope, sparsifier.num_selected)
 
     def _payload_codec_of(self, codec):
         """The `PayloadCodec` of a `Codec`; None if nothing is selected."""

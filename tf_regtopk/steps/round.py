@@ -3,7 +3,7 @@ r"""A step of one replica, as pure functions of plain values.
     payload, sent     = send(method, gradient, state, step)
     total             = sum over all replicas of what they sent     exchange
     aggregate, shared = aggregate(method, total, shared, step)
-    local, memory     = settle(method, sent, total, step)
+    local, memory     = settle(method, sent, memory, total, step)
 
 There are two halves because the entries of the other replicas arrive between
 them, and because nothing that a replica keeps may change before all of them
@@ -47,11 +47,14 @@ class State(NamedTuple):
         shared: Tuple of tensors, those of the error feedback that are the same
             on all replicas.
         memory: Tuple of tensors, what the sparsifier remembers.
+        measured: Tuple of tensors, the numbers that `telemetry` found in the
+            last step, if it was asked for. They are of no use to the next one.
     """
 
     local: tuple = ()
     shared: tuple = ()
     memory: tuple = ()
+    measured: tuple = ()
 
 
 class Sent(NamedTuple):
@@ -163,18 +166,20 @@ def aggregate(
 def settle(
     method: Method,
     sent: Sent,
+    memory: tuple,
     total: tf.Tensor,
     step: error_feedback_lib.Step,
     missing: missing_lib.Missing | None = None,
 ) -> tuple[tuple, tuple]:
     """Clears the error and remembers what became of the entries, on a replica.
 
-        local  = update(a, sent)
-        memory = remember(sent, total at s)
+        local  = update(a, sent, total)
+        memory = remember(memory, sent, total at s)
 
     Args:
         method: `Method`.
         sent: `Sent`, from `send`.
+        memory: The memory of the `State` before the step.
         total: As of `aggregate`.
         step: `Step`.
         missing: As of `send`.
@@ -185,11 +190,13 @@ def settle(
     """
     indices, values, local = sent
     memory = method.sparsifier.remember(
+        memory,
         indices,
         missing.applied(indices, values) if missing else values,
         selection.take(total, indices),
+        step.number,
     )
-    after = method.error_feedback.update(local, indices, values, step)
+    after = method.error_feedback.update(local, indices, values, total, step)
     validation.check_local_state(
         f"{type(method.error_feedback).__name__}.update", after, local
     )

@@ -8,11 +8,12 @@ from tf_regtopk.kernels import scatter_sum
 from tf_regtopk.kernels import words
 from tf_regtopk.steps import finiteness
 from tf_regtopk.steps import round as round_lib
+from tf_regtopk.steps import telemetry
 from tf_regtopk.steps import verdict
 
 
 class SparseStep:
-    """Send -> all-gather -> sum -> settle.
+    """Send -> exchange -> sum -> settle.
 
     For one k: another density is another `SparseStep`. It keeps nothing between
     steps; who does gives it the variables of this replica.
@@ -32,7 +33,7 @@ class SparseStep:
         self._state_dtypes = state_dtypes
 
     def exchange(self, gradients, state, moment):
-        """Send -> all-gather: the first half of a step; nothing is kept yet.
+        """Send -> exchange: the first half of a step; nothing is kept yet.
 
         Args:
             gradients: List of this replica's gradients, None where there is
@@ -47,16 +48,16 @@ class SparseStep:
         gradients = self._participants.sum_within(
             self._buffer.densify(gradients)
         )
-        payload, num_used, sent = self.send(
+        payload, num_used, sent, measured = self.send(
             self._buffer.vectors(gradients),
             _read(state),
             moment,
-            self._participants.number,
+            self._participants.rank,
             tuple(gradient is not None for gradient in gradients),
         )
-        payloads = self._participants.all_gather(payload, num_used)
+        payloads = self._participants.exchange(payload, num_used)
         entries, flags = self.decode(payloads, moment.number)
-        return flags, (entries, sent)
+        return flags, (entries, sent, measured)
 
     def aggregate(self, exchanged, state, moment, has_gradient):
         """Sum -> settle: the second half of a step.
@@ -70,11 +71,12 @@ class SparseStep:
         Returns:
             One gradient for each variable.
         """
-        entries, (indices, values, changed) = exchanged
+        entries, sent, measured = exchanged
+        indices, values, changed = sent
         for i, value in changed.items():
             state.local[i].assign(value)
         aggregate = self.settle(
-            entries, (indices, values), state, moment, has_gradient
+            entries, (indices, values), state, moment, has_gradient, measured
         )
         return self._buffer.split(aggregate)
 
@@ -83,14 +85,16 @@ class SparseStep:
         """The payload of this replica, and what it holds until `settle`.
 
         Returns:
-            `(payload, num_used, sent)`: words; how many of them are sent, None
-            for all; and `round.Sent` with only those local tensors that change,
-            by their places.
+            `(payload, num_used, sent, measured)`: words; how many of them are
+            sent, None for all; `round.Sent` with only those local tensors that
+            change, by their places; and the numbers of `telemetry`, if there
+            are variables for them.
         """
         state = self._release(state)
+        gradient = tf.concat(vectors, axis=0)
         payload, sent, a = round_lib.send(
             self._method,
-            tf.concat(vectors, axis=0),
+            gradient,
             state,
             self._step_at(moment),
             rank,
@@ -114,6 +118,7 @@ class SparseStep:
             ),
             self._num_used(payload),
             round_lib.Sent(words.hold(sent.indices), sent.values, changed),
+            self._measure(gradient, a, state, sent, moment),
         )
 
     @tf.function(jit_compile=True, autograph=False)
@@ -139,7 +144,7 @@ class SparseStep:
         return (words.hold(indices), values), flags
 
     @tf.function(jit_compile=True, autograph=False)
-    def settle(self, entries, sent, state, moment, has_gradient):
+    def settle(self, entries, sent, state, moment, has_gradient, measured=()):
         """The aggregate; assigns the state after the step.
 
         Args:
@@ -149,6 +154,7 @@ class SparseStep:
                 `round.Sent`.
             moment: `error_feedback.Moment`.
             has_gradient: For each variable whether there was a gradient.
+            measured: From `send`.
 
         Returns:
             Float tensor `[J]`.
@@ -173,10 +179,14 @@ class SparseStep:
             round_lib.Sent(
                 words.release(indices, tf.int32), values, before.local
             ),
+            before.memory,
             total,
             step,
             missing,
         )
+        if measured:
+            measured = telemetry.of_settle(measured, all_values, total)
+            _assign(state.measured, before.measured, measured)
         # The local ones last, because what reads them comes before.
         _assign(state.memory, before.memory, memory)
         _assign(state.shared, before.shared, shared)
@@ -189,6 +199,20 @@ class SparseStep:
             return None
         header = header_lib.header_words(self._buffer.dtype)
         return header + self._method.payload_codec.num_used(payload)
+
+    def _measure(self, gradient, a, state, sent, moment):
+        """The numbers of `telemetry`; nothing if the state has no place."""
+        if not state.measured:
+            return ()
+        return telemetry.of_send(
+            self._method,
+            self._buffer.sizes,
+            gradient,
+            a,
+            state.memory,
+            sent,
+            moment.number,
+        )
 
     def _release(self, state):
         """The values that the variables of a state hold."""

@@ -1,0 +1,128 @@
+"""Numbers about a step, against NumPy."""
+
+import flat_gradients
+import keras
+import numpy as np
+import pytest
+
+import tf_regtopk
+
+SHAPES = [(4, 5), (6,), (3,)]
+SIZES = [20, 6, 3]
+SIZE = 29
+
+
+def start(strategy, sparsifier, **kwargs):
+    with strategy.scope():
+        variables = [
+            keras.Variable(np.zeros(shape), dtype="float32") for shape in SHAPES
+        ]
+        optimizer = tf_regtopk.SparsifiedOptimizer(
+            keras.optimizers.SGD(0.1), sparsifier, telemetry=True, **kwargs
+        )
+    step = flat_gradients.step_function(strategy, optimizer, variables)
+    return optimizer, step
+
+
+def norms(vector):
+    parts = np.split(vector, np.cumsum(SIZES)[:-1])
+    return [np.linalg.norm(part) for part in parts]
+
+
+def test_numbers_of_steps(mirrored):
+    """Of three steps of RegTop-k on two replicas."""
+    optimizer, step = start(mirrored(2), tf_regtopk.RegTopK(0.2))
+    rng = np.random.default_rng(0)
+    errors = np.zeros((2, SIZE))
+    before = None
+    for _ in range(3):
+        g = rng.standard_normal((2, SIZE)).astype(np.float32)
+        # The replicas cancel each other here.
+        g[1, :5] = -g[0, :5]
+        step(g)
+        found = optimizer.telemetry()
+        after = np.array(
+            [
+                np.concatenate([part.ravel() for part in of_replica])
+                for of_replica in optimizer.residual_errors()
+            ]
+        )
+        a = errors + g
+        sent = np.where(after == 0, a, 0)
+        chosen = [set(np.flatnonzero(s)) for s in sent]
+        total = sent.sum(axis=0)
+        cancelled = 1 - np.abs(total).sum() / np.abs(sent).sum()
+        for n, measured in enumerate(found):
+            for name, vector in (
+                ("gradient", g[n]),
+                ("accumulated", a[n]),
+                ("sent", sent[n]),
+                ("residual", after[n]),
+            ):
+                np.testing.assert_allclose(
+                    measured[name], np.linalg.norm(vector), rtol=1e-4
+                )
+                np.testing.assert_allclose(
+                    measured[f"{name}_by_variable"],
+                    norms(vector),
+                    rtol=1e-4,
+                    atol=2e-3,
+                )
+            assert measured["selected"] == 6 == len(chosen[n])
+            assert measured["selected_by_variable"].sum() == 6
+            top_k = set(np.argsort(-np.abs(a[n]))[:6])
+            assert measured["unlike_top_k"] == len(chosen[n] - top_k)
+            np.testing.assert_allclose(
+                measured["cancelled"], cancelled, rtol=1e-4, atol=1e-6
+            )
+            if before is None:
+                assert measured["damped"] == measured["selected_again"] == 0
+            else:
+                old_chosen, old_sent, old_total = before
+                ratios = np.array(
+                    [old_total[j] / old_sent[n][j] for j in old_chosen[n]]
+                )
+                assert measured["damped"] == (np.abs(ratios) < 0.5).sum()
+                assert measured["selected_again"] == len(
+                    old_chosen[n] & chosen[n]
+                )
+        before = chosen, sent, total
+        errors = after
+    assert found[0]["unlike_top_k"] > 0
+    assert found[0]["damped"] > 0
+
+
+def test_results_are_the_same_without():
+    weights = []
+    for telemetry in (False, True):
+        variable = keras.Variable(np.zeros(50), dtype="float32")
+        optimizer = tf_regtopk.SparsifiedOptimizer(
+            keras.optimizers.SGD(0.1),
+            tf_regtopk.RegTopK(0.1),
+            telemetry=telemetry,
+        )
+        for seed in range(3):
+            g = np.random.default_rng(seed).standard_normal(50)
+            optimizer.apply([keras.ops.cast(g, "float32")], [variable])
+        weights.append(variable.numpy())
+    np.testing.assert_array_equal(*weights)
+
+
+def test_nothing_of_a_dense_exchange(mirrored):
+    optimizer, step = start(mirrored(2), tf_regtopk.TopK(0.5), exchange="dense")
+    step(np.ones((2, SIZE), np.float32))
+    assert optimizer.telemetry() == [{}, {}]
+
+
+def test_not_asked_for():
+    variable = keras.Variable(np.zeros(3), dtype="float32")
+    optimizer = tf_regtopk.SparsifiedOptimizer(
+        keras.optimizers.SGD(), error_feedback=tf_regtopk.EF21()
+    )
+    with pytest.raises(ValueError, match="must be built before `telemetry`"):
+        optimizer.telemetry()
+    optimizer.build([variable])
+    with pytest.raises(ValueError, match="created with `telemetry=True`"):
+        optimizer.telemetry()
+    with pytest.raises(ValueError, match="must keep a residual error"):
+        optimizer.residual_errors()

@@ -1,0 +1,137 @@
+r"""Telemetry: a few numbers about a step, computed only where asked for.
+
+Of replica n, its gradient g, the accumulated gradient a, the selected entries s
+and what the others receive of them, `sent`:
+
+    gradient       |g|                      norms, and of each variable
+    accumulated    |a|
+    sent           |sent|
+    residual       |a - sent|               what is held back
+    selected       k                        and of each variable
+    unlike_top_k   how many of s Top-k would not have selected
+    cancelled      1 - |sum of all sent|_1 / sum of |sent|_1, in [0, 1]
+
+and what the sparsifier measures (`Sparsifier.measure`).
+"""
+
+from collections.abc import Sequence
+import itertools
+
+import numpy as np
+import tensorflow as tf
+
+from tf_regtopk import selection
+from tf_regtopk import sparsifiers
+
+
+def initial(num_variables: int, sparsifier: sparsifiers.Sparsifier) -> tuple:
+    """Returns the numbers before the first step, which are zeros.
+
+    Returns:
+        Tuple of a float tensor `[5, num_variables]`, the sums of the squares of
+        g, a, sent and a - sent and the numbers of selected entries, and of
+        float scalars: `unlike_top_k`, `cancelled`, and those of the sparsifier.
+    """
+    num_scalars = 2 + len(sparsifier.measured)
+    return tf.zeros([5, num_variables]), *(tf.zeros([]),) * num_scalars
+
+
+def of_send(method, sizes: Sequence[int], gradient, a, memory, sent, step):
+    """Measures the first half of a step.
+
+    Args:
+        method: `round.Method`.
+        sizes: Number of entries of each variable.
+        gradient: Float tensor `[J]`.
+        a: Float tensor `[J]`, the accumulated gradient.
+        memory: The memory of the `round.State` before the step.
+        sent: `round.Sent`.
+        step: Scalar integer tensor, the number of steps taken before.
+
+    Returns:
+        Tuple as of `initial`, in which `cancelled` is 0.
+    """
+    indices, values = sent.indices, sent.values
+    a_sent = selection.take(a, indices)
+    # The place of the variable of each selected entry.
+    ends = tf.constant([*itertools.accumulate(sizes)], tf.int32)
+    variable = tf.searchsorted(ends, indices, side="right")
+
+    def by_variable(entries):
+        entries = tf.cast(entries, tf.float32)
+        return tf.math.unsorted_segment_sum(entries, variable, len(sizes))
+
+    def squares(vector):
+        return tf.stack(
+            [
+                tf.cast(tf.reduce_sum(tf.square(part)), tf.float32)
+                for part in tf.split(vector, sizes)
+            ]
+        )
+
+    squares_of_a = squares(a)
+    held_back = squares_of_a - by_variable(tf.square(a_sent))
+    residual = held_back + by_variable(tf.square(a_sent - values))
+    vectors = tf.stack(
+        [
+            squares(gradient),
+            squares_of_a,
+            by_variable(tf.square(values)),
+            # Rounding may leave less than nothing.
+            tf.maximum(residual, 0),
+            by_variable(tf.ones_like(values)),
+        ]
+    )
+    top_k = selection.select_largest(a, method.groups, step)
+    mask = tf.scatter_nd(
+        top_k[:, tf.newaxis], tf.ones_like(top_k), [sum(sizes)]
+    )
+    num_shared = tf.reduce_sum(tf.gather(mask, indices))
+    scalars = [
+        indices.shape[0] - num_shared,
+        tf.zeros([]),
+        *method.sparsifier.measure(a, memory, indices),
+    ]
+    return vectors, *(tf.cast(scalar, tf.float32) for scalar in scalars)
+
+
+def of_settle(measured: tuple, all_values, total) -> tuple:
+    """Adds to the numbers what was cancelled among the replicas.
+
+    Args:
+        measured: Tuple, from `of_send`.
+        all_values: Float tensor `[N, k]`, the values that all replicas sent.
+        total: Float tensor `[J]`, the sum of the entries.
+    """
+    sent = tf.reduce_sum(tf.abs(all_values))
+    left = tf.reduce_sum(tf.abs(total))
+    # Rounding may leave more than was sent.
+    cancelled = tf.maximum(1 - tf.math.divide_no_nan(left, sent), 0)
+    cancelled = tf.where(sent > 0, cancelled, tf.zeros_like(cancelled))
+    vectors, unlike_top_k, _, *others = measured
+    return vectors, unlike_top_k, tf.cast(cancelled, tf.float32), *others
+
+
+def by_name(arrays: Sequence, sparsifier: sparsifiers.Sparsifier) -> dict:
+    """Returns the numbers of one replica by their names.
+
+    Args:
+        arrays: NumPy arrays as of `initial`.
+        sparsifier: `Sparsifier`.
+
+    Returns:
+        Dict of floats, and, by the names that end in `_by_variable`, of arrays
+        `[number of variables]`.
+    """
+    vectors, *scalars = arrays
+    found = {}
+    for name, of_variables in zip(_NORMS, vectors, strict=False):
+        found[name] = float(np.sqrt(of_variables.sum()))
+        found[f"{name}_by_variable"] = np.sqrt(of_variables)
+    found["selected"] = float(vectors[-1].sum())
+    found["selected_by_variable"] = vectors[-1]
+    names = ("unlike_top_k", "cancelled", *sparsifier.measured)
+    return found | dict(zip(names, map(float, scalars), strict=True))
+
+
+_NORMS = ("gradient", "accumulated", "sent", "residual")
