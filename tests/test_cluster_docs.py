@@ -474,6 +474,7 @@ def test_manifest_fits_together(manifest):
     assert policy["spec"]["policyTypes"] == ["Ingress"]
 
 
+@pytest.mark.slow
 def test_manifest_runs(manifest, run, place):
     worker = manifest["TFJob"]["spec"]["tfReplicaSpecs"]["Worker"]
     [container] = worker["template"]["spec"]["containers"]

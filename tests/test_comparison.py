@@ -103,6 +103,7 @@ def test_digits_study_script(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_digits_study_rounds_values(tmp_path):
     """What takes fewer bytes is what the weights follow."""
     results = []
@@ -123,6 +124,7 @@ def test_digits_study_rounds_values(tmp_path):
     assert ternary != exact
 
 
+@pytest.mark.slow
 def test_digits_study_with_adam(tmp_path):
     summary, _ = example_runner.run_example(
         "digits_study",

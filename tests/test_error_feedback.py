@@ -158,7 +158,14 @@ def test_shift_loses_nothing(mirrored):
 
 @pytest.mark.parametrize(
     "name",
-    ["dgc", "ef21-sgdm", "shift, momentum", "none", "downlink of ef21"],
+    [
+        "dgc",
+        "downlink of ef21",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("ef21-sgdm", "shift, momentum", "none")
+        ),
+    ],
 )
 def test_state_is_saved_and_fits_another_world(name, mirrored):
     """To the bit on as many replicas, and with the same sums on others."""

@@ -211,6 +211,7 @@ def test_a_worker_that_is_just_ending_is_named():
     assert text == f"No connection to: worker 1 ({address})."
 
 
+@pytest.mark.slow
 def test_worker_ends_when_another_is_stopped(started, tmp_path):
     pair, _ = start_pair(started, tmp_path)
     pair[1].popen.send_signal(signal.SIGSTOP)
@@ -231,6 +232,7 @@ app.run(multi_worker.main)
 """
 
 
+@pytest.mark.slow
 def test_worker_ends_when_another_is_stuck(started, tmp_path):
     script = tmp_path / "stuck.py"
     script.write_text(STUCK)

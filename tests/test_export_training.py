@@ -95,7 +95,14 @@ def train_by_keras(monkeypatch, strategy, data, method):
     return flat(weights), result["bytes_a_step"]
 
 
-@pytest.mark.parametrize("name", ["dense", "ef21", "shift_masked"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ef21",
+        pytest.param("dense", marks=pytest.mark.slow),
+        pytest.param("shift_masked", marks=pytest.mark.slow),
+    ],
+)
 def test_steps_are_those_of_the_example(
     monkeypatch, mirrored, data, start, gradients_of, name
 ):

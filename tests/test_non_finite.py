@@ -256,7 +256,9 @@ def fit_mixed(model, strategy, seed, steps=60):
     return first, model.evaluate(dataset, verbose=0)
 
 
-@pytest.mark.parametrize("num_replicas", [2, 3])
+@pytest.mark.parametrize(
+    "num_replicas", [2, pytest.param(3, marks=pytest.mark.slow)]
+)
 def test_mixed_float16_stays_finite(num_replicas, mirrored):
     strategy = mirrored(num_replicas)
     model = make_mixed(strategy, "mixed_float16")
@@ -281,6 +283,7 @@ def test_mixed_float16_stays_finite(num_replicas, mirrored):
         assert wrapper.skipped_steps.numpy()  # Or this has tested nothing.
 
 
+@pytest.mark.slow
 def test_mixed_bfloat16(mirrored):
     model = make_mixed(mirrored(2), "mixed_bfloat16")
     first, last = fit_mixed(model, mirrored(2), 0)

@@ -190,6 +190,7 @@ def test_several_steps_per_execution(mirrored):
     assert_weights_equal(*models)
 
 
+@pytest.mark.slow
 def test_two_runs_are_identical(mirrored):
     models = [
         fit(

@@ -102,7 +102,16 @@ def state_variables(optimizer):
     ]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.slow)
+        if case.startswith(("values ", "indices "))
+        and case not in ("values ternary", "indices golomb")
+        else case
+        for case in CASES
+    ],
+)
 def test_no_state_or_border_is_of_the_host(case, gpus):
     """Of every sparsifier, codec, rule and way to exchange."""
     step, _, optimizer = make_step(gpus, CASES[case])

@@ -107,6 +107,7 @@ def assert_total_is_kept(result, half_ways, num_processes=1):
         assert len(set(r["end"])) == 6  # All replicas have the same weights.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("old, new", [(3, 2), (2, 3), (3, 0), (0, 2)])
 def test_another_number_of_replicas(old, new, saved, mirrored):
     result, files = saved(old, mirrored(old))
@@ -147,6 +148,7 @@ def test_another_number_of_workers(workers):
     assert_total_is_kept(loaded, half_ways(workers))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_replicas", [0, 3])
 def test_one_process_goes_on_from_workers(
     num_replicas, workers, directory, mirrored

@@ -67,7 +67,14 @@ def test_custom_inner_optimizer():
     assert type(loaded.inner_optimizer) is MySGD
 
 
-@pytest.mark.parametrize("trained_on, loaded_on", [(0, 0), (2, 2), (3, 0)])
+@pytest.mark.parametrize(
+    "trained_on, loaded_on",
+    [
+        (2, 2),
+        pytest.param(0, 0, marks=pytest.mark.slow),
+        pytest.param(3, 0, marks=pytest.mark.slow),
+    ],
+)
 def test_model_file(trained_on, loaded_on, mirrored, tmp_path):
     model = train(mirrored(trained_on))
     path = tmp_path / "m.keras"

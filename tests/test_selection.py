@@ -203,6 +203,7 @@ def test_all_scores_are_searched_in_chunks(chunk, monkeypatch):
     check(scores.astype(np.float32), [selection.Group(LARGE, 40001)], select)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, density",
     [("CPU", 0.001), ("CPU", 0.01), ("CPU", 0.1), ("GPU", 0.01), ("GPU", 0.1)],
@@ -265,6 +266,7 @@ def test_sampling_of_groups_never_changes_the_result(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("density", [0.001, 0.02])
 def test_sampling_of_groups_nearly_always_pays(density):
     """Far more groups than in a network; one that fails is felt by all."""

@@ -320,6 +320,7 @@ FAULTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check, cases, fault, message", FAULTS)
 def test_check_fails_on_a_fault(check, cases, fault, message, devices):
     if check == "speed":

@@ -157,6 +157,7 @@ def test_random_k_follows_the_reference():
         )
 
 
+@pytest.mark.slow
 def test_random_k_takes_every_entry_equally_often():
     size, steps, k = 64, 2000, 8
     counts = np.zeros(size)

@@ -81,6 +81,7 @@ def test_density_follows_the_epochs(mirrored):
     assert model.optimizer.density == model.optimizer.sparsifier.density == 0.1
 
 
+@pytest.mark.slow
 def test_without_memory(mirrored):
     """Nothing of a step's arguments then tells one density from another."""
     model = make_model(mirrored(0), sparsifier=tf_regtopk.TopK(0.1))
@@ -89,6 +90,7 @@ def test_without_memory(mirrored):
     assert recorder.num_moved == [[25] * 3, [12] * 3, [5] * 3]
 
 
+@pytest.mark.slow
 def test_errors_are_kept(mirrored):
     """Also on several replicas: all that was not sent is still there."""
     with mirrored(2).scope():
