@@ -440,7 +440,7 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         exchange = self._partition
         return exchange.feedback_state, exchange.memory
 
-    def _exchange_for(self, saved):
+    def _partition_for(self, saved):
         """The exchange by which the saved run went, and is to go on."""
         kind = saved.moment.get("exchange", "sparse")
         if kind == self.chosen_exchange:
