@@ -44,6 +44,7 @@ setuptools.setup(
         "test": [
             *examples,
             "hypothesis>=6.100",
+            "mypy>=1.11",
             "pytest>=8",
             "pytest-xdist>=3.5",
             "pyyaml>=6",

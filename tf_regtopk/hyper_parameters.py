@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+from typing import Any
 
 from tf_regtopk import validation
 
@@ -18,7 +19,7 @@ class HyperParameters:
             than those they override, as one written for an older version does.
     """
 
-    def __init_subclass__(cls, **kwargs):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for name, method in vars(cls).items():
             if name.startswith("_") or not inspect.isfunction(method):

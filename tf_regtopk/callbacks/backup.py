@@ -55,13 +55,13 @@ class Backup(keras.callbacks.Callback):
     give in epoch n what it gave in epoch n before.
     """
 
-    def __init__(self, directory):
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
         super().__init__()
         self.directory = os.fspath(directory)
         self._restored = None
         self._next_epoch = None
 
-    def restore(self, model):
+    def restore(self, model: keras.Model) -> int:
         """Loads the newest backup, if there is any. To be called before `fit`.
 
         Args:
@@ -126,7 +126,7 @@ class Backup(keras.callbacks.Callback):
                 _remove(old)
         self._next_epoch = epoch + 1
 
-    def delete(self):
+    def delete(self) -> None:
         """Deletes the backups, all at once, when all workers are done.
 
         To be called by every worker. It waits for the others.

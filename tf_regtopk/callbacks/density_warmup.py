@@ -1,6 +1,6 @@
 """Warm-up of the density under `model.fit`."""
 
-import collections.abc
+from collections.abc import Iterable
 
 import keras
 
@@ -38,9 +38,11 @@ class DensityWarmup(keras.callbacks.Callback):
     whose densities are the defaults, before a last one of 0.001.
     """
 
-    def __init__(self, densities=(0.25, 0.0625, 0.015625, 0.004)):
+    def __init__(
+        self, densities: Iterable[float] = (0.25, 0.0625, 0.015625, 0.004)
+    ) -> None:
         super().__init__()
-        if not isinstance(densities, collections.abc.Iterable):
+        if not isinstance(densities, Iterable):
             raise TypeError(
                 "`densities` must be a list of floats such as `[0.25, 0.01]`. "
                 f"Received: densities={densities!r}"

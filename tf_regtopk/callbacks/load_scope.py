@@ -1,8 +1,10 @@
 """Loading what all workers have saved, all or nothing."""
 
+from collections.abc import Iterator
 import contextlib
 import os
 
+import keras
 import tensorflow as tf
 
 from tf_regtopk.distribute import strategy as strategy_lib
@@ -19,7 +21,11 @@ _LOST_ERRORS = (
 
 
 @contextlib.contextmanager
-def load_scope(path, strategy, model=None):
+def load_scope(
+    path: str | os.PathLike[str],
+    strategy: tf.distribute.Strategy,
+    model: keras.Model | None = None,
+) -> Iterator[str]:
     """Finds what all workers have saved for `path`, and loads all or nothing.
 
     For what was saved to `worker_path(path, strategy)`, by as many workers as

@@ -16,7 +16,7 @@ _REDUCIBLE = (
 )
 
 
-def worker_number(strategy):
+def worker_number(strategy: tf.distribute.Strategy) -> tuple[int, int]:
     """`(number of this worker, number of workers)` of a `tf.distribute` one."""
     resolver = getattr(strategy, "cluster_resolver", None)
     spec = resolver.cluster_spec().as_dict() if resolver else {}
@@ -79,10 +79,14 @@ class MultiWorkerMirroredStrategy(tf.distribute.MultiWorkerMirroredStrategy):
 
     def __init__(
         self,
-        cluster_resolver=None,
-        communication_options=None,
-        timeout_seconds=600.0,
-    ):
+        cluster_resolver: (
+            tf.distribute.cluster_resolver.ClusterResolver | None
+        ) = None,
+        communication_options: (
+            tf.distribute.experimental.CommunicationOptions | None
+        ) = None,
+        timeout_seconds: float | None = 600.0,
+    ) -> None:
         if timeout_seconds is not None:
             validation.check_number(
                 "timeout_seconds", timeout_seconds, "positive", lambda t: t > 0

@@ -4,10 +4,14 @@ import abc
 import dataclasses
 from typing import ClassVar
 from typing import NamedTuple
+from typing import TypeAlias
 
 import tensorflow as tf
 
 from tf_regtopk import hyper_parameters
+
+# Tensors of a rule's state: local or shared ones.
+Tensors: TypeAlias = tuple[tf.Tensor, ...]
 
 
 class Moment(NamedTuple):
@@ -59,14 +63,14 @@ class ErrorFeedback(hyper_parameters.HyperParameters, abc.ABC):
 
     @property
     @abc.abstractmethod
-    def num_local(self):
+    def num_local(self) -> int:
         """Number of tensors that each replica has for itself."""
 
-    def initial_local(self, size, dtype):
+    def initial_local(self, size: int, dtype: tf.DType) -> Tensors:
         """The local tensors before the first step, as `initial_shared`."""
         return (tf.zeros([size], dtype),) * self.num_local
 
-    def initial_shared(self, size, dtype):
+    def initial_shared(self, size: int, dtype: tf.DType) -> Tensors:
         """The shared tensors before the first step.
 
         Args:
@@ -80,7 +84,13 @@ class ErrorFeedback(hyper_parameters.HyperParameters, abc.ABC):
         return ()
 
     @abc.abstractmethod
-    def accumulate(self, local, shared, gradient, step):
+    def accumulate(
+        self,
+        local: Tensors,
+        shared: Tensors,
+        gradient: tf.Tensor,
+        step: Step,
+    ) -> tuple[tf.Tensor, Tensors]:
         """What entries are selected from.
 
         Args:
@@ -96,7 +106,14 @@ class ErrorFeedback(hyper_parameters.HyperParameters, abc.ABC):
         """
 
     @abc.abstractmethod
-    def update(self, local, indices, sent, total, step):
+    def update(
+        self,
+        local: Tensors,
+        indices: tf.Tensor,
+        sent: tf.Tensor,
+        total: tf.Tensor,
+        step: Step,
+    ) -> Tensors:
         """The local tensors for the next step.
 
         Args:
@@ -110,7 +127,9 @@ class ErrorFeedback(hyper_parameters.HyperParameters, abc.ABC):
             Tuple of tensors `[J]`, the same object where one stays as it is.
         """
 
-    def aggregate(self, shared, total, step):
+    def aggregate(
+        self, shared: Tensors, total: tf.Tensor, step: Step
+    ) -> tuple[tf.Tensor, Tensors]:
         """What the inner optimizer sees.
 
         Args:
@@ -124,7 +143,7 @@ class ErrorFeedback(hyper_parameters.HyperParameters, abc.ABC):
         del step
         return total, shared
 
-    def when_dense(self):
+    def when_dense(self) -> "ErrorFeedback":
         """What the rule comes to if no entry has to be held back.
 
         Returns:

@@ -1,6 +1,7 @@
 """Compression of the way back: what all replicas apply of their sum."""
 
 import dataclasses
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -56,7 +57,7 @@ class CompressedDownlink(base.ErrorFeedback):
         default_factory=lambda: codecs.Codec(values="ternary")
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         validation.check_instance(
             "error_feedback",
             self.error_feedback,
@@ -70,31 +71,46 @@ class CompressedDownlink(base.ErrorFeedback):
         )
 
     @property
-    def needs_learning_rate(self):
+    def needs_learning_rate(self) -> bool:
         return self.error_feedback.needs_learning_rate
 
     @property
-    def residual_place(self):
+    def residual_place(self) -> int | None:
         return self.error_feedback.residual_place
 
     @property
-    def num_local(self):
+    def num_local(self) -> int:
         return self.error_feedback.num_local
 
-    def initial_local(self, size, dtype):
+    def initial_local(self, size: int, dtype: tf.DType) -> base.Tensors:
         return self.error_feedback.initial_local(size, dtype)
 
-    def initial_shared(self, size, dtype):
+    def initial_shared(self, size: int, dtype: tf.DType) -> base.Tensors:
         inner = self.error_feedback.initial_shared(size, dtype)
         return (tf.zeros([size], dtype), *inner)
 
-    def accumulate(self, local, shared, gradient, step):
+    def accumulate(
+        self,
+        local: base.Tensors,
+        shared: base.Tensors,
+        gradient: tf.Tensor,
+        step: base.Step,
+    ) -> tuple[tf.Tensor, base.Tensors]:
         return self.error_feedback.accumulate(local, shared[1:], gradient, step)
 
-    def update(self, local, indices, sent, total, step):
+    def update(
+        self,
+        local: base.Tensors,
+        indices: tf.Tensor,
+        sent: tf.Tensor,
+        total: tf.Tensor,
+        step: base.Step,
+    ) -> base.Tensors:
         return self.error_feedback.update(local, indices, sent, total, step)
 
-    def aggregate(self, shared, total, step):
+    def aggregate(
+        self, shared: base.Tensors, total: tf.Tensor, step: base.Step
+    ) -> tuple[tf.Tensor, base.Tensors]:
         total, inner = self.error_feedback.aggregate(shared[1:], total, step)
         a = shared[0] + total
         density = step.density if self.density is None else self.density
@@ -110,10 +126,10 @@ class CompressedDownlink(base.ErrorFeedback):
         error = equations.residual_error(a, indices, sent)
         return aggregate, (error, *inner)
 
-    def when_dense(self):
+    def when_dense(self) -> base.ErrorFeedback:
         return self.error_feedback.when_dense()
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         serialize = keras.saving.serialize_keras_object
         return {
             "error_feedback": serialize(self.error_feedback),
@@ -122,7 +138,7 @@ class CompressedDownlink(base.ErrorFeedback):
         }
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> "CompressedDownlink":
         return cls(
             **{
                 name: keras.saving.deserialize_keras_object(value)

@@ -30,17 +30,23 @@ class EF21(base.ErrorFeedback):
 
     momentum: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._check_number("momentum", "in (0, 1]", lambda m: 0 < m <= 1)
 
     @property
-    def num_local(self):
+    def num_local(self) -> int:
         return 1 if self.momentum == 1 else 2
 
-    def initial_shared(self, size, dtype):
+    def initial_shared(self, size: int, dtype: tf.DType) -> base.Tensors:
         return (tf.zeros([size], dtype),)
 
-    def accumulate(self, local, shared, gradient, step):
+    def accumulate(
+        self,
+        local: base.Tensors,
+        shared: base.Tensors,
+        gradient: tf.Tensor,
+        step: base.Step,
+    ) -> tuple[tf.Tensor, base.Tensors]:
         del shared, step
         if self.momentum == 1:
             [h] = local
@@ -49,18 +55,27 @@ class EF21(base.ErrorFeedback):
         v = (1 - self.momentum) * v + self.momentum * gradient
         return v - h, (h, v)
 
-    def update(self, local, indices, sent, total, step):
+    def update(
+        self,
+        local: base.Tensors,
+        indices: tf.Tensor,
+        sent: tf.Tensor,
+        total: tf.Tensor,
+        step: base.Step,
+    ) -> base.Tensors:
         del total, step
         h = equations.add_sent(local[0], indices, sent)
         return (h, *local[1:])
 
-    def aggregate(self, shared, total, step):
+    def aggregate(
+        self, shared: base.Tensors, total: tf.Tensor, step: base.Step
+    ) -> tuple[tf.Tensor, base.Tensors]:
         del step
         [h_sum] = shared
         h_sum += total
         return h_sum, (h_sum,)
 
-    def when_dense(self):
+    def when_dense(self) -> base.ErrorFeedback:
         return momentum_of_sum.momentum_of_sum(
             1 - self.momentum, scale=self.momentum
         )

@@ -3,7 +3,7 @@
 import tensorflow as tf
 
 
-def accumulate(e, g):
+def accumulate(e: tf.Tensor, g: tf.Tensor) -> tf.Tensor:
     """The accumulated gradient `a = e + g`.
 
     Args:
@@ -21,7 +21,9 @@ def accumulate(e, g):
     return e + g
 
 
-def residual_error(a, indices, sent):
+def residual_error(
+    a: tf.Tensor, indices: tf.Tensor, sent: tf.Tensor
+) -> tf.Tensor:
     """The residual error `e = a - sent`; exactly 0 where a was sent as it is.
 
     Args:
@@ -44,14 +46,14 @@ def residual_error(a, indices, sent):
     return tf.tensor_scatter_nd_update(a, indices[:, tf.newaxis], left)
 
 
-def add_sent(h, indices, sent):
+def add_sent(h: tf.Tensor, indices: tf.Tensor, sent: tf.Tensor) -> tf.Tensor:
     """`h + sent`, with arguments as of `residual_error`."""
     if indices.shape == h.shape:
         return h + sent
     return tf.tensor_scatter_nd_add(h, indices[:, tf.newaxis], sent)
 
 
-def clear_sent(u, indices):
+def clear_sent(u: tf.Tensor, indices: tf.Tensor) -> tf.Tensor:
     """`u`, but 0 where something was sent."""
     if indices.shape == u.shape:
         return tf.zeros_like(u)
@@ -59,7 +61,7 @@ def clear_sent(u, indices):
     return tf.tensor_scatter_nd_update(u, indices[:, tf.newaxis], zeros)
 
 
-def clip(gradient, norm):
+def clip(gradient: tf.Tensor, norm: float) -> tf.Tensor:
     """`gradient`, scaled down to at most this Euclidean norm."""
     # The squares of what is not scaled may be too large for a float.
     largest = tf.reduce_max(tf.abs(gradient))

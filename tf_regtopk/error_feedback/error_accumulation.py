@@ -52,7 +52,7 @@ class Accumulate(base.ErrorFeedback):
     clip_norm: float | None = None
     follow_learning_rate: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._check_number("momentum", "in [0, 1)", lambda m: 0 <= m < 1)
         validation.check_boolean("factor_masking", self.factor_masking)
         if self.factor_masking and not self.momentum:
@@ -67,18 +67,24 @@ class Accumulate(base.ErrorFeedback):
             self._check_number("clip_norm", "positive", lambda c: c > 0)
 
     @property
-    def num_local(self):
+    def num_local(self) -> int:
         return 2 if self.momentum else 1
 
     @property
-    def needs_learning_rate(self):
+    def needs_learning_rate(self) -> bool:
         return self.follow_learning_rate
 
-    def initial_shared(self, size, dtype):
+    def initial_shared(self, size: int, dtype: tf.DType) -> base.Tensors:
         del size
         return (tf.zeros([], dtype),) if self.follow_learning_rate else ()
 
-    def accumulate(self, local, shared, gradient, step):
+    def accumulate(
+        self,
+        local: base.Tensors,
+        shared: base.Tensors,
+        gradient: tf.Tensor,
+        step: base.Step,
+    ) -> tuple[tf.Tensor, base.Tensors]:
         if self.clip_norm is not None:
             gradient = equations.clip(
                 gradient, self.clip_norm / step.num_replicas**0.5
@@ -93,7 +99,14 @@ class Accumulate(base.ErrorFeedback):
         a = equations.accumulate(e, u)
         return a, (a, u)
 
-    def update(self, local, indices, sent, total, step):
+    def update(
+        self,
+        local: base.Tensors,
+        indices: tf.Tensor,
+        sent: tf.Tensor,
+        total: tf.Tensor,
+        step: base.Step,
+    ) -> base.Tensors:
         del total, step
         e = equations.residual_error(local[0], indices, sent)
         if not self.momentum:
@@ -102,12 +115,14 @@ class Accumulate(base.ErrorFeedback):
             return e, local[1]
         return e, equations.clear_sent(local[1], indices)
 
-    def aggregate(self, shared, total, step):
+    def aggregate(
+        self, shared: base.Tensors, total: tf.Tensor, step: base.Step
+    ) -> tuple[tf.Tensor, base.Tensors]:
         if self.follow_learning_rate:
             shared = (tf.cast(step.learning_rate, total.dtype),)
         return total, shared
 
-    def when_dense(self):
+    def when_dense(self) -> base.ErrorFeedback:
         # Factor masking is for what was held back.
         return momentum_of_sum.momentum_of_sum(
             self.momentum, clip_norm=self.clip_norm

@@ -45,19 +45,25 @@ class LearnedShift(base.ErrorFeedback):
     rate: float | None = None
     momentum: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.rate is not None:
             self._check_number("rate", "in (0, 1]", lambda r: 0 < r <= 1)
         self._check_number("momentum", "in [0, 1)", lambda m: 0 <= m < 1)
 
     @property
-    def num_local(self):
+    def num_local(self) -> int:
         return 3 if self.momentum else 2
 
-    def initial_shared(self, size, dtype):
+    def initial_shared(self, size: int, dtype: tf.DType) -> base.Tensors:
         return (tf.zeros([size], dtype),) * (2 if self.momentum else 1)
 
-    def accumulate(self, local, shared, gradient, step):
+    def accumulate(
+        self,
+        local: base.Tensors,
+        shared: base.Tensors,
+        gradient: tf.Tensor,
+        step: base.Step,
+    ) -> tuple[tf.Tensor, base.Tensors]:
         del shared, step
         if not self.momentum:
             e, h = local
@@ -68,20 +74,29 @@ class LearnedShift(base.ErrorFeedback):
         a = e + u
         return a, (a, h, u)
 
-    def update(self, local, indices, sent, total, step):
+    def update(
+        self,
+        local: base.Tensors,
+        indices: tf.Tensor,
+        sent: tf.Tensor,
+        total: tf.Tensor,
+        step: base.Step,
+    ) -> base.Tensors:
         a, h, *u = local
         e = equations.residual_error(a, indices, sent)
         h = equations.add_sent(h, indices, self._rate(step) * sent)
         return (e, h, *u)
 
-    def aggregate(self, shared, total, step):
+    def aggregate(
+        self, shared: base.Tensors, total: tf.Tensor, step: base.Step
+    ) -> tuple[tf.Tensor, base.Tensors]:
         h_sum = shared[0] + self._rate(step) * total
         if not self.momentum:
             return shared[0] + total, (h_sum,)
         p = self.momentum * shared[1] + shared[0]
         return total + p, (h_sum, p)
 
-    def when_dense(self):
+    def when_dense(self) -> base.ErrorFeedback:
         return momentum_of_sum.momentum_of_sum(self.momentum)
 
     def _rate(self, step):

@@ -27,10 +27,16 @@ class MomentumOfSum(base.ErrorFeedback):
 
     num_local = 0
 
-    def initial_shared(self, size, dtype):
+    def initial_shared(self, size: int, dtype: tf.DType) -> base.Tensors:
         return (tf.zeros([size], dtype),) if self.momentum else ()
 
-    def accumulate(self, local, shared, gradient, step):
+    def accumulate(
+        self,
+        local: base.Tensors,
+        shared: base.Tensors,
+        gradient: tf.Tensor,
+        step: base.Step,
+    ) -> tuple[tf.Tensor, base.Tensors]:
         del shared
         if self.clip_norm is not None:
             gradient = equations.clip(
@@ -38,11 +44,20 @@ class MomentumOfSum(base.ErrorFeedback):
             )
         return gradient, local
 
-    def update(self, local, indices, sent, total, step):
+    def update(
+        self,
+        local: base.Tensors,
+        indices: tf.Tensor,
+        sent: tf.Tensor,
+        total: tf.Tensor,
+        step: base.Step,
+    ) -> base.Tensors:
         del indices, sent, total, step
         return local
 
-    def aggregate(self, shared, total, step):
+    def aggregate(
+        self, shared: base.Tensors, total: tf.Tensor, step: base.Step
+    ) -> tuple[tf.Tensor, base.Tensors]:
         del step
         if not self.momentum:
             return total, shared
@@ -50,7 +65,9 @@ class MomentumOfSum(base.ErrorFeedback):
         return u, (u,)
 
 
-def momentum_of_sum(momentum, scale=1.0, clip_norm=None):
+def momentum_of_sum(
+    momentum: float, scale: float = 1.0, clip_norm: float | None = None
+) -> base.ErrorFeedback:
     """`MomentumOfSum`, or what there is without one."""
     if not momentum and clip_norm is None:
         return no_feedback.NoFeedback()

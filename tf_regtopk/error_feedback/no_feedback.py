@@ -3,6 +3,7 @@
 import dataclasses
 
 import keras
+import tensorflow as tf
 
 from tf_regtopk.error_feedback import base
 
@@ -18,13 +19,26 @@ class NoFeedback(base.ErrorFeedback):
 
     num_local = 0
 
-    def accumulate(self, local, shared, gradient, step):
+    def accumulate(
+        self,
+        local: base.Tensors,
+        shared: base.Tensors,
+        gradient: tf.Tensor,
+        step: base.Step,
+    ) -> tuple[tf.Tensor, base.Tensors]:
         del shared, step
         return gradient, local
 
-    def update(self, local, indices, sent, total, step):
+    def update(
+        self,
+        local: base.Tensors,
+        indices: tf.Tensor,
+        sent: tf.Tensor,
+        total: tf.Tensor,
+        step: base.Step,
+    ) -> base.Tensors:
         del indices, sent, total, step
         return local
 
-    def when_dense(self):
+    def when_dense(self) -> base.ErrorFeedback:
         return self

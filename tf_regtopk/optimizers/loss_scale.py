@@ -1,5 +1,7 @@
 """Loss scaling for `mixed_float16` that all replicas agree on."""
 
+from typing import Any
+
 import keras
 import tensorflow as tf
 
@@ -50,12 +52,12 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
 
     def __init__(
         self,
-        inner_optimizer,
-        initial_scale=2.0**15,
-        dynamic_growth_steps=2000,
-        name=None,
-        **kwargs,
-    ):
+        inner_optimizer: wrapper.OptimizerWrapper,
+        initial_scale: float = 2.0**15,
+        dynamic_growth_steps: int = 2000,
+        name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
         if not isinstance(inner_optimizer, wrapper.OptimizerWrapper):
             raise TypeError(
                 "`inner_optimizer` must be a `SparsifiedOptimizer`. "

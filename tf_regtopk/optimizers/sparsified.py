@@ -2,8 +2,12 @@
 
 import dataclasses
 import itertools
+from typing import Any
+from typing import Literal
+from typing import Never
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tf_regtopk import codecs
@@ -119,20 +123,21 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
 
     def __init__(
         self,
-        inner_optimizer,
-        sparsifier=None,
+        inner_optimizer: keras.optimizers.Optimizer,
+        sparsifier: sparsifiers.Sparsifier | None = None,
         *,
-        codec=None,
-        error_feedback=None,
-        scope="global",
-        dense_below=0,
-        exchange="sparse",
-        topology=None,
-        hierarchical=False,
-        telemetry=False,
-        name=None,
-        **kwargs,
-    ):
+        codec: codecs.Codec | None = None,
+        error_feedback: error_feedback_lib.ErrorFeedback | None = None,
+        scope: Literal["global", "per_variable"] = "global",
+        dense_below: int = 0,
+        exchange: Literal["sparse", "dense", "auto"] = "sparse",
+        topology: topology_lib.Topology | None = None,
+        hierarchical: bool = False,
+        telemetry: bool = False,
+        name: str | None = None,
+        # Those of the base class get an error that says where they belong.
+        **kwargs: Never,
+    ) -> None:
         validation.check_no_base_arguments(kwargs)
         if sparsifier is None:
             sparsifier = sparsifiers.RegTopK()
@@ -245,30 +250,30 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         return auto_exchange.choose(self._exchange_seconds)
 
     @property
-    def hierarchical(self):
+    def hierarchical(self) -> bool:
         """Whether the topology is `Hierarchical`."""
         return isinstance(self.topology, topology_lib.Hierarchical)
 
     @property
-    def chosen_exchange(self):
+    def chosen_exchange(self) -> Literal["sparse", "dense"] | None:
         """`"sparse"` or `"dense"`; None if it is to be chosen when built."""
         if self.built:
             return self._partition.kind
         return None if self.exchange == "auto" else self.exchange
 
     @property
-    def exchange_seconds(self):
+    def exchange_seconds(self) -> dict[str, float] | None:
         """Seconds a step of each exchange by `exchange="auto"`, or None."""
         return self._exchange_seconds if self.built else None
 
     @property
-    def density(self):
+    def density(self) -> float:
         """The share of the entries that is sent, the sparsifier's at first."""
         if self.built:
             return self._partition.density
         return self.sparsifier.density
 
-    def set_density(self, density):
+    def set_density(self, density: float) -> None:
         """Sends another share of the entries from the next step on.
 
         As `DensityWarmup` does under `model.fit`. The residual errors stay;
@@ -309,7 +314,7 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         num_local = len(self._changes.replicas)
         self._changes.assign_local([[self.changes]] * num_local)
 
-    def wire_report(self):
+    def wire_report(self) -> codecs.WireReport:
         """What each replica sends a step, as a `WireReport` to print.
 
         From the shapes of the variables and a payload of random entries; so it
@@ -334,7 +339,7 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
             exchange_seconds=self.exchange_seconds,
         )
 
-    def telemetry(self):
+    def telemetry(self) -> list[dict[str, Any]]:
         """Returns numbers about the last step, for each replica.
 
         Of the variables that are exchanged sparsely: `"gradient"`,
@@ -376,7 +381,7 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
             )
         return self._partition.telemetry()
 
-    def residual_errors(self):
+    def residual_errors(self) -> list[list[np.ndarray]]:
         """Returns the residual error of each replica of this process.
 
         Returns:
@@ -390,7 +395,7 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         validation.check_built(self, "residual_errors")
         return self._partition.residual_errors()
 
-    def save_state(self):
+    def save_state(self) -> saved_state.SavedState:
         """The state of this process's replicas, as a `SavedState`."""
         state, memory = self._states()
         return saved_state.SavedState(
@@ -408,7 +413,7 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
             },
         )
 
-    def load_state(self, saved):
+    def load_state(self, saved: saved_state.SavedState) -> None:
         """Loads a `SavedState`, or raises and changes nothing."""
         exchange = self._partition_for(saved)
         saved_state.check_layout(
@@ -454,7 +459,7 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
             return self._new_partition(kind, self._trainable_variables)
 
     @property
-    def moment(self):
+    def moment(self) -> dict[str, Any]:
         """Tells steps and runs apart: all workers agree in it."""
         return {
             "step": int(self._iterations.numpy()),
@@ -492,7 +497,7 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
             "error_feedback": self.error_feedback,
         }
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "sparsifier": keras.saving.serialize_keras_object(self.sparsifier),

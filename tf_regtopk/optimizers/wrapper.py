@@ -330,7 +330,7 @@ def _leave_saving_to_wrapper(inner_optimizer):
         part.save_own_variables = part.load_own_variables = lambda store: None
 
 
-def of_model(model):
+def of_model(model: keras.Model) -> "OptimizerWrapper":
     """The wrapper in the optimizer of a `keras.Model`, which it builds."""
     optimizer = model.optimizer
     while not isinstance(optimizer, OptimizerWrapper):
