@@ -61,7 +61,7 @@ class DensityWarmup(keras.callbacks.Callback):
             density = self.densities[epoch]
         if density != optimizer.density:
             optimizer.set_density(density)
-        # What `fit` has in hand may have been traced before a change.
+        # The function that `fit` holds may have been traced before a change.
         traced = self.model.train_function, optimizer.changes
         if traced != self._traced:
             self.model.make_train_function(force=True)

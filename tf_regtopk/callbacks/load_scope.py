@@ -11,7 +11,7 @@ from tf_regtopk.distribute import strategy as strategy_lib
 from tf_regtopk.optimizers import wrapper
 from tf_regtopk.saving import worker_files
 
-# What TensorFlow raises in a collective that other workers have left.
+# Errors that TensorFlow raises in a collective that a worker has left.
 _LOST_ERRORS = (
     tf.errors.AbortedError,
     tf.errors.CancelledError,
@@ -96,7 +96,8 @@ def put_back_on_error(model):
         yield
         return
     optimizer = wrapper.of_model(model)
-    # Of each replica: batch normalisation keeps averages of its own on each.
+    # Every replica's value is kept, because batch normalisation has averages
+    # of its own on each.
     variables = [
         local
         for variable in [*model.variables, *model.optimizer.variables]

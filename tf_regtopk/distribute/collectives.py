@@ -1,4 +1,4 @@
-"""The collectives: the only module that communicates, but for the topology."""
+"""The collectives of payloads and of gradients."""
 
 import tensorflow as tf
 
@@ -43,7 +43,7 @@ def _largest(num_used, length):
     """The largest `num_used` of all replicas, in [1, `length`]."""
     numbers = _gather(words.hold(num_used)[tf.newaxis])
     numbers = words.release(numbers, tf.int32)
-    # A collective of nothing would end the process.
+    # TensorFlow terminates the process in a collective of length 0.
     return tf.clip_by_value(tf.reduce_max(numbers), 1, length)
 
 
@@ -51,8 +51,8 @@ def _gather(payload):
     """The payloads of all replicas, `[N length]`, all of the same length."""
     if keras_internals.can_gather_at_once():
         return watchdog.watched(lambda: keras_internals.gather_at_once(payload))
-    # Where nothing is fast: of floats, eager replicas would trace a function
-    # each time.
+    # The payload is int32 here, because of floats eager replicas would trace a
+    # function each time.
     replica = tf.distribute.get_replica_context()
     payload = words.release(payload, tf.int32)
     gathered = watchdog.watched(lambda: replica.all_gather(payload, axis=0))

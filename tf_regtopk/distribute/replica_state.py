@@ -1,4 +1,4 @@
-"""What each replica keeps for itself between steps."""
+"""The state of each replica, which differs from that of the others."""
 
 import tensorflow as tf
 
@@ -38,7 +38,7 @@ class ReplicaState:
         self.dtypes = tf.nest.map_structure(lambda v: v.dtype, values)
         # ON_READ without aggregation: each replica reads and writes its own
         # value, and nothing is ever reduced behind its back.
-        # All start alike, so that no worker has to tell another.
+        # No worker tells another the initial values, because all are alike.
         with keras_internals.initial_values_of_each_worker():
             self._variables = tf.nest.map_structure(
                 lambda value: tf.Variable(
@@ -54,7 +54,7 @@ class ReplicaState:
         """This replica's structure of `tf.Variable`s."""
 
         def local_variable(variable):
-            # In a replica context, `handle` is that of this replica's part.
+            # `handle` is that of this replica's part in a replica context.
             [local] = [
                 part
                 for part in self._strategy.experimental_local_results(variable)

@@ -5,7 +5,7 @@ import tensorflow as tf
 from tf_regtopk import validation
 from tf_regtopk.distribute import watchdog
 
-# What the collective all-reduce takes.
+# The dtypes that the collective all-reduce takes.
 _REDUCIBLE = (
     tf.bfloat16,
     tf.float16,

@@ -68,7 +68,7 @@ class Topology(hyper_parameters.HyperParameters, abc.ABC):
     entries from `EntryTopology`.
     """
 
-    # Whether selected entries are exchanged, not whole gradients.
+    # True if selected entries are exchanged, False if whole gradients are.
     sends_entries: ClassVar[bool] = False
 
     def replicas_per_participant(self, cluster: Cluster) -> int:
@@ -105,7 +105,7 @@ class EntryTopology(Topology):
     """
 
     sends_entries: ClassVar[bool] = True
-    # Whether payloads may differ in length from participant to participant.
+    # True if payloads may differ in length from participant to participant.
     can_vary_length: ClassVar[bool] = False
 
     def sum_within(
@@ -255,7 +255,7 @@ class Hierarchical(EntryTopology):
 
 
 class Participants:
-    """Those who exchange by a topology, in the scope of a strategy.
+    """The participants of an exchange: a topology in the scope of a strategy.
 
     To be created in that scope. `rank`, `sum_within` and `exchange` are for a
     replica context.

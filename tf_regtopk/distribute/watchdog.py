@@ -1,4 +1,4 @@
-"""What ends a worker that waits for another in vain."""
+"""A watchdog that terminates a worker which waits for another in vain."""
 
 import threading
 import time
@@ -62,7 +62,7 @@ class Watchdog:
 
 
 def watched(function, strategy=None):
-    """As `Watchdog.watched`, if the strategy has a watchdog.
+    """Calls `Watchdog.watched` if the strategy has a watchdog.
 
     Args:
         function: As of `Watchdog.watched`.
@@ -77,5 +77,6 @@ def _add_one(counter):
     """Counts, now or when the graph runs."""
     if tf.executing_eagerly():
         return counter.assign_add(1)
-    # Of what it returns otherwise, a graph could not wait for the addition.
+    # With `read_value=True` the result would be a read of the variable,
+    # and waiting for the read would not wait for the addition.
     return counter.assign_add(1, read_value=False)

@@ -27,7 +27,7 @@ class Moment(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What a rule may want to know of a step.
+    """The context of a step: its facts for the rules.
 
     Args:
         num_replicas: N.
@@ -56,9 +56,9 @@ class ErrorFeedback(hyper_parameters.HyperParameters, abc.ABC):
     local ones are kept and spread evenly.
     """
 
-    # Which of the local tensors is the residual error, None if there is none.
+    # The place of the residual error in the local tensors, None without one.
     residual_place: ClassVar[int | None] = None
-    # Whether the rule reads `Step.learning_rate`.
+    # True if the rule reads `Step.learning_rate`.
     needs_learning_rate = False
 
     @property
@@ -67,7 +67,7 @@ class ErrorFeedback(hyper_parameters.HyperParameters, abc.ABC):
         """Number of tensors that each replica has for itself."""
 
     def initial_local(self, size: int, dtype: tf.DType) -> Tensors:
-        """The local tensors before the first step, as `initial_shared`."""
+        """Returns the local tensors before the first step: zeros."""
         return (tf.zeros([size], dtype),) * self.num_local
 
     def initial_shared(self, size: int, dtype: tf.DType) -> Tensors:
@@ -91,7 +91,7 @@ class ErrorFeedback(hyper_parameters.HyperParameters, abc.ABC):
         gradient: tf.Tensor,
         step: Step,
     ) -> tuple[tf.Tensor, Tensors]:
-        """What entries are selected from.
+        """Returns the vector from which entries are selected.
 
         Args:
             local: Tuple of `num_local` tensors `[J]`.
@@ -130,7 +130,7 @@ class ErrorFeedback(hyper_parameters.HyperParameters, abc.ABC):
     def aggregate(
         self, shared: Tensors, total: tf.Tensor, step: Step
     ) -> tuple[tf.Tensor, Tensors]:
-        """What the inner optimizer sees.
+        """Returns the gradient for the inner optimizer.
 
         Args:
             shared: Tuple of tensors, as of `initial_shared`.
@@ -144,7 +144,7 @@ class ErrorFeedback(hyper_parameters.HyperParameters, abc.ABC):
         return total, shared
 
     def when_dense(self) -> "ErrorFeedback":
-        """What the rule comes to if no entry has to be held back.
+        """Returns the rule for steps in which no entry is held back.
 
         Returns:
             `ErrorFeedback` without local tensors, for `exchange="dense"`.

@@ -11,7 +11,7 @@ from tf_regtopk.error_feedback import no_feedback
 
 @dataclasses.dataclass(frozen=True)
 class MomentumOfSum(base.ErrorFeedback):
-    """What rules with local momentum come to if every entry is sent.
+    """Momentum of the sum: rules with local momentum if every entry is sent.
 
         aggregate = U = m U + c total           total: the sum of all g
 
@@ -68,7 +68,7 @@ class MomentumOfSum(base.ErrorFeedback):
 def momentum_of_sum(
     momentum: float, scale: float = 1.0, clip_norm: float | None = None
 ) -> base.ErrorFeedback:
-    """`MomentumOfSum`, or what there is without one."""
+    """Returns a `MomentumOfSum`, or `NoFeedback` without momentum and norm."""
     if not momentum and clip_norm is None:
         return no_feedback.NoFeedback()
     return MomentumOfSum(momentum, scale, clip_norm)

@@ -11,7 +11,7 @@ from tf_regtopk.error_feedback import base
 @keras.saving.register_keras_serializable(package="tf_regtopk")
 @dataclasses.dataclass(frozen=True)
 class NoFeedback(base.ErrorFeedback):
-    """What was not sent is forgotten: `a = g`.
+    """No error feedback: entries that are not sent are forgotten, `a = g`.
 
     For unbiased codecs of whole gradients, and for comparison: a sparsifier
     without error feedback is biased.

@@ -1,4 +1,4 @@
-"""The optimizer wrapper: one training step, from gradients to the update."""
+"""The optimizer wrapper: its arguments, choices and reports."""
 
 import dataclasses
 import itertools
@@ -24,7 +24,7 @@ from tf_regtopk.saving import saved_state
 from tf_regtopk.saving import worker_files
 from tf_regtopk.steps import auto_exchange
 from tf_regtopk.steps import partition as partition_lib
-from tf_regtopk.steps import verdict
+from tf_regtopk.steps import step
 
 
 @keras.saving.register_keras_serializable(package="tf_regtopk")
@@ -135,7 +135,7 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         hierarchical: bool = False,
         telemetry: bool = False,
         name: str | None = None,
-        # Those of the base class get an error that says where they belong.
+        # Arguments of the base class get an error that says where to set them.
         **kwargs: Never,
     ) -> None:
         validation.check_no_base_arguments(kwargs)
@@ -183,19 +183,14 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         self.topology = topology
         self.has_telemetry = telemetry
 
-    def _exchange(self, gradients):
-        """Select -> exchange: the first half of a step; nothing is kept yet."""
-        flags, exchanged = self._partition.exchange(
-            gradients, self._read_moment()
-        )
-        is_current = tf.equal(self._changes.variables(), self.changes)
-        flags.append(verdict.Flags(are_current=is_current))
-        return verdict.is_finite(flags), exchanged
-
-    def _aggregate(self, exchanged, has_gradient):
-        """Sum -> remember -> clear the error: the second half of a step."""
-        return self._partition.aggregate(
-            exchanged, has_gradient, self._read_moment()
+    def _step(self, gradients, apply, skip):
+        return step.take_step(
+            self._partition,
+            gradients,
+            self._read_moment(),
+            tf.equal(self._changes.variables(), self.changes),
+            apply,
+            skip,
         )
 
     def _read_moment(self):
@@ -251,7 +246,7 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
 
     @property
     def hierarchical(self) -> bool:
-        """Whether the topology is `Hierarchical`."""
+        """True if the topology is `Hierarchical`."""
         return isinstance(self.topology, topology_lib.Hierarchical)
 
     @property
@@ -315,10 +310,10 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         self._changes.assign_local([[self.changes]] * num_local)
 
     def wire_report(self) -> codecs.WireReport:
-        """What each replica sends a step, as a `WireReport` to print.
+        """Returns the bytes that each replica sends per step, to print.
 
-        From the shapes of the variables and a payload of random entries; so it
-        can be asked for before training, as soon as the optimizer is built.
+        The report is made from the shapes of the variables and a payload of
+        random entries, so that a built optimizer has it before training.
 
         Raises:
             ValueError: If the optimizer is not built.
@@ -471,7 +466,7 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         }
 
     def _layout_of(self, exchange):
-        """What a saved state must agree in with this optimizer."""
+        """Returns the facts in which a saved state must agree to fit."""
         return {
             **exchange.layout(),
             **{

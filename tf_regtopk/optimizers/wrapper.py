@@ -10,7 +10,6 @@ import tensorflow as tf
 
 from tf_regtopk import keras_internals
 from tf_regtopk import validation
-from tf_regtopk.distribute import branches
 from tf_regtopk.saving import saved_state
 from tf_regtopk.saving import worker_files
 
@@ -20,7 +19,7 @@ class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
 
     To Keras this is an optimizer with the inner one's learning rate, step count
     and variables. A subclass says in `_create_state` what it keeps, and in
-    `_aggregate` how the gradients of the replicas become one.
+    `_step` how the gradients of the replicas become one.
 
     Args:
         inner_optimizer: The `keras.optimizers.Optimizer` to wrap.
@@ -44,39 +43,24 @@ class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
 
     @abc.abstractmethod
     def save_state(self):
-        """What the aggregation keeps, as a `saved_state.SavedState`."""
+        """Returns the aggregation's state, a `saved_state.SavedState`."""
 
     @abc.abstractmethod
     def load_state(self, saved):
         """Loads a `saved_state.SavedState`, or raises and changes nothing."""
 
     @abc.abstractmethod
-    def _exchange(self, gradients):
-        """Exchanges gradients with the other replicas, and keeps nothing yet.
+    def _step(self, gradients, apply, skip):
+        """Takes a step on all replicas or on none, see `steps.step.take_step`.
 
         Args:
-            gradients: One gradient of this replica for each variable the
-                optimizer was built with, in that order; None where there is
-                none.
+            gradients: One gradient of this replica for each variable that the
+                optimizer was built with, in that order, or None.
+            apply: Function of as many gradients, the same on every replica.
+            skip: Function to be called instead if a number is not finite.
 
         Returns:
-            `(is_finite, exchanged)`: whether no replica met a NaN or infinity,
-            the same on every replica; and a structure of tensors.
-        """
-
-    @abc.abstractmethod
-    def _aggregate(self, exchanged, has_gradient):
-        """The sums over all replicas of their gradients.
-
-        Called only if all is finite, and so the place to change what the
-        aggregation keeps.
-
-        Args:
-            exchanged: Structure of tensors, from `_exchange`.
-            has_gradient: For each variable whether there was a gradient.
-
-        Returns:
-            One gradient for each variable or None, the same on every replica.
+            Scalar bool tensor, True if the step was taken.
         """
 
     def build(self, variables):
@@ -123,7 +107,7 @@ class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
         self.apply_if_finite(grads, trainable_variables)
 
     def apply_if_finite(self, grads, trainable_variables=None):
-        """As `apply`, and says whether the step was taken.
+        """Applies gradients, and returns whether the step was taken.
 
         Returns:
             Scalar bool tensor, the same on every replica.
@@ -151,23 +135,17 @@ class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
         gradients = [None] * len(self._trainable_variables)
         for slot, grad in zip(slots, grads, strict=True):
             gradients[slot] = grad
-        is_finite, exchanged = self._exchange(gradients)
-        has_gradient = [gradient is not None for gradient in gradients]
 
-        def take_step(exchanged):
-            aggregate = self._aggregate(exchanged, has_gradient)
+        def apply(aggregate):
             self.inner_optimizer.apply(
                 [aggregate[slot] for slot in slots], variables
             )
             self._iterations.assign_add(1)
 
-        def skip_step():
+        def skip():
             self._skipped_steps.assign_add(1)
 
-        branches.call_on_all_replicas(
-            is_finite, take_step, skip_step, (exchanged,)
-        )
-        return is_finite
+        return self._step(gradients, apply, skip)
 
     def _variables_of(self, grads, trainable_variables):
         """The variables of `grads`; builds the optimizer on the first call."""
@@ -235,7 +213,7 @@ class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
     @loss_scale_factor.setter
     def loss_scale_factor(self, factor):
         if hasattr(self, "inner_optimizer"):
-            # What Keras's LossScaleOptimizer does to the optimizer it wraps.
+            # Keras's LossScaleOptimizer sets None on the optimizer it wraps.
             self.is_scaled_locally = factor is None
             self.inner_optimizer.loss_scale_factor = factor
 
@@ -288,7 +266,8 @@ class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
             variable.assign(value)
 
     def get_config(self):
-        # Not the base class's: its arguments belong to the inner optimizer.
+        # The base class's config is left out, because its arguments belong to
+        # the inner optimizer.
         return {
             "name": self.name,
             "inner_optimizer": keras.saving.serialize_keras_object(
@@ -359,7 +338,8 @@ def build_once_for_all_replicas(optimizer, build):
     """
 
     def build_in_scope(_=None):
-        # Lifted out of any graph, so that the first step may be taken anywhere.
+        # Variables are lifted out of any graph, because the first step may be
+        # taken anywhere.
         with tf.init_scope(), keras_internals.strategy_of(optimizer).scope():
             build()
 

@@ -45,7 +45,7 @@ def measure(exchanges):
 
     def of_all_replicas():
         medians = [np.median(times) for times in seconds.values()]
-        # What all agree on has to be the same on all.
+        # Integers are gathered, because all workers must see the same numbers.
         microseconds = collectives.gather_from_workers(
             [min(round(1e6 * t), 2**31 - 1) for t in medians], strategy
         )

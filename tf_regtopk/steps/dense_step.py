@@ -12,7 +12,7 @@ class PlainStep:
     """Sums whole gradients, and nothing else."""
 
     def exchange(self, gradients, state, moment):
-        """As `SparseStep.exchange`."""
+        """Sums the gradients; see `SparseStep.exchange`."""
         del state, moment
         totals = topology.AllReduce().sum(
             [gradient for gradient in gradients if gradient is not None]
@@ -20,7 +20,7 @@ class PlainStep:
         return _flags_of(totals), tuple(totals)
 
     def aggregate(self, exchanged, state, moment, has_gradient):
-        """As `SparseStep.aggregate`."""
+        """Returns the gradients to apply; see `SparseStep.aggregate`."""
         del state, moment
         totals = iter(exchanged)
         return [next(totals) if has else None for has in has_gradient]
@@ -43,7 +43,7 @@ class DenseStep:
         self._error_feedback = error_feedback
 
     def exchange(self, gradients, state, moment):
-        """As `SparseStep.exchange`."""
+        """Sums the gradients; see `SparseStep.exchange`."""
         gradients = self._buffer.densify(gradients)
         a = self._accumulate(
             self._buffer.vectors(gradients),
@@ -55,7 +55,7 @@ class DenseStep:
         return _flags_of(totals), tuple(totals)
 
     def aggregate(self, exchanged, state, moment, has_gradient):
-        """As `SparseStep.aggregate`."""
+        """Returns the gradients to apply; see `SparseStep.aggregate`."""
         [total] = exchanged
         aggregate = self._apply(total, state.shared, moment, has_gradient)
         return self._buffer.split(aggregate)

@@ -1,4 +1,4 @@
-"""Whether a step's numbers are numbers, on every replica."""
+"""Tests for NaN and infinity in the numbers of a step."""
 
 import tensorflow as tf
 
@@ -29,7 +29,7 @@ def largest_magnitude(*tensors):
 
 
 def is_sum_finite(magnitudes):
-    """Whether no sum of one value of each replica can be NaN or infinite.
+    """Returns True if no sum over the replicas can be NaN or infinite.
 
     Args:
         magnitudes: Float tensor `[N]`, each replica's `largest_magnitude`.
@@ -41,7 +41,7 @@ def is_sum_finite(magnitudes):
 
 
 def are_finite(tensors):
-    """Whether all `tensors` (or values of `tf.IndexedSlices`) are finite."""
+    """Returns True if all tensors (or `tf.IndexedSlices`) are finite."""
     values = [getattr(tensor, "values", tensor) for tensor in tensors]
     return tf.reduce_all(
         [tf.reduce_all(tf.math.is_finite(v)) for v in values]

@@ -152,7 +152,7 @@ class FlatBuffer:
 
 
 def _has_threads():
-    """Whether XLA computes on a CPU, with more than one thread."""
+    """Returns True if XLA computes on a CPU with more than one thread."""
     if device_kind.is_gpu():
         return False
     num_threads = tf.config.threading.get_intra_op_parallelism_threads()
@@ -162,8 +162,8 @@ def _has_threads():
 
 
 def _narrow(values, dtype):
-    # A float16 holds less than the sum may be.  (To the same dtype it would
-    # copy.)
+    # The cast saturates because a float16 holds less than the sum may be, and
+    # is left out for the same dtype because it would copy.
     if dtype == values.dtype:
         return values
     return tf.saturate_cast(values, dtype)

@@ -31,7 +31,7 @@ class Missing:
 
     def keep(self, kept, flat):
         """A vector `[J]` with those of `kept` in place of these entries."""
-        # 0, which XLA does not know, see `range_from`.
+        # `start` is 0, but depends on `flat`, see `range_from`.
         start = tf.cast(flat[0] != flat[0], tf.int32) * 0
         position = ranges.range_from(start, self.size)
         return tf.where(self.covers(position), kept, flat)
@@ -61,7 +61,7 @@ class Missing:
         return tf.where(self.covers(indices), tf.zeros_like(values), values)
 
     def covers(self, positions):
-        """Whether these entries are at the positions, a bool tensor."""
+        """Returns a bool tensor, True where one of these entries is."""
         is_missing = tf.zeros_like(positions, tf.bool)
         for start, end in self.runs:
             is_missing |= (positions >= start) & (positions < end)

@@ -132,7 +132,7 @@ class Partition:
             found, sent = step.exchange(part, state, moment)
             exchanged.append(sent)
             flags.append(found)
-        # What the inner optimizer is to see as it is.
+        # The inner optimizer gets the gradients of the others as they are.
         summed = {*self._sparse_slots, *self._dense_slots}
         as_it_is = {
             slot: gradient
@@ -182,7 +182,7 @@ class Partition:
         )
 
     def wire_report(self):
-        """What each participant sends a step, as a `WireReport`."""
+        """Returns the bytes that each participant sends, as a `WireReport`."""
         return wire_report.report(
             self._payload_codec_of(self._choices.codec),
             self._sparse_variables,
@@ -191,7 +191,7 @@ class Partition:
         )
 
     def initial_memory(self, density):
-        """What the sparsifier remembers before the first step."""
+        """Returns the sparsifier's memory before the first step."""
         if self.kind == "dense":
             return ()
         k = sum(group.k for group in self._groups_at(density))
@@ -200,7 +200,7 @@ class Partition:
         )
 
     def layout(self):
-        """What a saved state must agree in to fit."""
+        """Returns the facts in which a saved state must agree to fit."""
         shapes = [list(variable.shape) for variable in self.variables]
         has_double = any(v.dtype == "float64" for v in self.variables)
         return {
@@ -285,7 +285,7 @@ def _partition(variables, dense_below):
     sparse, dense = [], []
     for slot, variable in enumerate(variables):
         size = math.prod(variable.shape)
-        # Of an empty variable there is nothing to exchange.  A "gradient"
+        # An empty variable has nothing to exchange.  A "gradient"
         # to overwrite with (float8 scales) is no summand but the next value,
         # and the inner optimizer assigns it.
         if size and not getattr(variable, "overwrite_with_gradient", False):

@@ -101,7 +101,8 @@ class SparseStep:
             self._buffer.missing(has_gradient),
         )
         magnitude = finiteness.largest_magnitude(
-            # Of all entries, unless those that are not finite come first.
+            # Not all entries have to be looked at if entries that are not
+            # finite are always selected.
             *([] if self._method.sparsifier.selects_non_finite else [a]),
             sent.values,
         )
@@ -187,14 +188,14 @@ class SparseStep:
         if measured:
             measured = telemetry.of_settle(measured, all_values, total)
             _assign(state.measured, before.measured, measured)
-        # The local ones last, because what reads them comes before.
+        # The local tensors come last, because the others are read from them.
         _assign(state.memory, before.memory, memory)
         _assign(state.shared, before.shared, shared)
         _assign(state.local, before.local, local)
         return aggregate
 
     def _num_used(self, payload):
-        """How many words of a payload with a header are sent; None for all."""
+        """Number of words of a payload with a header to send; None for all."""
         if not self._method.payload_codec.is_variable:
             return None
         header = header_lib.header_words(self._buffer.dtype)

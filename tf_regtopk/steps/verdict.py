@@ -1,4 +1,4 @@
-"""Whether a step is taken: the one decision that the host makes.
+"""The verdict on a step, taken or skipped: the host's one decision.
 
 What a replica finds out about a step are flags on its own device. They travel
 to the host together, because the host waits for each copy from a device.
@@ -28,7 +28,7 @@ class Flags(NamedTuple):
 
 
 def is_finite(flags):
-    """Whether all is finite, once everything else is as it has to be.
+    """Returns True if all is finite, or raises if anything else is wrong.
 
     Args:
         flags: List of `Flags`, the same on every replica.
@@ -74,11 +74,12 @@ def is_finite(flags):
                 found.are_valid,
             ),
         ]
-        # Else a graph may go on beside a check that fails.
+        # The result waits for the checks, because a graph could go on beside a
+        # check that fails.
         with tf.control_dependencies([c for c in checks if c is not None]):
             return tf.identity(tf.reduce_all(found.are_finite))
 
 
 def _assert(condition, *data):
-    # Not the public function, which adds a branch of its own to each.
+    # The raw operation is called, because the public function adds a branch.
     return tf.raw_ops.Assert(condition=condition, data=[*data], summarize=1000)

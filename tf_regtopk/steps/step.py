@@ -1,0 +1,59 @@
+"""One training step, as every replica takes it."""
+
+from collections.abc import Callable
+from collections.abc import Sequence
+
+import tensorflow as tf
+
+from tf_regtopk.distribute import branches
+from tf_regtopk.error_feedback import Moment
+from tf_regtopk.steps import partition as partition_lib
+from tf_regtopk.steps import verdict
+
+
+def take_step(
+    partition: partition_lib.Partition,
+    gradients: Sequence,
+    moment: Moment,
+    is_current: tf.Tensor,
+    apply: Callable[[list], None],
+    skip: Callable[[], None],
+) -> tf.Tensor:
+    """Exchanges gradients, and applies their sum on all replicas or on none.
+
+    A step has two halves, because the entries of the other replicas arrive
+    between them, and because nothing that a replica keeps may change before all
+    replicas know that the step is taken.
+
+    To be called in a replica context.
+
+    Args:
+        partition: `Partition`, by which each gradient is exchanged.
+        gradients: This replica's gradient of each variable, or None.
+        moment: `Moment`.
+        is_current: Scalar bool tensor, True if the function that takes the step
+            was traced after the last change.
+        apply: Function of the gradients to apply, one for each variable or
+            None.
+        skip: Function to be called instead if a number is not finite.
+
+    Returns:
+        Scalar bool tensor, True if the step was taken, the same on every
+        replica.
+    """
+    has_gradient = [gradient is not None for gradient in gradients]
+
+    # Accumulate, select and encode; send.
+    flags, exchanged = partition.exchange(gradients, moment)
+    flags.append(verdict.Flags(are_current=is_current))
+    is_taken = verdict.is_finite(flags)
+
+    # Sum; remember, and clear the error; update the weights.
+    def settle(exchanged, moment):
+        apply(partition.aggregate(exchanged, has_gradient, Moment(*moment)))
+
+    # The branch is outside of the replicas, which could not meet inside of it.
+    branches.call_on_all_replicas(
+        is_taken, settle, skip, (exchanged, tuple(moment))
+    )
+    return is_taken
