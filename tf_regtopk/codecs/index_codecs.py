@@ -182,7 +182,7 @@ class EliasFano(IndexCodec):
 
     def encode(self, indices):
         high = tf.bitwise.right_shift(indices, self._num_low)
-        unary = high + ranges.range_from(indices[0] * 0, self.k)
+        unary = high + ranges.range_from(ranges.opaque_zero(indices[0]), self.k)
         return tf.concat(
             [
                 _pack_low(indices, self._num_low),
@@ -194,7 +194,7 @@ class EliasFano(IndexCodec):
     def decode(self, words):
         low, words = _split_low(words, self.k, self._num_low)
         unary, is_valid = _positions_of_bits(words, self.k)
-        high = unary - ranges.range_from(unary[0] * 0, self.k)
+        high = unary - ranges.range_from(ranges.opaque_zero(unary[0]), self.k)
         return tf.bitwise.left_shift(high, self._num_low) | low, is_valid
 
     def decode_all(self, words):
@@ -206,7 +206,9 @@ class EliasFano(IndexCodec):
             strict=True,
         )
         unary, is_valid = _positions_in_rows(tf.stack(words), self.k)
-        high = unary - ranges.range_from(unary[0, 0] * 0, self.k)
+        high = unary - ranges.range_from(
+            ranges.opaque_zero(unary[0, 0]), self.k
+        )
         high = tf.bitwise.left_shift(high, self._num_low)
         return high | tf.stack(low), is_valid
 
@@ -254,7 +256,9 @@ class Golomb(IndexCodec):
         zeros = bitmap.cumulative_sum(
             tf.bitwise.right_shift(gaps, self._num_low)
         )
-        unary = zeros + ranges.range_from(indices[0] * 0, self.k)
+        unary = zeros + ranges.range_from(
+            ranges.opaque_zero(indices[0]), self.k
+        )
         return tf.concat(
             [
                 _pack_low(gaps, self._num_low),
@@ -269,14 +273,16 @@ class Golomb(IndexCodec):
         low, words = _split_low(words, self.k, self._num_low)
         unary, is_valid = _positions_of_bits(words, self.k)
         # The sums of all gaps so far, of which `unary` holds the high parts.
-        i = ranges.range_from(unary[0] * 0, self.k)
+        i = ranges.range_from(ranges.opaque_zero(unary[0]), self.k)
         high = tf.bitwise.left_shift(unary - i, self._num_low)
         return high + bitmap.cumulative_sum(low) + i, is_valid
 
     def num_used(self, words):
         # Up to the word of the last one.
         used = tf.cast(words[self._num_low_words :] != 0, tf.int32)
-        number = 1 + ranges.range_from(used[0] * 0, used.shape[0])
+        number = 1 + ranges.range_from(
+            ranges.opaque_zero(used[0]), used.shape[0]
+        )
         return self._num_low_words + tf.reduce_max(used * number)
 
 

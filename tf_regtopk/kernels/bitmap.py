@@ -318,6 +318,8 @@ def _sums_by_comparison(values):
     """As `cumulative_sum`: one short kernel on a GPU."""
     size = values.shape[0]
     place = tf.range(size)
-    # TensorFlow does not know that this adds 0, and stores no matrix.
-    is_up_to = place <= (place + values[0] * 0)[:, tf.newaxis]
+    # The comparison must depend on an input, because TensorFlow would store the
+    # whole matrix as a literal.
+    last = place + ranges.opaque_zero(values[0])
+    is_up_to = place <= last[:, tf.newaxis]
     return tf.reduce_sum(tf.where(is_up_to, values, 0), axis=1)

@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from tf_regtopk.kernels import bitmap
 from tf_regtopk.kernels import hashing
+from tf_regtopk.kernels import ranges
 from tf_regtopk.selection import keys as keys_lib
 
 # All entries of a smaller group are candidates.
@@ -171,8 +172,9 @@ def _bounds(scores, groups, samples, step):
 def _bounds_of_words(bounds, starts, size, step):
     """For each word of 32 scores the lowest bound of the groups in it."""
     num_words = -(-size // bitmap.SQUARE) * bitmap.WORD
-    # No step is negative, but XLA does not know, and makes no literal.
-    starts += tf.minimum(tf.cast(step, tf.int32), 0)
+    # XLA must not know the starts, because it would store the groups of all
+    # words in the executable.
+    starts += ranges.run_time_zero(step)
     first_whole_word = bitmap.word_of(starts[1:] + (bitmap.WORD - 1))
     group = bitmap.run_of_each(first_whole_word, num_words)
     return tf.tensor_scatter_nd_min(

@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from tf_regtopk.kernels import bitmap
 from tf_regtopk.kernels import device_kind
+from tf_regtopk.kernels import ranges
 from tf_regtopk.selection import kth_largest as kth_largest_lib
 
 # Bits in a digit of the radix search.  Wide digits take fewer passes; few keys
@@ -64,8 +65,9 @@ def in_rows(keys, sizes):
         parts += [part, tf.fill([padding], tf.constant(-1, keys.dtype))]
     first_word = np.cumsum([0] + num_words[:-1], dtype=np.int32)
     if len(sizes) > 1:
-        # No key is negative, but XLA does not know, and makes no literal.
-        starts = first_word[1:] + tf.cast(tf.minimum(keys[0], 0), tf.int32)
+        # XLA must not know the starts, because it would store the groups of all
+        # words in the executable.
+        starts = first_word[1:] + ranges.run_time_zero(keys[0])
         group_of_word = bitmap.run_of_each(starts, sum(num_words))
     else:
         group_of_word = tf.zeros([1], tf.int32)

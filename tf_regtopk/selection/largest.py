@@ -56,8 +56,7 @@ def select_largest(scores, groups, step=0):
     [1, 3]
     """
     if all(group.k == group.size for group in groups):
-        # A start that XLA does not know, see `range_from`.
-        return ranges.range_from(tf.cast(step, tf.int32) * 0, scores.shape[0])
+        return ranges.range_from(ranges.opaque_zero(step), scores.shape[0])
     if scores.shape[0] < _SMALLEST_SAMPLED:
         return _select(keys_lib.order_preserving(scores), groups)
     if len(groups) == 1:
