@@ -5,7 +5,7 @@ import tensorflow as tf
 _ROW = 1024
 
 
-def opaque_zero(tensor):
+def opaque_zero(tensor: int | tf.Tensor) -> tf.Tensor:
     """Returns an int32 scalar 0 that TensorFlow does not know.
 
     TensorFlow's bridge to XLA turns whatever depends on no input into a literal
@@ -28,7 +28,7 @@ def opaque_zero(tensor):
     return tf.cast(tensor, tf.int32) * 0
 
 
-def run_time_zero(tensor):
+def run_time_zero(tensor: int | tf.Tensor) -> tf.Tensor:
     """Returns an int32 scalar 0 that neither TensorFlow nor XLA knows.
 
     XLA folds an `opaque_zero` and all that depends on nothing else, except for
@@ -50,15 +50,15 @@ def run_time_zero(tensor):
     return tf.cast(tf.minimum(tensor, 0), tf.int32)
 
 
-def range_from(start, size):
-    """`tf.range(start, start + size)` for a `start` known at run time only.
+def range_from(start: tf.Tensor, size: int) -> tf.Tensor:
+    """Returns `tf.range(start, start + size)` for a `start` of run time.
 
-    TensorFlow gives XLA a range, and whatever else does not depend on an input,
-    as a literal of that many numbers; this one XLA computes as it goes.
+    XLA computes the range while it is used, because `start` depends on an
+    input: see `opaque_zero` for ranges that start at 0.
 
     Args:
         start: Scalar int32 tensor.
-        size: Python integer.
+        size: Number of integers.
 
     Returns:
         int32 tensor `[size]`.
