@@ -4,51 +4,55 @@ import abc
 import dataclasses
 from typing import ClassVar
 
+import tensorflow as tf
+
 from tf_regtopk import hyper_parameters
 
 
 @dataclasses.dataclass(frozen=True)
 class Sparsifier(hyper_parameters.HyperParameters, abc.ABC):
-    """Base class: what the optimizer asks of a sparsifier.
+    """Base class of sparsifiers.
 
     A subclass is a frozen dataclass of hyper-parameters that overrides `score`,
-    and the two memory methods where it remembers something between steps. To be
-    saved with a model it is registered with
+    and the two memory methods if it remembers something between steps. A
+    subclass that is saved with a model must be registered with
     `keras.saving.register_keras_serializable`.
 
     Args:
         density: Float in (0, 1]. The share of entries that is sent.
     """
 
-    # Whether entries that are NaN or infinite are always selected first. If
-    # not, the optimizer has to look for them among all.
+    # True if entries that are NaN or infinite are always selected first. If
+    # False, the optimizer looks for such entries in the whole gradient.
     selects_non_finite: ClassVar[bool] = False
 
     density: float = 0.001
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._check_number("density", "in (0, 1]", lambda d: 0 < d <= 1)
 
-    def num_selected(self, num_entries):
-        """k = max(1, round(density * J)) for J = `num_entries`."""
+    def num_selected(self, num_entries: int) -> int:
+        """Returns k = max(1, round(density * J)) for J = `num_entries`."""
         return max(1, round(self.density * num_entries))
 
-    def initial_memory(self, k, dtype):
-        """What is remembered before the first step.
+    def initial_memory(self, k: int, dtype: tf.DType) -> tuple[tf.Tensor, ...]:
+        """Makes the memory of a replica before its first step.
 
         Args:
-            k: Number of entries sent each step.
+            k: Number of entries sent per step.
             dtype: Float dtype of the gradient.
 
         Returns:
-            Tuple of tensors, `()` if nothing is remembered.
+            Tuple of tensors, `()` if the sparsifier remembers nothing.
         """
         del k, dtype
         return ()
 
     @abc.abstractmethod
-    def score(self, a, memory, step):
-        """The scores, of which the largest are selected.
+    def score(
+        self, a: tf.Tensor, memory: tuple[tf.Tensor, ...], step: tf.Tensor
+    ) -> tf.Tensor:
+        """Scores the entries; the scores of largest magnitude are selected.
 
         Args:
             a: Float tensor `[J]`, the accumulated gradient.
@@ -56,22 +60,28 @@ class Sparsifier(hyper_parameters.HyperParameters, abc.ABC):
             step: Scalar int64 tensor, the number of steps taken so far.
 
         Returns:
-            Float tensor `[J]`. Those of largest magnitude are selected.
+            Float tensor `[J]`.
         """
 
-    def restore(self, a, scores, memory, selected):
+    def restore(
+        self,
+        a: tf.Tensor,
+        scores: tf.Tensor,
+        memory: tuple[tf.Tensor, ...],
+        selected: tf.Tensor,
+    ) -> tf.Tensor:
         """Returns `a`, for a sparsifier that wrote its scores over it.
 
-        If few scores differ from a, XLA stores them in the place of a, as long
-        as nothing needs a afterwards; else it copies all of a first. A
-        sparsifier can spare it that by overriding this method, to make a out of
-        `scores` again.
+        If few scores differ from a, XLA stores the scores in the place of a, as
+        long as nothing needs a afterwards; otherwise XLA copies all of a first.
+        A sparsifier avoids that copy if it overrides this method and makes a
+        out of `scores` again.
 
         Args:
             a: Float tensor `[J]`, the accumulated gradient.
-            scores: Float tensor `[J]`, what `score` has returned for it.
-            memory: As for `score`.
-            selected: int32 tensor, what was selected by these scores.
+            scores: Float tensor `[J]` that `score` has returned for a.
+            memory: Tuple of tensors that `score` was given.
+            selected: int32 tensor, the entries selected by these scores.
 
         Returns:
             Float tensor `[J]`, equal to `a`.
@@ -79,14 +89,16 @@ class Sparsifier(hyper_parameters.HyperParameters, abc.ABC):
         del scores, memory, selected
         return a
 
-    def remember(self, indices, sent, aggregate):
-        """What to remember of a step for the next one.
+    def remember(
+        self, indices: tf.Tensor, sent: tf.Tensor, aggregate: tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
+        """Makes the memory of a step for the next step.
 
         Args:
             indices: int32 tensor `[k]`, the entries this replica sent.
             sent: Float tensor `[k]`, the values it sent.
-            aggregate: Float tensor `[k]`, the sum of what all replicas sent for
-                these entries.
+            aggregate: Float tensor `[k]`, the sum over all replicas of the
+                values sent for these entries.
 
         Returns:
             Tuple of tensors of the shapes and dtypes of `initial_memory`.
