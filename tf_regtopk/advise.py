@@ -1,4 +1,4 @@
-r"""Whether to compress, by what a step is predicted to take.
+r"""Advises whether to compress, by the predicted seconds of a step.
 
     python -m tf_regtopk.advise --parameters=25.6e6 --workers=16 \
         --bandwidth=10Gbit --latency=50us --step_time=180ms
@@ -6,10 +6,12 @@ r"""Whether to compress, by what a step is predicted to take.
 `cost_model.py` and `network.py` have the equations.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import math
 import re
 import textwrap
+from typing import Literal
 
 from absl import app
 from absl import flags
@@ -21,7 +23,8 @@ from tf_regtopk.planning.cost_model import Job
 from tf_regtopk.planning.cost_model import predict
 from tf_regtopk.planning.network import Network
 
-# Of methods not slower than the fastest by more, the simplest is recommended.
+# The simplest of the methods is recommended that are at most this much slower
+# than the fastest, because a small gain is not worth a complex method.
 TOLERANCE = 0.1
 
 _PREFIXES = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
@@ -39,7 +42,7 @@ _QUANTITIES = {
 }
 
 
-# The flags that are quantities: kind, default, meaning.
+# The flags that are quantities have a kind, a default and a meaning.
 _FLAGS = {
     "parameters": ("number", None, "Of the model."),
     "bandwidth": ("rate", None, "Of a worker's link, each way."),
@@ -57,19 +60,21 @@ _FLAGS = {
 }
 
 
-def parse(name, text, kind):
+def parse(
+    name: str, text: str, kind: Literal["number", "rate", "time"]
+) -> float:
     """Reads a quantity with its unit.
 
     Args:
         name: Name of the argument, for the error.
-        text: Such as `"25.6e6"`, `"10Gbit"`, `"1.25GB/s"` or `"0.2s"`.
+        text: Quantity such as `"25.6e6"`, `"10Gbit"`, `"1.25GB/s"` or `"0.2s"`.
         kind: `"number"`, `"rate"` or `"time"`.
 
     Returns:
-        Float: in 1, in bytes a second or in seconds.
+        Float: a number, bytes per second, or seconds.
 
     Raises:
-        ValueError: If it is none of that kind.
+        ValueError: If the text is no quantity of that kind.
 
     Example:
 
@@ -87,15 +92,16 @@ def parse(name, text, kind):
     return value
 
 
-def recommend(job, network):
-    """The simplest method that is about as fast as the fastest.
+def recommend(job: Job, network: Network) -> tuple[cost_model.Method, str]:
+    """Chooses the simplest method that is about as fast as the fastest.
 
     Args:
         job: `Job`.
         network: `Network`.
 
     Returns:
-        `(method, text)`: of `cost_model.METHODS`, and the advice in words.
+        `(method, text)`: an element of `cost_model.METHODS`, and the advice in
+        words.
     """
     predictions = predict(job, network)
     fastest = min(p.step_seconds for p in predictions.values())
@@ -122,8 +128,8 @@ def recommend(job, network):
     )
 
 
-def table(job, network):
-    """The methods in a table, and where they stop beating dense, as text."""
+def table(job: Job, network: Network) -> str:
+    """Formats a table of the methods, with the limits up to which they win."""
     dense = crossover.fastest_dense(job, network)
     lines = [
         f"{'':16}{'step':>9}{'exchange':>10}{'processing':>12}{'sent':>9}"
@@ -149,8 +155,8 @@ def table(job, network):
     return "\n".join(lines)
 
 
-def sweep(job, network):
-    """The steps with 2, 4, ..., 4,096 workers in a table, as text."""
+def sweep(job: Job, network: Network) -> str:
+    """Formats a table of the steps with 2, 4, ..., 4,096 workers."""
     names = [method.name for method in cost_model.methods(job)]
     lines = ["workers" + "".join(f"{name:>17}" for name in names) + "  fastest"]
     for num_workers in (2**i for i in range(1, 13)):
@@ -161,8 +167,8 @@ def sweep(job, network):
     return "\n".join(lines)
 
 
-def takeover(job, network):
-    """What takes over with more workers, as text."""
+def takeover(job: Job, network: Network) -> str:
+    """Explains in words which method takes over with more workers."""
     limits = []
     for method in cost_model.methods(job):
         if not method.is_dense:
@@ -185,27 +191,27 @@ def takeover(job, network):
     return text
 
 
-def _workers(number):
+def _workers(number: int) -> str:
     return f"{number:,}" if number < crossover.MAX_WORKERS else "any number of"
 
 
-def _seconds(seconds):
+def _seconds(seconds: float) -> str:
     return _scaled(seconds, ((1, "s"), (1e-3, "ms"), (1e-6, "us")))
 
 
-def _bytes(num_bytes):
+def _bytes(num_bytes: float) -> str:
     return _scaled(
         num_bytes, ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
     )
 
 
-def _scaled(number, units):
+def _scaled(number: float, units: Sequence[tuple[float, str]]) -> str:
     factor, unit = next((u for u in units if number >= u[0]), units[-1])
     digits = max(0, 2 - math.floor(math.log10(max(number / factor, 1))))
     return f"{number / factor:.{digits}f} {unit}"
 
 
-def define_flags():
+def define_flags() -> None:
     """Defines the command's flags."""
     for name, (_, default, meaning) in _FLAGS.items():
         flags.DEFINE_string(name, default, meaning, required=default is None)
@@ -228,7 +234,7 @@ def define_flags():
     flags.DEFINE_boolean("sweep", False, "Also for 2, 4, ..., 4096 workers.")
 
 
-def _job_and_network(args):
+def _job_and_network(args: flags.FlagValues) -> tuple[Job, Network]:
     quantities = {
         name: parse(name, getattr(args, name), kind)
         for name, (kind, _, _) in _FLAGS.items()
@@ -252,7 +258,7 @@ def _job_and_network(args):
     return job, network
 
 
-def main(argv):
+def main(argv: Sequence[str]) -> None:
     """Prints the tables and the advice."""
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments: {argv[1:]}")

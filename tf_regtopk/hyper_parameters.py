@@ -1,18 +1,20 @@
 """Small immutable records of hyper-parameters."""
 
+from collections.abc import Callable
 import dataclasses
 import inspect
 from typing import Any
+from typing import Self
 
 from tf_regtopk import validation
 
 
 @dataclasses.dataclass(frozen=True)
 class HyperParameters:
-    """Base class: a frozen dataclass that Keras saves by its fields.
+    """Base class of frozen dataclasses that Keras saves by their fields.
 
-    The checks store the number as it looks once it was saved and loaded, so
-    that a record equals the one that comes back.
+    The checks store a number in the form that it has after saving and loading,
+    so that a record equals the loaded record.
 
     Raises:
         TypeError: When a subclass is defined whose methods take other arguments
@@ -28,23 +30,25 @@ class HyperParameters:
             if inspect.isfunction(overridden):
                 _check_arguments(cls, method, overridden)
 
-    def _check_number(self, name, rule, is_valid):
-        """As `validation.check_number`, for a field, made a float."""
+    def _check_number(
+        self, name: str, rule: str, is_valid: Callable[[float], bool]
+    ) -> None:
+        """Applies `validation.check_number` to a field; makes it a float."""
         value = getattr(self, name)
         validation.check_number(name, value, rule, is_valid)
         object.__setattr__(self, name, float(value))
 
-    def _check_integer(self, name, minimum):
-        """As `validation.check_integer`, for a field, made an int."""
+    def _check_integer(self, name: str, minimum: int) -> None:
+        """Applies `validation.check_integer` to a field; makes it an int."""
         value = getattr(self, name)
         validation.check_integer(name, value, minimum)
         object.__setattr__(self, name, int(value))
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> Self:
         return cls(**config)
 
 

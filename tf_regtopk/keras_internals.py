@@ -1,13 +1,17 @@
 """The private parts of Keras and TensorFlow that this package relies on.
 
-Beyond what Keras's own optimizers use of their base class.  Nothing public
-serves for these; each has a test that fails when upstream changes it.
+Members that Keras's own optimizers use of their base class do not count.
+Nothing public serves in place of these parts; each part has a test that fails
+when upstream changes it.
 """
 
+from collections.abc import Iterator
+from collections.abc import Sequence
 import contextlib
 import threading
 import weakref
 
+import keras
 import tensorflow as tf
 from tensorflow.python.distribute import cross_device_utils
 from tensorflow.python.eager import context
@@ -16,41 +20,44 @@ from tensorflow.python.ops import collective_ops
 from tensorflow.python.ops import control_flow_util
 
 
-def take_aggregated_gradients(optimizer):
+def take_aggregated_gradients(optimizer: keras.optimizers.Optimizer) -> None:
     """Makes a Keras optimizer take gradients as already summed over replicas.
 
     Keras 3.15 sums inside the optimizer, in `_all_reduce_sum_gradients`, after
-    clipping and just before the update, and has no switch for it. To be called
-    when the optimizer is built: a `MultiOptimizer` gets its parts there.
+    clipping and just before the update, and has no switch against the sum. The
+    optimizer must be built already, because a `MultiOptimizer` gets its parts
+    when it is built.
     """
     for part in (optimizer, *getattr(optimizer, "optimizers", ())):
         part._all_reduce_sum_gradients = list
 
 
-def strategy_of(optimizer):
-    """The strategy in whose scope a Keras optimizer was created."""
+def strategy_of(
+    optimizer: keras.optimizers.Optimizer,
+) -> tf.distribute.Strategy:
+    """Returns the strategy in whose scope a Keras optimizer was created."""
     return optimizer._distribution_strategy
 
 
-def in_xla_context():
-    """Whether the code being traced will be compiled by XLA as a whole."""
+def in_xla_context() -> bool:
+    """Returns whether XLA will compile the code being traced as a whole."""
     return control_flow_util.GraphOrParentsInXlaContext(
         tf.compat.v1.get_default_graph()
     )
 
 
-def is_op_determinism_enabled():
-    """Whether `tf.config.experimental.enable_op_determinism` was called."""
+def is_op_determinism_enabled() -> bool:
+    """Returns whether TensorFlow's `enable_op_determinism` was called."""
     return config.is_op_determinism_enabled()
 
 
 @contextlib.contextmanager
-def initial_values_of_each_worker():
-    """Variables made in it start with what each worker says, without a word.
+def initial_values_of_each_worker() -> Iterator[None]:
+    """Keeps the initial values of new variables on the worker that made them.
 
-    Else the first worker sends its initial values to all. Those of 44 MB take
-    3.5 s at 100 Mbit/s, and hold up the heartbeats meanwhile: after 10 s
-    without one TensorFlow takes a worker for lost.
+    Otherwise the first worker sends its initial values to all workers. 44 MB of
+    values take 3.5 s at 100 Mbit/s and hold up the heartbeats meanwhile;
+    TensorFlow takes a worker for lost after 10 s without a heartbeat.
     """
     extended = tf.distribute.get_strategy().extended
     num_workers = getattr(extended, "_num_workers", None)
@@ -64,17 +71,17 @@ def initial_values_of_each_worker():
         extended._num_workers = num_workers
 
 
-def abort_collectives(message):
-    """Ends all collectives of this process, with a `DeadlineExceededError`."""
+def abort_collectives(message: str) -> None:
+    """Aborts all collectives of this process by a `DeadlineExceededError`."""
     context.context().abort_collective_ops(tf.errors.DEADLINE_EXCEEDED, message)
 
 
-def can_gather_at_once():
-    """Whether `gather_at_once` serves this replica, in a replica context.
+def can_gather_at_once() -> bool:
+    """Returns whether `gather_at_once` serves this replica's context.
 
-    It would block eager replicas, which run one after the other. A
-    `MirroredStrategy` may have been given cross-device operations that are no
-    collectives.
+    `gather_at_once` would block eager replicas, because these run one after the
+    other. A `MirroredStrategy` may have been given cross-device operations that
+    are no collectives.
     """
     cross_device_ops = tf.distribute.get_strategy().extended._cross_device_ops
     return not tf.executing_eagerly() and hasattr(
@@ -82,20 +89,21 @@ def can_gather_at_once():
     )
 
 
-def gathers_fixed_lengths():
-    """Whether `gather_at_once` takes one length only, in all steps.
+def gathers_fixed_lengths() -> bool:
+    """Returns whether `gather_at_once` needs one length in all steps.
 
-    TensorFlow remembers the length by the key of the collective, which is the
-    same in all steps where a single process gives it, see `_gather`.
+    TensorFlow remembers the length by the key of the collective. A single
+    process gives the same key in all steps, see `_gather`.
     """
     return can_gather_at_once() and not _are_workers()
 
 
-def gather_at_once(payload):
-    """An all-gather by one collective.
+def gather_at_once(payload: tf.Tensor) -> tf.Tensor:
+    """Gathers the payloads of all replicas by one collective.
 
-    The public one makes two: of the shapes, then of the payloads, which it pads
-    and cuts; and passes int32 through the host of a single GPU.
+    The public all-gather takes two collectives: one for the shapes, one for the
+    payloads, which are padded and cut. It also passes int32 through the host of
+    a single GPU.
 
     Args:
         payload: Tensor `[length]`, of the same length on every replica.
@@ -106,12 +114,14 @@ def gather_at_once(payload):
     return _gather(payload, _launcher())
 
 
-def sum_within_worker(gradients, worker, num_workers):
+def sum_within_worker(
+    gradients: Sequence[tf.Tensor], worker: int, num_workers: int
+) -> list[tf.Tensor]:
     """Sums gradients over the replicas of this worker.
 
     Args:
         gradients: List of tensors.
-        worker: Number of this worker.
+        worker: Rank of this worker.
         num_workers: Number of workers.
 
     Returns:
@@ -119,7 +129,8 @@ def sum_within_worker(gradients, worker, num_workers):
     """
     within, _ = _launchers_of_worker(worker, num_workers)
     sums = list(gradients)
-    # A collective takes one dtype only.
+    # Each dtype is summed on its own, because a collective takes only one
+    # dtype.
     for dtype in dict.fromkeys(g.dtype for g in gradients):
         places = [i for i, g in enumerate(gradients) if g.dtype == dtype]
         totals = within.batch_all_reduce([[gradients[i] for i in places]])
@@ -128,16 +139,19 @@ def sum_within_worker(gradients, worker, num_workers):
     return sums
 
 
-def gather_among_workers(shares, worker, num_workers):
-    """An all-gather of what each worker has to send, of which it sends it once.
+def gather_among_workers(
+    shares: tf.Tensor, worker: int, num_workers: int
+) -> tf.Tensor:
+    """Gathers a payload from each worker, which each worker sends only once.
 
     Each replica of a worker sends its share to the replicas of the same place
-    in the other workers, and what arrives to the others of its own worker.
+    in the other workers, and the shares that arrive there to the other replicas
+    of its own worker.
 
     Args:
         shares: Tensor `[replicas of a worker, length]`, the same on all
             replicas of a worker.
-        worker: Number of this worker.
+        worker: Rank of this worker.
         num_workers: Number of workers.
 
     Returns:
@@ -151,14 +165,17 @@ def gather_among_workers(shares, worker, num_workers):
     return tf.transpose(gathered, [1, 0, 2])
 
 
-def _gather(payload, launcher):
-    """The payloads of a launcher's group, one after the other."""
+def _gather(
+    payload: tf.Tensor, launcher: "cross_device_utils.CollectiveReplicaLauncher"
+) -> tf.Tensor:
+    """Gathers the payloads of a launcher's group, one after the other."""
     options = launcher._options
     if _are_workers():
         instance_key = launcher._next_instance_key()
     else:
-        # TensorFlow's keys, one for each call, serve workers that trace at
-        # different times, and fail within loops, as of `steps_per_execution`.
+        # TensorFlow gives a new key to each call, for workers that trace at
+        # different times. A single process needs a fixed key, because new keys
+        # fail within loops such as that of `steps_per_execution`.
         instance_key = launcher._collective_keys.get_instance_key(
             launcher._group_key, launcher._device
         )
@@ -173,39 +190,44 @@ def _gather(payload, launcher):
     with tf.device(launcher._device):
         if "CPU" not in launcher._device or not _are_workers():
             return collective_ops.all_gather_v2(payload, *arguments)
-        # Between CPUs of several workers an all-gather passes payloads on from
-        # replica to replica, N - 1 times. Each to all others takes as long as
-        # one message, and as many bytes.
+        # CPUs of several workers use an all-to-all, because an all-gather
+        # passes payloads on from replica to replica, N - 1 times. The
+        # all-to-all takes as long as one message, and as many bytes.
         copies = tf.tile(payload[tf.newaxis], [launcher._group_size, 1])
         return tf.reshape(
             collective_ops.all_to_all_v2(copies, *arguments), [-1]
         )
 
 
-def _are_workers():
+def _are_workers() -> bool:
     return isinstance(
         tf.distribute.get_strategy(), tf.distribute.MultiWorkerMirroredStrategy
     )
 
 
-def _launcher():
-    """What launches the collectives of this replica among all replicas."""
+def _launcher() -> "cross_device_utils.CollectiveReplicaLauncher":
+    """Returns the launcher of this replica's collectives among all replicas."""
     replica = tf.distribute.get_replica_context()
     launchers = replica.strategy.extended._cross_device_ops._launchers
     return launchers[replica._replica_id]
 
 
-# Far from the keys that TensorFlow counts up from 1.
+# Keys start far from TensorFlow's, because TensorFlow counts up from 1.
 _FIRST_GROUP_KEY = 1 << 20
 _launchers_of_workers = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
 
-def _launchers_of_worker(worker, num_workers):
-    """`(within, across)`: the launchers of this replica for smaller groups.
+def _launchers_of_worker(
+    worker: int, num_workers: int
+) -> tuple[
+    "cross_device_utils.CollectiveReplicaLauncher",
+    "cross_device_utils.CollectiveReplicaLauncher",
+]:
+    """Returns this replica's launchers `(within, across)` for smaller groups.
 
-    `within` is for the replicas of this worker, `across` for those of the same
-    place in every worker.
+    `within` serves the replicas of this worker, `across` the replicas of the
+    same place in every worker.
     """
     replica = tf.distribute.get_replica_context()
     if tf.executing_eagerly():
@@ -231,8 +253,12 @@ def _launchers_of_worker(worker, num_workers):
     return _launchers_of_workers[strategy][replica._replica_id]
 
 
-def _group_launcher(group_key, group_size, launcher):
-    """A launcher as the one given, but for another group of replicas."""
+def _group_launcher(
+    group_key: int,
+    group_size: int,
+    launcher: "cross_device_utils.CollectiveReplicaLauncher",
+) -> "cross_device_utils.CollectiveReplicaLauncher":
+    """Makes a launcher like the given one for another group of replicas."""
     device = launcher._device
     keys = cross_device_utils.CollectiveKeys(group_key_start=group_key)
     of_group = cross_device_utils.CollectiveReplicaLauncher(
@@ -242,7 +268,8 @@ def _group_launcher(group_key, group_size, launcher):
         device,
         launcher._options,
     )
-    # Collectives of several groups must start in one order on all devices,
-    # because NCCL lets the first block those behind it.
+    # The groups share the token, because collectives of several groups must
+    # start in one order on all devices: NCCL lets a collective block the
+    # collectives behind it.
     of_group._ordering_token = launcher._ordering_token
     return of_group

@@ -1,7 +1,11 @@
-"""Checks of arguments, with errors that read as Keras's."""
+"""Checks of arguments, with errors that read like Keras's."""
 
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
 import math
 import numbers
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -12,8 +16,8 @@ _SUPPORTED_STRATEGIES = {
     "MultiWorkerMirroredStrategy": tf.distribute.MultiWorkerMirroredStrategy,
 }
 
-# What Keras's base class takes, and an inner optimizer may have been given.
-# The wrapper hands the first two on when they are set later.
+# Keras's base class takes these arguments, and an inner optimizer may have been
+# given them. The wrapper hands the first two on when they are set later.
 _DELEGATED = ("learning_rate", "loss_scale_factor")
 _BASE_ARGUMENTS = (
     *_DELEGATED,
@@ -28,18 +32,20 @@ _BASE_ARGUMENTS = (
 )
 
 
-def check_number(name, value, rule, is_valid):
+def check_number(
+    name: str, value: Any, rule: str, is_valid: Callable[[float], bool]
+) -> None:
     """Raises unless `value` is a real number that obeys the rule.
 
     Args:
         name: Name of the argument.
-        value: What the user passed.
-        rule: The rule in words, to follow "must be".
-        is_valid: Function of a float, True where it obeys the rule.
+        value: Value that the user passed.
+        rule: The rule in words that follow "must be".
+        is_valid: Function of a float, True if the float obeys the rule.
 
     Raises:
-        TypeError: If `value` is not a real number (a bool is not one).
-        ValueError: If it is NaN, infinite or breaks the rule.
+        TypeError: If `value` is not a real number (a bool is not a number).
+        ValueError: If `value` is NaN, infinite or breaks the rule.
     """
     message = f"`{name}` must be {rule}. Received: {name}={value!r}"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -48,7 +54,7 @@ def check_number(name, value, rule, is_valid):
         raise ValueError(message)
 
 
-def check_integer(name, value, minimum):
+def check_integer(name: str, value: Any, minimum: int) -> None:
     """Raises unless `value` is an integer of at least `minimum`."""
     message = (
         f"`{name}` must be an integer >= {minimum}. Received: {name}={value!r}"
@@ -59,7 +65,7 @@ def check_integer(name, value, minimum):
         raise ValueError(message)
 
 
-def check_boolean(name, value):
+def check_boolean(name: str, value: Any) -> None:
     """Raises unless `value` is a bool."""
     if not isinstance(value, bool):
         raise TypeError(
@@ -67,8 +73,8 @@ def check_boolean(name, value):
         )
 
 
-def check_instance(name, value, class_, example):
-    """Raises unless `value` is an instance of a class, as `example` is."""
+def check_instance(name: str, value: Any, class_: type, example: str) -> None:
+    """Raises unless `value` is an instance of a class, like `example`."""
     if not isinstance(value, class_):
         article = "an" if class_.__name__[0] in "AEIOU" else "a"
         raise TypeError(
@@ -78,7 +84,7 @@ def check_instance(name, value, class_, example):
         )
 
 
-def check_choice(name, value, choices):
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     """Raises unless `value` is one of the strings `choices`."""
     if not isinstance(value, str) or value not in choices:
         expected = " or ".join(f'"{choice}"' for choice in choices)
@@ -87,8 +93,8 @@ def check_choice(name, value, choices):
         )
 
 
-def check_keras():
-    """Raises unless this is Keras 3 or newer on the TensorFlow backend."""
+def check_keras() -> None:
+    """Raises unless Keras is version 3 or newer on the TensorFlow backend."""
     if int(keras.__version__.split(".")[0]) < 3:
         raise ValueError(
             "`keras` must be version 3 or newer. "
@@ -102,7 +108,7 @@ def check_keras():
         )
 
 
-def check_strategy():
+def check_strategy() -> None:
     """Raises unless entries can be exchanged under the strategy in scope."""
     strategy = tf.distribute.get_strategy()
     if tf.distribute.has_strategy() and not isinstance(
@@ -115,8 +121,8 @@ def check_strategy():
         )
 
 
-def check_in_scope_of(name, strategy):
-    """Raises unless the strategy in scope is that of the object `name`."""
+def check_in_scope_of(name: str, strategy: tf.distribute.Strategy) -> None:
+    """Raises unless the object `name` belongs to the strategy in scope."""
     in_scope = tf.distribute.get_strategy()
     if strategy is not in_scope:
         raise ValueError(
@@ -127,12 +133,12 @@ def check_in_scope_of(name, strategy):
         )
 
 
-def _describe(strategy):
+def _describe(strategy: tf.distribute.Strategy) -> str:
     name = type(strategy).__name__
     return "no strategy" if name.startswith("_") else f"a {name}"
 
 
-def check_loss_scaling(is_scaled_locally):
+def check_loss_scaling(is_scaled_locally: bool) -> None:
     """Raises if the scale would depend on which replica overflows."""
     num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
     if is_scaled_locally and num_replicas > 1:
@@ -145,7 +151,7 @@ def check_loss_scaling(is_scaled_locally):
         )
 
 
-def check_inner_optimizer(inner_optimizer, wrapper_class):
+def check_inner_optimizer(inner_optimizer: Any, wrapper_class: type) -> None:
     """Raises unless `inner_optimizer` is an optimizer that can be wrapped."""
     received = f"Received: inner_optimizer={inner_optimizer!r}"
     if not isinstance(inner_optimizer, keras.optimizers.Optimizer):
@@ -165,7 +171,7 @@ def check_inner_optimizer(inner_optimizer, wrapper_class):
         )
 
 
-def check_no_base_arguments(arguments):
+def check_no_base_arguments(arguments: Mapping[str, Any]) -> None:
     """Raises if arguments that belong on the inner optimizer were given."""
     for name, value in arguments.items():
         if name not in _BASE_ARGUMENTS:
@@ -175,21 +181,23 @@ def check_no_base_arguments(arguments):
         _refuse_base_setting(name, value)
 
 
-def check_no_base_setting(name, value):
+def check_no_base_setting(name: str, value: Any) -> None:
     """Raises if an attribute that belongs on the inner optimizer is set."""
     if name in _BASE_ARGUMENTS and name not in _DELEGATED:
         _refuse_base_setting(name, value)
 
 
-def _refuse_base_setting(name, value):
+def _refuse_base_setting(name: str, value: Any) -> None:
     raise ValueError(
         f"`{name}` must be set on the `inner_optimizer`, not on the "
         f"wrapper. Received: {name}={value!r}"
     )
 
 
-def check_loaded_shapes(variables, values):
-    """Raises unless each of an optimizer's variables can have its value."""
+def check_loaded_shapes(
+    variables: Sequence[Any], values: Sequence[Any]
+) -> None:
+    """Raises unless the variables of an optimizer can take saved values."""
     check_shapes(
         "The saved optimizer",
         variables,
@@ -200,8 +208,10 @@ def check_loaded_shapes(variables, values):
     )
 
 
-def check_shapes(name, variables, values, advice=""):
-    """Raises unless the values are of the shapes of the variables."""
+def check_shapes(
+    name: str, variables: Sequence[Any], values: Sequence[Any], advice: str = ""
+) -> None:
+    """Raises unless the values have the shapes of the variables."""
     expected = [tuple(variable.shape) for variable in variables]
     received = [tuple(value.shape) for value in values]
     if expected != received:
@@ -211,7 +221,7 @@ def check_shapes(name, variables, values, advice=""):
         )
 
 
-def check_scores(scores, accumulated):
+def check_scores(scores: tf.Tensor, accumulated: tf.Tensor) -> None:
     """Raises unless a sparsifier's scores fit the accumulated gradient."""
     if scores.shape != accumulated.shape or scores.dtype != accumulated.dtype:
         raise ValueError(
@@ -221,13 +231,17 @@ def check_scores(scores, accumulated):
         )
 
 
-def check_local_state(method, returned, before):
+def check_local_state(
+    method: str,
+    returned: Sequence[tf.Tensor | None],
+    before: Sequence[tf.Tensor],
+) -> None:
     """Raises unless a rule of error feedback returns all its local tensors.
 
     Args:
         method: Name of the class and its method.
-        returned: What it has returned.
-        before: Tuple of the tensors that it was given.
+        returned: Tuple of the tensors that the method has returned.
+        before: Tuple of the tensors that the method was given.
     """
     fits = len(returned) == len(before) and all(
         new is not None and new.shape == old.shape and new.dtype == old.dtype
@@ -246,8 +260,8 @@ def check_local_state(method, returned, before):
         )
 
 
-def check_replica_context():
-    """Raises unless called where one replica's gradients are at hand."""
+def check_replica_context() -> None:
+    """Raises unless the call is in a replica context, with its gradients."""
     if tf.distribute.in_cross_replica_context():
         raise ValueError(
             "`apply` must be called in a replica context, that is inside "
@@ -255,7 +269,7 @@ def check_replica_context():
         )
 
 
-def check_not_compiled_as_a_whole(is_compiled):
+def check_not_compiled_as_a_whole(is_compiled: bool) -> None:
     """Raises if XLA is to compile the whole step under a strategy."""
     if is_compiled and tf.distribute.has_strategy():
         raise ValueError(
@@ -265,7 +279,7 @@ def check_not_compiled_as_a_whole(is_compiled):
         )
 
 
-def check_built(optimizer, method):
+def check_built(optimizer: keras.optimizers.Optimizer, method: str) -> None:
     """Raises unless the optimizer has its variables."""
     if not optimizer.built:
         raise ValueError(

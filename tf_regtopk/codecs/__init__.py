@@ -1,4 +1,4 @@
-"""Codecs: how entries are written into a payload."""
+"""Codecs: the form in which entries are written into a payload."""
 
 from tf_regtopk.codecs.payload import Codec
 from tf_regtopk.codecs.payload import PayloadCodec

@@ -1,8 +1,8 @@
 """Numbers of a fixed width, packed into 32-bit words without gaps.
 
-A width is a sum of powers of two, and each of them is packed on its own: of a
-9-bit number, 8 bits go to words that hold four such parts, and 1 bit to words
-that hold 32, of consecutive numbers from the lowest bits on.
+A width is a sum of powers of two, and each power is packed on its own: 8 bits
+of a 9-bit number go to words that hold four such parts, and 1 bit to words that
+hold 32 such parts, of consecutive numbers from the lowest bits on.
 """
 
 import tensorflow as tf
@@ -10,17 +10,17 @@ import tensorflow as tf
 _POWERS = (32, 16, 8, 4, 2, 1)
 
 
-def num_words(size, width):
-    """Number of words that `size` numbers of `width` bits take."""
+def num_words(size: int, width: int) -> int:
+    """Number of words that `size` numbers of `width` bits occupy."""
     return sum(-(-size * part // 32) for part, _ in _parts(width))
 
 
-def pack(numbers, width):
+def pack(numbers: tf.Tensor, width: int) -> tf.Tensor:
     """Packs numbers into words.
 
     Args:
         numbers: uint32 tensor `[n]`, each below `2 ** width`.
-        width: Python integer from 0 to 32.
+        width: Bits of a number, from 0 to 32.
 
     Returns:
         uint32 tensor `[num_words(n, width)]`.
@@ -44,13 +44,13 @@ def pack(numbers, width):
     return tf.concat(packed, axis=0)
 
 
-def unpack(words, size, width):
-    """The inverse of `pack`, for any contents.
+def unpack(words: tf.Tensor, size: int, width: int) -> tf.Tensor:
+    """Inverts `pack`, for words of any contents.
 
     Args:
         words: uint32 tensor `[num_words(size, width)]`.
-        size: Number of numbers, Python integer.
-        width: As for `pack`.
+        size: Number of numbers.
+        width: Bits of a number, from 0 to 32.
 
     Returns:
         uint32 tensor `[size]`.
@@ -67,8 +67,8 @@ def unpack(words, size, width):
     return numbers
 
 
-def _parts(width):
-    """`(bits, position)` of each power of two in a width, the largest first."""
+def _parts(width: int) -> list[tuple[int, int]]:
+    """Splits a width into `(bits, position)` of its powers of 2, falling."""
     parts, shift = [], 0
     for power in _POWERS:
         if width & power:
@@ -77,5 +77,5 @@ def _parts(width):
     return parts
 
 
-def _shifts(part):
+def _shifts(part: int) -> tf.Tensor:
     return tf.constant(list(range(0, 32, part)), tf.uint32)

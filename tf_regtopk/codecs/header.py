@@ -1,10 +1,12 @@
-"""The header of a payload: what all replicas have to know of it."""
+"""The header of a payload: a replica's step and its largest magnitude."""
 
 import tensorflow as tf
 
 
-def add_header(magnitude, step, payload):
-    """Puts before a payload what all replicas have to know of this one.
+def add_header(
+    magnitude: tf.Tensor, step: tf.Tensor, payload: tf.Tensor
+) -> tf.Tensor:
+    """Puts the facts that all replicas need about this one before a payload.
 
     Args:
         magnitude: Float scalar, the largest magnitude this replica has met.
@@ -19,13 +21,15 @@ def add_header(magnitude, step, payload):
     return tf.concat([step, bits, payload], axis=0)
 
 
-def header_words(dtype):
+def header_words(dtype: tf.DType) -> int:
     """Number of words of a header with a magnitude of a float dtype."""
     return 1 + dtype.size // 4
 
 
-def split_header(payloads, dtype):
-    """The inverse of `add_header` for the payloads of N replicas.
+def split_header(
+    payloads: tf.Tensor, dtype: tf.DType
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Inverts `add_header` for the payloads of N replicas.
 
     Args:
         payloads: int32 tensor `[N, length]`.

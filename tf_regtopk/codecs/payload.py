@@ -1,11 +1,13 @@
 """The payload of one replica: k indices and k values as 32-bit words.
 
-One int32 tensor, because each gathered tensor costs a collective of its own,
-and because `tf.distribute` gathers no narrower type. Values lie in front of
-indices, whose length may vary.
+A payload is one int32 tensor, because each gathered tensor costs a collective
+of its own, and because `tf.distribute` gathers no narrower dtype. Values lie in
+front of indices, because the length of the indices may vary.
 """
 
 import dataclasses
+from typing import Any
+from typing import Self
 
 import keras
 import tensorflow as tf
@@ -15,27 +17,28 @@ from tf_regtopk.codecs import index_codecs
 from tf_regtopk.codecs import value_codecs
 from tf_regtopk.kernels import device_kind
 
-# Entries of all replicas that a GPU decodes at once. Of more, starting kernels
-# for each replica takes little of the time, and the memory would have to be
-# there.
+# A GPU decodes at most so many entries of all replicas at once. With more
+# entries each replica is decoded on its own, because then starting kernels
+# takes little of the time, and because less memory is needed.
 _MOST_AT_ONCE = 1 << 22
 
 
 @keras.saving.register_keras_serializable(package="tf_regtopk")
 @dataclasses.dataclass(frozen=True)
 class Codec:
-    """How the entries that a replica sends are written.
+    """The index codec and the value codec of the entries that a replica sends.
 
     Args:
         indices: `"int32"`, `"elias_fano"`, `"golomb"`, `"bitmap"`, or `"auto"`:
-            the shortest of those whose length is fixed. `"golomb"` saves 4 to
-            9 % of the indices' bits over `"elias_fano"` if these are spread
-            evenly, but replicas must first exchange its length.
-        values: `"float32"` (as they are, and in 64 bits if any variable has
+            the shortest index codec of fixed length. `"golomb"` saves 4 to 9 %
+            of the indices' bits over `"elias_fano"` if the indices are spread
+            evenly, but replicas must first exchange the length.
+        values: `"float32"` (plain values, of 64 bits if any variable has
             float64), `"bfloat16"`, `"float16"`, `"natural"` (8 bits),
-            `"uniform"` (4 bits), `"sign"`, `"ternary"` (1 bit); or one of the
-            value codecs `Natural`, `Uniform` and `ScaledSign` with parameters
-            of their own. What a codec rounds away stays in the residual error.
+            `"uniform"` (4 bits), `"sign"`, `"ternary"` (1 bit); or a value
+            codec such as `Natural`, `Uniform` or `ScaledSign` with its own
+            parameters. The part of a value that a value codec rounds away stays
+            in the residual error.
 
     Raises:
         ValueError: If an argument breaks its rule.
@@ -46,10 +49,10 @@ class Codec:
     9
     """
 
-    indices: str = "auto"
-    values: str | value_codecs.ValueCodec = "float32"
+    indices: index_codecs.IndexCodecName = "auto"
+    values: value_codecs.ValueCodecName | value_codecs.ValueCodec = "float32"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         validation.check_choice(
             "indices", self.indices, ("auto", *index_codecs.CODECS)
         )
@@ -58,8 +61,10 @@ class Codec:
                 "values", self.values, tuple(value_codecs.CODECS)
             )
 
-    def payload(self, k, size, dtype=tf.float32):
-        """The `PayloadCodec` for k of J = `size` entries of a float dtype."""
+    def payload(
+        self, k: int, size: int, dtype: tf.DType = tf.float32
+    ) -> "PayloadCodec":
+        """Makes the `PayloadCodec` for k of J = `size` entries of a dtype."""
         values = self.values
         if isinstance(values, str):
             values = value_codecs.CODECS[values]
@@ -67,14 +72,14 @@ class Codec:
             index_codecs.choose(self.indices, k, size), values, dtype
         )
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         values = self.values
         if not isinstance(values, str):
             values = keras.saving.serialize_keras_object(values)
         return {"indices": self.indices, "values": values}
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> Self:
         values = config["values"]
         if not isinstance(values, str):
             values = keras.saving.deserialize_keras_object(values)
@@ -83,7 +88,7 @@ class Codec:
 
 @dataclasses.dataclass(frozen=True)
 class PayloadCodec:
-    """The payload for one k and J.
+    """The index codec and the value codec for one k and J.
 
     Args:
         indices: `IndexCodec` for this k and J.
@@ -105,53 +110,57 @@ class PayloadCodec:
     dtype: tf.DType
 
     @property
-    def num_words(self):
-        """Number of words of a payload; the most where its length varies."""
+    def num_words(self) -> int:
+        """Number of words of a payload, the most if its length varies."""
         return self.num_value_words + self.indices.num_words
 
     @property
-    def is_variable(self):
-        """Whether `num_used` may be less than `num_words`."""
+    def is_variable(self) -> bool:
+        """True if `num_used` may be less than `num_words`."""
         return self.indices.is_variable
 
     @property
-    def num_value_words(self):
+    def num_value_words(self) -> int:
         """Number of words of the values of a payload."""
         return self.values.num_words(self.indices.k, self.dtype)
 
-    def encode(self, indices, values, stream):
+    def encode(
+        self, indices: tf.Tensor, values: tf.Tensor, stream: value_codecs.Stream
+    ) -> tuple[tf.Tensor, tf.Tensor]:
         """Packs entries into one payload.
 
         Args:
             indices: int32 tensor `[k]`, rising.
             values: Tensor `[k]` of `dtype`.
-            stream: `(step, replica)`, scalar integer tensors, for stochastic
-                rounding.
+            stream: `(step, replica)`, scalar integers that stochastic rounding
+                depends on.
 
         Returns:
-            `(payload, sent)`: an int32 tensor `[num_words]`; and the values as
-            every receiver decodes them.
+            `(payload, sent)`: an int32 tensor `[num_words]`, and the values
+            that every receiver decodes, `[k]`.
         """
         words = self.values.encode(values, stream)
         sent = self.values.decode(words, self.indices.k, self.dtype)
         words = tf.concat([words, self.indices.encode(indices)], axis=0)
         return tf.bitcast(words, tf.int32), sent
 
-    def num_used(self, payload):
-        """How many words of a payload have to be sent, scalar int32 tensor."""
+    def num_used(self, payload: tf.Tensor) -> tf.Tensor:
+        """Number of words of a payload to send, a scalar int32 tensor."""
         words = tf.bitcast(payload, tf.uint32)[self.num_value_words :]
         return self.num_value_words + self.indices.num_used(words)
 
-    def decode(self, payloads):
-        """Unpacks the payloads of N replicas, or what should be some.
+    def decode(
+        self, payloads: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """Unpacks the payloads of N replicas, of any contents.
 
         Args:
             payloads: int32 tensor `[N, num_words]`.
 
         Returns:
-            `(indices, values, is_valid)`: of shapes `[N, k]`, `[N, k]` and
-            `[N]`. Whatever the payloads hold, the indices lie in the gradient;
-            `is_valid` says whether they are k different ones and rise.
+            `(indices, values, is_valid)`: tensors `[N, k]`, `[N, k]` and `[N]`.
+            Whatever the payloads hold, the indices lie in the gradient;
+            `is_valid` tells whether a payload held k rising indices.
 
         Raises:
             ValueError: If the payloads are of another length.
@@ -169,7 +178,8 @@ class PayloadCodec:
             values = tf.stack(
                 [self._decode_values(row[:split]) for row in tf.unstack(words)]
             )
-            # Indices beside payloads that are not complete mean nothing.
+            # No indices are checked beside an incomplete payload, because they
+            # mean nothing.
             is_exempt = ~tf.reduce_all(is_complete)
         else:
             (indices, is_complete), values = tf.map_fn(
@@ -193,11 +203,11 @@ class PayloadCodec:
             is_complete & (is_rising | is_exempt),
         )
 
-    def _decode_values(self, words):
+    def _decode_values(self, words: tf.Tensor) -> tf.Tensor:
         return self.values.decode(words, self.indices.k, self.dtype)
 
-    def _decodes_all_at_once(self, num_payloads):
-        """Whether operations on all payloads suit the device, and are small."""
+    def _decodes_all_at_once(self, num_payloads: int) -> bool:
+        """Returns whether the device suits operations on all payloads."""
         num_entries = num_payloads * self.indices.k
         num_bits = 32 * num_payloads * self.indices.num_words
         return (

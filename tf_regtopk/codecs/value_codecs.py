@@ -1,8 +1,9 @@
-r"""How the values of the k entries are written.
+r"""Value codecs: the values of the k entries as words, and back.
 
-A value codec is a pair of pure functions between float values and 32-bit words
-whose number is fixed by k. What a codec rounds away stays in the residual
-error, and the sparsifier remembers what was delivered: the decoded values.
+A value codec is a pair of pure functions between float values and 32-bit words;
+k fixes the number of words. The part of a value that a value codec rounds away
+stays in the residual error, and the sparsifier remembers the decoded values,
+because these were delivered.
 
 Decoded values must be the same to the bit on the sender and on every receiver,
 whatever a compiler fuses. So decoding has at most one operation that rounds.
@@ -11,12 +12,14 @@ Stochastic rounding makes the decoded value right on average:
 
     round up with the probability (x - below) / (above - below)
 
-It hashes the position, the seed, the step and the replica, because XLA's own
-generators are slow on a CPU.
+The random numbers are hashes of the position, the seed, the step and the
+replica, because XLA's own generators are slow on a CPU.
 """
 
 import abc
 import dataclasses
+from typing import ClassVar
+from typing import Literal
 
 import keras
 import tensorflow as tf
@@ -26,44 +29,57 @@ from tf_regtopk import validation
 from tf_regtopk.codecs import bit_packing
 from tf_regtopk.kernels import hashing
 
-# Of a float32.
+ValueCodecName = Literal[
+    "float32",
+    "bfloat16",
+    "float16",
+    "natural",
+    "uniform",
+    "sign",
+    "ternary",
+]
+# The step and the replica, scalar integers that stochastic rounding depends on.
+Stream = tuple[int | tf.Tensor, int | tf.Tensor]
+
+# A float32 has its exponent here, by IEEE 754.
 _EXPONENT_SHIFT, _EXPONENT_MASK = 23, 0xFF
-# Of `Natural`: the number of exponents below the largest that stands for 0.
+# `Natural` writes this number of exponents below the largest for the value 0.
 _NOTHING = 0x7F
 
 
 @dataclasses.dataclass(frozen=True)
 class ValueCodec(hyper_parameters.HyperParameters, abc.ABC):
-    """Base class: k float values as words, and back.
+    """Base class of value codecs: k float values as words, and back.
 
-    A subclass is a frozen dataclass of its parameters. To be saved with a model
-    it is registered with `keras.saving.register_keras_serializable`.
+    A subclass is a frozen dataclass of its parameters. A subclass that is saved
+    with a model must be registered with
+    `keras.saving.register_keras_serializable`.
     """
 
     @abc.abstractmethod
-    def num_words(self, k, dtype):
-        """Number of words that k values of a float dtype take."""
+    def num_words(self, k: int, dtype: tf.DType) -> int:
+        """Number of words that k values of a float dtype occupy."""
 
     @abc.abstractmethod
-    def encode(self, values, stream):
+    def encode(self, values: tf.Tensor, stream: Stream) -> tf.Tensor:
         """Writes values.
 
         Args:
             values: float32 or float64 tensor `[k]`.
-            stream: `(step, replica)`, scalar integer tensors: all that changes
-                what stochastic rounding draws.
+            stream: `(step, replica)`, scalar integers that stochastic rounding
+                depends on.
 
         Returns:
             uint32 tensor `[num_words(k, dtype)]`.
         """
 
     @abc.abstractmethod
-    def decode(self, words, k, dtype):
+    def decode(self, words: tf.Tensor, k: int, dtype: tf.DType) -> tf.Tensor:
         """Reads values, from any words.
 
         Args:
             words: uint32 tensor `[num_words(k, dtype)]`.
-            k: Number of values, Python integer.
+            k: Number of values.
             dtype: Float dtype to return.
 
         Returns:
@@ -74,21 +90,22 @@ class ValueCodec(hyper_parameters.HyperParameters, abc.ABC):
 class _Cast(ValueCodec):
     """Values in another float dtype, rounded to the nearest."""
 
-    dtype: tf.DType
+    dtype: ClassVar[tf.DType]
 
-    def num_words(self, k, dtype):
+    def num_words(self, k: int, dtype: tf.DType) -> int:
         del dtype
         return bit_packing.num_words(k, 8 * self.dtype.size)
 
-    def encode(self, values, stream):
+    def encode(self, values: tf.Tensor, stream: Stream) -> tf.Tensor:
         del stream
-        # What is too large for the dtype is sent in several steps.
+        # The cast saturates, because a value that is too large for the dtype is
+        # sent in several steps.
         values = tf.saturate_cast(values, self.dtype)
         return bit_packing.pack(
             tf.cast(tf.bitcast(values, tf.uint16), tf.uint32), 16
         )
 
-    def decode(self, words, k, dtype):
+    def decode(self, words: tf.Tensor, k: int, dtype: tf.DType) -> tf.Tensor:
         numbers = tf.cast(bit_packing.unpack(words, k, 16), tf.uint16)
         return tf.cast(tf.bitcast(numbers, self.dtype), dtype)
 
@@ -96,7 +113,7 @@ class _Cast(ValueCodec):
 @keras.saving.register_keras_serializable(package="tf_regtopk")
 @dataclasses.dataclass(frozen=True)
 class BFloat16(_Cast):
-    """bfloat16: 16 bits, 8 significant ones, the range of float32."""
+    """bfloat16: 16 bits, of which 8 are significant, the range of float32."""
 
     dtype = tf.bfloat16
 
@@ -104,7 +121,7 @@ class BFloat16(_Cast):
 @keras.saving.register_keras_serializable(package="tf_regtopk")
 @dataclasses.dataclass(frozen=True)
 class Float16(_Cast):
-    """float16: 16 bits, 11 significant ones, magnitudes to 65,504."""
+    """float16: 16 bits, of which 11 are significant, magnitudes to 65,504."""
 
     dtype = tf.float16
 
@@ -112,17 +129,18 @@ class Float16(_Cast):
 @keras.saving.register_keras_serializable(package="tf_regtopk")
 @dataclasses.dataclass(frozen=True)
 class Float32(ValueCodec):
-    """Values as they are: 32 bits, or 64 if any variable has float64."""
+    """Plain values: 32 bits, or 64 if any variable has float64."""
 
-    def num_words(self, k, dtype):
+    def num_words(self, k: int, dtype: tf.DType) -> int:
         return k * dtype.size // 4
 
-    def encode(self, values, stream):
+    def encode(self, values: tf.Tensor, stream: Stream) -> tf.Tensor:
         del stream
-        # A float64 is bitcast to two words, on an axis of their own.
+        # The words are reshaped, because a float64 is bitcast to two words on
+        # an axis of their own.
         return tf.reshape(tf.bitcast(values, tf.uint32), [-1])
 
-    def decode(self, words, k, dtype):
+    def decode(self, words: tf.Tensor, k: int, dtype: tf.DType) -> tf.Tensor:
         if dtype.size > 4:
             words = tf.reshape(words, [k, dtype.size // 4])
         return tf.bitcast(words, dtype)
@@ -135,12 +153,12 @@ class Natural(ValueCodec):
 
         decoded = sign(v) 2^e or sign(v) 2^{e+1},     2^e <= |v| < 2^{e+1}
 
-    with the mean v, and a second moment of at most 9/8 v^2. A value takes 8
-    bits; exponents count down from the largest, so that values below 2^-126 of
-    that one become 0 (as do denormal ones).
+    with the mean v, and a second moment of at most 9/8 v^2. A value occupies 8
+    bits. Exponents count down from the largest, so that values below 2^-126 of
+    the largest power become 0 (as do denormal values).
 
     Args:
-        seed: Non-negative integer, of the stochastic rounding.
+        seed: Non-negative integer that stochastic rounding depends on.
 
     Source: Horvath et al., "Natural Compression for Distributed Deep Learning"
     (2019).
@@ -148,23 +166,23 @@ class Natural(ValueCodec):
 
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._check_integer("seed", minimum=0)
 
-    def num_words(self, k, dtype):
+    def num_words(self, k: int, dtype: tf.DType) -> int:
         del dtype
         return 1 + bit_packing.num_words(k, 8)
 
-    def encode(self, values, stream):
+    def encode(self, values: tf.Tensor, stream: Stream) -> tf.Tensor:
         pattern = tf.bitcast(_to_float32(values), tf.int32)
         exponent = tf.bitwise.right_shift(pattern, _EXPONENT_SHIFT)
         exponent &= _EXPONENT_MASK
-        # |v| / 2^e - 1, exactly.
+        # The fraction is exact: |v| / 2^e - 1.
         mantissa = tf.cast(pattern & ((1 << _EXPONENT_SHIFT) - 1), tf.float32)
         is_up = mantissa * 2.0**-_EXPONENT_SHIFT > hashing.uniform(
             values.shape[0], self.seed, *stream
         )
-        # 255 stands for infinity.
+        # The largest exponent is 254, because 255 stands for infinity.
         rounded = tf.minimum(exponent + tf.cast(is_up, tf.int32), 254)
         rounded = tf.where(exponent == 0, 0, rounded)
         largest = tf.reduce_max(rounded)
@@ -179,7 +197,7 @@ class Natural(ValueCodec):
             axis=0,
         )
 
-    def decode(self, words, k, dtype):
+    def decode(self, words: tf.Tensor, k: int, dtype: tf.DType) -> tf.Tensor:
         largest = tf.bitcast(words[0], tf.int32) & _EXPONENT_MASK
         numbers = tf.bitcast(bit_packing.unpack(words[1:], k, 8), tf.int32)
         below = numbers & _NOTHING
@@ -191,9 +209,11 @@ class Natural(ValueCodec):
 
 
 class _InBuckets(ValueCodec):
-    """Base class of codecs in which `bucket_size` values share something."""
+    """Base class of value codecs whose `bucket_size` values share a scale."""
 
-    def _size_of_bucket(self, k):
+    bucket_size: int | None
+
+    def _size_of_bucket(self, k: int) -> int:
         return min(self.bucket_size or k, k)
 
 
@@ -211,7 +231,7 @@ class Uniform(_InBuckets):
         num_bits: b, integer from 1 to 8, the bits of a value.
         bucket_size: Positive integer, the number of consecutive values that
             share `low` and `step`.
-        seed: Non-negative integer, of the stochastic rounding.
+        seed: Non-negative integer that stochastic rounding depends on.
 
     Sources: Alistarh et al., "QSGD" (2017), here with the bounds of Markov et
     al., "CGX" (2022).
@@ -221,7 +241,7 @@ class Uniform(_InBuckets):
     bucket_size: int = 1024
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._check_integer("num_bits", minimum=1)
         validation.check_number(
             "num_bits", self.num_bits, "from 1 to 8", lambda b: b <= 8
@@ -229,14 +249,15 @@ class Uniform(_InBuckets):
         self._check_integer("bucket_size", minimum=1)
         self._check_integer("seed", minimum=0)
 
-    def num_words(self, k, dtype):
+    def num_words(self, k: int, dtype: tf.DType) -> int:
         del dtype
         num_buckets = -(-k // self._size_of_bucket(k))
         return 2 * num_buckets + bit_packing.num_words(k, self.num_bits)
 
-    def encode(self, values, stream):
+    def encode(self, values: tf.Tensor, stream: Stream) -> tf.Tensor:
         k = values.shape[0]
-        # In halves, because a difference may be too large for a float32.
+        # Values are halved, because a difference of two values may be too large
+        # for a float32.
         halves = _in_buckets(0.5 * _to_float32(values), self._size_of_bucket(k))
         low = tf.reduce_min(halves, axis=1)
         most = (1 << self.num_bits) - 1
@@ -246,7 +267,7 @@ class Uniform(_InBuckets):
         below = tf.floor(position)
         is_up = position - below > hashing.uniform(k, self.seed, *stream)
         level = below + tf.cast(is_up, tf.float32)
-        # Where all values are equal, the step is 0.
+        # NaN becomes level 0, because the step is 0 where all values are equal.
         level = tf.where(level > 0, tf.minimum(level, float(most)), 0.0)
         return tf.concat(
             [
@@ -256,13 +277,13 @@ class Uniform(_InBuckets):
             axis=0,
         )
 
-    def decode(self, words, k, dtype):
+    def decode(self, words: tf.Tensor, k: int, dtype: tf.DType) -> tf.Tensor:
         num_buckets = -(-k // self._size_of_bucket(k))
         bounds = tf.bitcast(words[: 2 * num_buckets], tf.float32)
         low, step = bounds[:num_buckets], bounds[num_buckets:]
         level = bit_packing.unpack(words[2 * num_buckets :], k, self.num_bits)
         level = tf.cast(tf.bitcast(level, tf.int32), tf.float32)
-        # A step of 16 significant bits makes the product exact.
+        # The product is exact, because a step has 16 significant bits.
         half = _of_bucket(low, self._size_of_bucket(k), k) + level * _of_bucket(
             step, self._size_of_bucket(k), k
         )
@@ -278,12 +299,13 @@ class ScaledSign(_InBuckets):
 
         decoded = sign(v) mean of |v| over the bucket
 
-    One bit a value, and 32 a bucket. The sign of 0 counts as positive.
+    A value occupies one bit, and a bucket 32 bits. The sign of 0 counts as
+    positive.
 
     Args:
         bucket_size: Positive integer, the number of consecutive values that
-            share a magnitude; None for all. Of k selected entries that is the
-            ternary code of STC: +mean, -mean, or not sent.
+            share a magnitude; None for all values. With k selected entries one
+            bucket makes the ternary code of STC: +mean, -mean, or not sent.
 
     Sources: Karimireddy et al., "Error Feedback Fixes SignSGD and other
     Gradient Compression Schemes" (2019); Sattler et al., "Robust and
@@ -292,15 +314,15 @@ class ScaledSign(_InBuckets):
 
     bucket_size: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.bucket_size is not None:
             self._check_integer("bucket_size", minimum=1)
 
-    def num_words(self, k, dtype):
+    def num_words(self, k: int, dtype: tf.DType) -> int:
         del dtype
         return -(-k // self._size_of_bucket(k)) + bit_packing.num_words(k, 1)
 
-    def encode(self, values, stream):
+    def encode(self, values: tf.Tensor, stream: Stream) -> tf.Tensor:
         del stream
         k = values.shape[0]
         values = _to_float32(values)
@@ -311,7 +333,8 @@ class ScaledSign(_InBuckets):
             tf.fill([num_buckets], bucket_size),
             k - bucket_size * tf.range(num_buckets),
         )
-        # Divided first, because the sum may be too large for a float32.
+        # Values are divided before the sum, because the sum of the undivided
+        # values may be too large for a float32.
         parts = tf.abs(tf.reshape(padded, [num_buckets, bucket_size]))
         mean = tf.reduce_sum(
             parts / tf.cast(counts, tf.float32)[:, tf.newaxis], axis=1
@@ -324,7 +347,7 @@ class ScaledSign(_InBuckets):
             axis=0,
         )
 
-    def decode(self, words, k, dtype):
+    def decode(self, words: tf.Tensor, k: int, dtype: tf.DType) -> tf.Tensor:
         bucket_size = self._size_of_bucket(k)
         num_buckets = -(-k // bucket_size)
         mean = tf.bitcast(words[:num_buckets], tf.float32)
@@ -333,7 +356,7 @@ class ScaledSign(_InBuckets):
         return tf.cast(tf.where(is_negative, -magnitude, magnitude), dtype)
 
 
-CODECS = {
+CODECS: dict[str, ValueCodec] = {
     "float32": Float32(),
     "bfloat16": BFloat16(),
     "float16": Float16(),
@@ -344,27 +367,27 @@ CODECS = {
 }
 
 
-def _to_float32(values):
-    # Also a cast to the same dtype would be compiled.
+def _to_float32(values: tf.Tensor) -> tf.Tensor:
+    # A float32 is not cast, because XLA keeps even a cast to the same dtype.
     if values.dtype == tf.float32:
         return values
     return tf.saturate_cast(values, tf.float32)
 
 
-def _in_buckets(values, bucket_size):
-    """Rows of `bucket_size` values; the last value fills up the last row."""
+def _in_buckets(values: tf.Tensor, bucket_size: int) -> tf.Tensor:
+    """Makes rows of `bucket_size` values; the last value fills the last row."""
     padding = tf.fill([-values.shape[0] % bucket_size], values[-1])
     return tf.reshape(tf.concat([values, padding], axis=0), [-1, bucket_size])
 
 
-def _of_bucket(numbers, bucket_size, k):
-    """For each of k values the number of its bucket."""
+def _of_bucket(numbers: tf.Tensor, bucket_size: int, k: int) -> tf.Tensor:
+    """Repeats the number of each bucket for its values, `[k]`."""
     shape = [numbers.shape[0], bucket_size]
     return tf.reshape(tf.broadcast_to(numbers[:, tf.newaxis], shape), [-1])[:k]
 
 
-def _round_up(steps):
-    """Non-negative float32 `steps` to 16 significant bits, not downwards."""
+def _round_up(steps: tf.Tensor) -> tf.Tensor:
+    """Rounds non-negative float32 `steps` up to 16 significant bits."""
     pattern = (tf.bitcast(steps, tf.int32) + 0xFF) & ~0xFF
-    # The largest finite one.
+    # The limit is the largest such float that is finite.
     return tf.bitcast(tf.minimum(pattern, 0x7F7FFF00), tf.float32)

@@ -1,22 +1,26 @@
-"""What a step sends, counted before training."""
+"""The bytes that a step sends, counted before training."""
 
+from collections.abc import Sequence
 import dataclasses
 import functools
+from typing import Literal
 
+import keras
 import numpy as np
 import tensorflow as tf
 
 from tf_regtopk.codecs import header
 from tf_regtopk.codecs import index_codecs
+from tf_regtopk.codecs import payload as payload_lib
 from tf_regtopk.distribute import topology as topology_lib
 
 
 @dataclasses.dataclass(frozen=True)
 class WireReport:
-    """Bytes that one replica sends each step, and what they are made of.
+    """Bytes that one replica sends per step, and their parts.
 
-    Without what the transport adds (headers of its own, acknowledgements). With
-    a code of variable length, for indices that are spread evenly.
+    The transport's own bytes (headers, acknowledgements) do not count. An index
+    codec of variable length is counted for indices that are spread evenly.
 
     Args:
         num_replicas: N.
@@ -25,11 +29,11 @@ class WireReport:
         dense_bytes: Bytes of all gradients, in the variables' dtypes.
         num_entries: J, the entries of all variables exchanged sparsely.
         num_selected: k.
-        index_code: Name of the code of the indices.
-        value_code: Name of the code of the values.
+        index_code: Name of the index codec.
+        value_code: Name of the value codec.
         bits_per_index: Bits of an index.
-        entropy_bits_per_index: `log2 C(J, k) / k`, which no code for all sets
-            of indices can undercut.
+        entropy_bits_per_index: `log2 C(J, k) / k`, which no index codec for all
+            sets of indices can undercut.
         bits_per_value: Bits of a value, with its share of scales.
         payload_bytes: Bytes of the payload of one replica, header included.
         sent_bytes: Bytes that each participant of the topology sends per step:
@@ -37,9 +41,9 @@ class WireReport:
         dense_sent_bytes: Bytes that each replica sends per step without the
             wrapper, by a ring.
         topology: Name of the topology by which payloads go.
-        exchange: `"sparse"` or `"dense"`, the one chosen.
-        exchange_seconds: Seconds a step of each, if they were measured to
-            choose (`exchange="auto"`), else None.
+        exchange: The chosen exchange, `"sparse"` or `"dense"`.
+        exchange_seconds: Measured seconds per step of each exchange, by its
+            name; None unless `exchange="auto"` measured them to choose.
     """
 
     num_replicas: int
@@ -56,16 +60,16 @@ class WireReport:
     sent_bytes: int = 0
     dense_sent_bytes: int = 0
     topology: str = "AllGather"
-    exchange: str = "sparse"
-    exchange_seconds: dict | None = None
+    exchange: Literal["sparse", "dense"] = "sparse"
+    exchange_seconds: dict[str, float] | None = None
 
     @property
-    def ratio(self):
-        """How many times fewer bytes than without the wrapper a replica has."""
+    def ratio(self) -> float:
+        """Bytes of all gradients divided by the bytes that a replica sends."""
         num_bytes = self.payload_bytes + self.dense_below_bytes
         return self.dense_bytes / max(num_bytes, 1)
 
-    def __str__(self):
+    def __str__(self) -> str:
         exchange = self.exchange
         if self.exchange_seconds:
             measured = [
@@ -91,13 +95,18 @@ class WireReport:
         return "\n".join(f"{name:18} {text}" for name, text in rows.items())
 
 
-def report(payload_codec, sparse, dense, participants):
-    """Makes the report.
+def report(
+    payload_codec: payload_lib.PayloadCodec | None,
+    sparse: Sequence[keras.Variable],
+    dense: Sequence[keras.Variable],
+    participants: topology_lib.Participants,
+) -> WireReport:
+    """Makes the report of a step.
 
     Args:
         payload_codec: `PayloadCodec`, None if no variable is sent sparsely.
         sparse: List of the variables that are exchanged sparsely.
-        dense: List of those that are exchanged densely.
+        dense: List of the variables that are exchanged densely.
         participants: `topology.Participants`.
 
     Returns:
@@ -123,7 +132,7 @@ def report(payload_codec, sparse, dense, participants):
     value_words = payload_codec.num_value_words
     header_words = header.header_words(payload_codec.dtype)
     if payload_codec.is_variable:
-        header_words += 1  # The length.
+        header_words += 1  # The length is sent as well.
     payload_bytes = 4 * (header_words + num_words)
     sent = participants.topology.sent_bytes(payload_bytes, participants.cluster)
     return WireReport(
@@ -144,14 +153,14 @@ def report(payload_codec, sparse, dense, participants):
     )
 
 
-def _num_bytes(variables):
+def _num_bytes(variables: Sequence[keras.Variable]) -> int:
     return sum(
         int(np.prod(v.shape)) * tf.as_dtype(v.dtype).size for v in variables
     )
 
 
-def _words_used(payload_codec):
-    """Words of a payload, of random entries if that matters."""
+def _words_used(payload_codec: payload_lib.PayloadCodec) -> int:
+    """Number of words of a payload, of random entries if its length varies."""
     if not payload_codec.is_variable:
         return payload_codec.num_words
     k, size = payload_codec.indices.k, payload_codec.indices.size

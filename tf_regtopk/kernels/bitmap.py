@@ -1,7 +1,7 @@
 """Sets of positions as bitmaps: 32 positions a word, lowest bit first.
 
-In the form that XLA compiles to fast code: whole columns at a time, and no
-scan, sort or scatter over more than one element a word.
+The functions work on whole columns at a time, without a scan, sort or scatter
+over more than one element per word, because XLA compiles that to fast code.
 """
 
 import numpy as np
@@ -11,26 +11,27 @@ from tf_regtopk.kernels import device_kind
 from tf_regtopk.kernels import ranges
 
 WORD = 32
-# Bits are packed in squares of 32 words.
+# Bits are packed in squares of 32 words of 32 bits.
 SQUARE = WORD * WORD
-# Numbers in a row where rows are searched or summed, a power of 2.
+# Rows that are searched or summed have this many numbers, a power of 2.
 _ROW = 16
-# On GPUs of up to so many numbers, because a wider row takes fewer kernels.
+# GPUs sum up to so many numbers in wider rows, because that takes fewer
+# kernels.
 _WIDE_ROW, _MOST_IN_WIDE_ROWS = 64, 1 << 19
-# Up to so many are summed there by comparing all places with each other.
+# GPUs sum up to so many numbers by comparing all places with each other.
 _MOST_COMPARED = 1 << 13
 BITS = np.arange(WORD, dtype=np.uint32)
 
 
-def pack(*masks):
+def pack(*masks: tf.Tensor | list[tf.Tensor]) -> list[tf.Tensor]:
     """Packs bool tensors of `[n]` entries into bitmaps.
 
     Args:
-        *masks: Each a bool tensor, or a list of several that follow each other,
+        *masks: Bool tensors, or lists of bool tensors that follow each other,
             of any shapes with a multiple of 1024 entries.
 
     Returns:
-        For each a uint32 tensor `[n / 32]`.
+        List of a uint32 tensor `[n / 32]` for each mask.
 
     Example:
 
@@ -39,8 +40,8 @@ def pack(*masks):
     '0xc0000000'
     """
     weights = tf.constant([1 << bit for bit in range(WORD)], tf.uint32)
-    # A CPU has vector code for sums down the columns of squares, and none for
-    # sums along rows.  That makes the square's columns words.
+    # The columns of a square become words on a CPU, because it has vector code
+    # for sums down columns, and none for sums along rows.
     is_by_row = device_kind.is_gpu()
     sums = [
         tf.reduce_sum(
@@ -58,18 +59,18 @@ def pack(*masks):
     return tf.split(words, [_size(mask) // WORD for mask in masks])
 
 
-def _size(mask):
+def _size(mask: tf.Tensor | list[tf.Tensor]) -> int:
     return sum(part.shape.num_elements() for part in tf.nest.flatten(mask))
 
 
-def _transpose(squares):
+def _transpose(squares: tf.Tensor) -> tf.Tensor:
     """Transposes squares of 32 x 32 bits, `[n, 32]` words.
 
     Bit c of word r of the result is bit r of word c.
     """
     bit = tf.constant(BITS)
-    # Once more a sum down columns, and one pass; to swap quarters of ever
-    # smaller squares takes five.
+    # A sum down columns takes one pass; swapping quarters of ever smaller
+    # squares takes five.
     bits = tf.bitwise.bitwise_and(
         tf.bitwise.right_shift(squares[:, :, tf.newaxis], bit),
         tf.constant(1, tf.uint32),
@@ -79,26 +80,26 @@ def _transpose(squares):
     )
 
 
-def count_bits(words):
-    """Number of set bits of each word, int32."""
+def count_bits(words: tf.Tensor) -> tf.Tensor:
+    """Number of set bits of each word, as int32 numbers."""
     return tf.cast(tf.raw_ops.PopulationCount(x=words), tf.int32)
 
 
-def bits_before(words):
-    """Number of set bits in the words before each word, int32."""
+def bits_before(words: tf.Tensor) -> tf.Tensor:
+    """Number of set bits in the words before each word, as int32 numbers."""
     counts = count_bits(words)
     return cumulative_sum(counts, largest=WORD) - counts
 
 
-def set_bits_before(words):
-    """How many bits of its word are set before each bit: int32 `[n, 32]`."""
+def set_bits_before(words: tf.Tensor) -> tf.Tensor:
+    """Number of set bits before each bit of a word, as int32 `[n, 32]`."""
     one = tf.constant(1, tf.uint32)
     below = tf.bitwise.left_shift(one, BITS) - one
     return count_bits(words[:, tf.newaxis] & below)
 
 
-def positions(words, num_set):
-    """Positions of the first `num_set` set bits, int32, rising.
+def positions(words: tf.Tensor, num_set: int) -> tf.Tensor:
+    """Positions of the first `num_set` set bits, as rising int32 numbers.
 
     If fewer bits are set, the rest of the positions means nothing.
 
@@ -107,13 +108,14 @@ def positions(words, num_set):
     >>> positions(tf.constant([5, 0, 1], tf.uint32), 3).numpy().tolist()
     [0, 2, 64]
     """
-    # Where most words are empty, better search whole rows of them first. (A GPU
-    # reads a row at once.)
+    # Whole rows of words are searched first where most words are empty, because
+    # that takes less time. (A GPU reads a row at once.)
     words_a_row = 1 if device_kind.is_gpu() else 8
     in_row = _ROW if words_a_row * num_set < words.shape[0] else 1
     num_rows = -(-words.shape[0] // in_row)
     if device_kind.is_gpu():
-        # To whole rows of `cumulative_sum`, whose own padding takes a kernel.
+        # Rows are added up to whole rows of `cumulative_sum`, because its own
+        # padding takes a kernel.
         num_rows += -num_rows % _row_of(num_rows)
     padded = tf.pad(words, [[0, num_rows * in_row - words.shape[0]]])
     rows = tf.reshape(padded, [-1, in_row])
@@ -121,15 +123,22 @@ def positions(words, num_set):
     before = cumulative_sum(counts, largest=in_row * WORD) - counts
     # Bit r lies in the last row that has at most r bits before it.
     row = cumulative_sum(histogram(before, num_set)) - 1
-    # `before[0]` is 0.
+    # A range from `before[0]` is no literal, because that 0 is computed.
     rank = ranges.range_from(before[0], num_set) - tf.gather(before, row)
     word, rank, words = _word_in_row(tf.gather(rows, row), rank)
     word += row * in_row
     return word * WORD + _position_in_word(words, rank)
 
 
-def _word_in_row(rows, rank):
-    """Which word of a row has its set bit number `rank`, and as which one."""
+def _word_in_row(
+    rows: tf.Tensor, rank: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Finds the word of each row that has the row's set bit number `rank`.
+
+    Returns:
+        `(word, rank, words)`: the place of that word in its row, the rank of
+        the bit in that word, and the word itself.
+    """
     words = tf.unstack(rows, axis=1)
     word = tf.zeros_like(rank)
     while len(words) > 1:
@@ -145,7 +154,7 @@ def _word_in_row(rows, rank):
     return word, rank, words[0]
 
 
-def _position_in_word(words, rank):
+def _position_in_word(words: tf.Tensor, rank: tf.Tensor) -> tf.Tensor:
     """Position of the set bit number `rank` of each word."""
     position = tf.zeros_like(rank)
     for half in (16, 8, 4, 2, 1):
@@ -161,8 +170,8 @@ def _position_in_word(words, rank):
     return position
 
 
-def lowest(words, num_kept):
-    """Each word with only its `num_kept` lowest set bits (none if <= 0).
+def lowest(words: tf.Tensor, num_kept: tf.Tensor) -> tf.Tensor:
+    """Keeps the `num_kept` lowest set bits of each word (none if <= 0).
 
     Example:
 
@@ -175,13 +184,13 @@ def lowest(words, num_kept):
     return tf.where(num_kept >= count_bits(words), words, words & below)
 
 
-def compact(words, values, num_set):
-    """The values whose bits are set, in their order.
+def compact(words: tf.Tensor, values: tf.Tensor, num_set: int) -> tf.Tensor:
+    """Selects the values whose bits are set, in their order.
 
     Args:
         words: uint32 tensor `[n]`, in which `num_set` bits are set.
         values: int32 tensor `[32 n]`.
-        num_set: Python integer.
+        num_set: Number of set bits.
 
     Returns:
         int32 tensor `[num_set]`.
@@ -194,7 +203,7 @@ def compact(words, values, num_set):
     """
     one = tf.constant(1, tf.uint32)
     slot = bits_before(words)[:, tf.newaxis] + set_bits_before(words)
-    # What is not set goes to a slot past the last.
+    # Values whose bits are not set go to a slot past the last.
     slot = tf.where(unpack(words) == one, slot, num_set)
     return tf.tensor_scatter_nd_update(
         tf.zeros([num_set + 1], values.dtype),
@@ -203,12 +212,14 @@ def compact(words, values, num_set):
     )[:num_set]
 
 
-def of_positions(positions, num_words, is_set=None):
-    """The bitmap of some positions.
+def of_positions(
+    positions: tf.Tensor, num_words: int, is_set: tf.Tensor | None = None
+) -> tf.Tensor:
+    """Makes the bitmap of some positions.
 
     Args:
-        positions: int32 tensor `[n]`, in which each that is set occurs once.
-        num_words: Length of the bitmap, Python integer.
+        positions: int32 tensor `[n]`; each set position occurs exactly once.
+        num_words: Length of the bitmap.
         is_set: uint32 tensor `[n]`, 1 or 0. Defaults to all 1.
 
     Returns:
@@ -229,21 +240,21 @@ def of_positions(positions, num_words, is_set=None):
     )
 
 
-def word_of(positions):
-    """The word that each position lies in."""
+def word_of(positions: tf.Tensor) -> tf.Tensor:
+    """Returns the number of the word that each position lies in."""
     return tf.bitwise.right_shift(positions, WORD.bit_length() - 1)
 
 
-def unpack(words):
-    """The bits of each word, 0 or 1: uint32 tensor `[n, 32]`."""
+def unpack(words: tf.Tensor) -> tf.Tensor:
+    """Unpacks the bits of each word, 0 or 1, into a uint32 tensor `[n, 32]`."""
     return tf.bitwise.right_shift(words[:, tf.newaxis], BITS) & tf.constant(
         1, tf.uint32
     )
 
 
-def histogram(values, num_bins):
-    """Counts of 0 .. `num_bins` - 1 in `values`; larger values are ignored."""
-    # XLA compiles the raw op, and not tf.math.bincount.
+def histogram(values: tf.Tensor, num_bins: int) -> tf.Tensor:
+    """Counts 0 .. `num_bins` - 1 in `values`; larger values are ignored."""
+    # The raw op is used because XLA does not compile tf.math.bincount.
     return tf.raw_ops.DenseBincount(
         input=tf.reshape(values, [-1]),
         size=num_bins,
@@ -252,13 +263,13 @@ def histogram(values, num_bins):
     )
 
 
-def run_of_each(starts, size):
-    """Which of consecutive runs each of `size` places lies in.
+def run_of_each(starts: tf.Tensor, size: int) -> tf.Tensor:
+    """Numbers of the consecutive runs that `size` places lie in.
 
     Args:
-        starts: int32 tensor, where the runs after the first one start, rising.
-            (If XLA knows them, the result becomes a literal of the program.)
-        size: Python integer.
+        starts: int32 tensor, the rising starts of the runs after the first one,
+            added to a `ranges.run_time_zero` if XLA could know them.
+        size: Number of places.
 
     Returns:
         int32 tensor `[size]`.
@@ -271,15 +282,15 @@ def run_of_each(starts, size):
     return cumulative_sum(histogram(starts, size))
 
 
-def cumulative_sum(values, largest=None):
-    """`tf.cumsum` of an int32 vector, in short rows.
+def cumulative_sum(values: tf.Tensor, largest: int | None = None) -> tf.Tensor:
+    """Computes `tf.cumsum` of an int32 vector, in short rows.
 
-    As products with a triangular matrix, which XLA computes several times as
-    fast as a scan, and faster still in floats.
+    Rows are multiplied by a triangular matrix, because XLA computes these
+    products several times as fast as a scan, and faster still in floats.
 
     Args:
         values: int32 tensor `[n]`, none negative.
-        largest: Python integer that no value exceeds, if one is known.
+        largest: Number that no value exceeds, if one is known.
 
     Returns:
         int32 tensor `[n]`.
@@ -295,9 +306,9 @@ def cumulative_sum(values, largest=None):
         return _sums_by_comparison(values)
     if size <= 4 * _ROW:
         return tf.cumsum(values)
-    # Up to here products are exact even where they are rounded to bfloat16.
+    # Products of values up to 256 are exact even if rounded to bfloat16.
     is_small = largest is not None and largest <= 256
-    # On a GPU floats gain nothing, and a library would have to be started.
+    # A GPU sums integers, because there floats gain nothing and need a library.
     dtype = tf.float32 if is_small and not is_gpu else tf.int32
     row = _row_of(size)
     triangle = tf.constant(np.triu(np.ones([row, row])), dtype)
@@ -308,16 +319,18 @@ def cumulative_sum(values, largest=None):
     return tf.reshape(in_row + before[:, tf.newaxis], [-1])[:size]
 
 
-def _row_of(size):
-    """How many of `size` numbers are summed in a row."""
+def _row_of(size: int) -> int:
+    """Number of the `size` numbers that are summed in a row."""
     is_wide = device_kind.is_gpu() and size <= _MOST_IN_WIDE_ROWS
     return _WIDE_ROW if is_wide else _ROW
 
 
-def _sums_by_comparison(values):
-    """As `cumulative_sum`: one short kernel on a GPU."""
+def _sums_by_comparison(values: tf.Tensor) -> tf.Tensor:
+    """Computes `cumulative_sum` in one short kernel on a GPU."""
     size = values.shape[0]
     place = tf.range(size)
-    # TensorFlow does not know that this adds 0, and stores no matrix.
-    is_up_to = place <= (place + values[0] * 0)[:, tf.newaxis]
+    # The comparison must depend on an input, because TensorFlow would store the
+    # whole matrix as a literal.
+    last = place + ranges.opaque_zero(values[0])
+    is_up_to = place <= last[:, tf.newaxis]
     return tf.reduce_sum(tf.where(is_up_to, values, 0), axis=1)

@@ -3,38 +3,41 @@
 Results are the same on every kind. Some forms of a computation suit only one.
 """
 
+from collections.abc import Iterator
 import contextlib
 import os
+from typing import Literal
 import warnings
 
 import tensorflow as tf
 
 from tf_regtopk import keras_internals
 
-_forced = []
+_forced: list[str] = []
 # XLA's flag for scatters that are deterministic without a loop.
 _PARALLEL_SCATTERS = "--xla_gpu_enable_scatter_determinism_expander=true"
 
 
-def is_gpu():
-    """Whether what is traced now is to run on a GPU.
+def is_gpu() -> bool:
+    """Returns whether the program that is traced now will run on a GPU.
 
-    Without a strategy, whether there is one.
+    Without a strategy it will wherever there is a GPU.
     """
     if _forced:
         return _forced[-1] == "GPU"
     if not tf.distribute.has_strategy():
         return bool(tf.config.list_logical_devices("GPU"))
-    # There may be a GPU that the replicas do not use.
+    # The devices of the strategy count, because there may be a GPU that the
+    # replicas do not use.
     devices = tf.distribute.get_strategy().extended.worker_devices
     types = {tf.DeviceSpec.from_string(d).device_type for d in devices}
     return types == {"GPU"}
 
 
-def warn_of_serial_scatters():
+def warn_of_serial_scatters() -> None:
     """Warns where XLA would run scatters one entry after the other.
 
-    That is what it does for TensorFlow's op determinism on GPUs, unless told
+    XLA does so on GPUs under TensorFlow's op determinism, unless a flag tells
     otherwise (benchmarks/compile_for_gpu.py --deterministic).
     """
     if (
@@ -54,11 +57,11 @@ def warn_of_serial_scatters():
 
 
 @contextlib.contextmanager
-def compile_for(kind):
-    """For programs that are traced here, and run elsewhere.
+def compile_for(kind: Literal["CPU", "GPU"]) -> Iterator[None]:
+    """Sets the device kind of programs that are traced here, and run elsewhere.
 
     Args:
-        kind: "CPU" or "GPU".
+        kind: Kind of device that `is_gpu` answers for.
 
     Example:
 

@@ -1,6 +1,7 @@
 """Numbers that look random, the same wherever they are computed.
 
-XLA's own generators take hundreds of nanoseconds a number on a CPU.
+XLA's own generators are not used, because they take hundreds of nanoseconds per
+number on a CPU.
 """
 
 import tensorflow as tf
@@ -8,16 +9,19 @@ import tensorflow as tf
 from tf_regtopk.kernels import ranges
 
 
-def hash_bits(size, seed, step, replica=0):
-    r"""One 32-bit hash for each position, fresh for each seed and step.
+def hash_bits(
+    size: int, seed: int, step: int | tf.Tensor, replica: int | tf.Tensor = 0
+) -> tf.Tensor:
+    r"""Computes a 32-bit hash of each position, fresh for each seed and step.
 
         hash_j = mix(mix(j + mix(step xor mix(replica))) + mix(seed))
 
     Args:
         size: Number of positions.
-        seed: Python integer.
-        step: Scalar integer tensor.
-        replica: As step, where replicas are to draw different numbers.
+        seed: Any integer.
+        step: Scalar integer.
+        replica: Scalar integer, the rank of a replica where replicas are to
+            draw different numbers.
 
     Returns:
         uint32 tensor `[size]`.
@@ -27,7 +31,7 @@ def hash_bits(size, seed, step, replica=0):
     >>> hash_bits(3, seed=0, step=tf.constant(0)).numpy().tolist()
     [0, 804215951, 3050591713]
     """
-    # Integer arithmetic wraps around.
+    # Any integer serves as a seed, because the arithmetic wraps around.
     seed = tf.constant(seed % 2**32, tf.uint32)
     stream = tf.cast(step, tf.uint32) ^ _mix_bits(tf.cast(replica, tf.uint32))
     start = tf.bitcast(_mix_bits(stream), tf.int32)
@@ -35,16 +39,23 @@ def hash_bits(size, seed, step, replica=0):
     return _mix_bits(mixed + _mix_bits(seed))
 
 
-def uniform(size, seed, step, replica=0, dtype=tf.float32):
-    r"""Numbers uniform in [0, 1), from the high bits of `hash_bits`.
+def uniform(
+    size: int,
+    seed: int,
+    step: int | tf.Tensor,
+    replica: int | tf.Tensor = 0,
+    dtype: tf.DType = tf.float32,
+) -> tf.Tensor:
+    r"""Draws numbers uniform in [0, 1), from the high bits of `hash_bits`.
 
         u_j = floor(hash_j / 2^8) / 2^24
 
     Args:
         size: Number of positions.
-        seed: Python integer.
-        step: As of `hash_bits`.
-        replica: As of `hash_bits`.
+        seed: Any integer.
+        step: Scalar integer.
+        replica: Scalar integer, the rank of a replica where replicas are to
+            draw different numbers.
         dtype: Float dtype of the result.
 
     Returns:
@@ -55,8 +66,8 @@ def uniform(size, seed, step, replica=0, dtype=tf.float32):
     return tf.cast(tf.bitcast(high_bits, tf.int32), dtype) * 2.0**-24
 
 
-def _mix_bits(x):
-    """The finaliser of MurmurHash3 (Appleby): a permutation of 32-bit words."""
+def _mix_bits(x: tf.Tensor) -> tf.Tensor:
+    """Applies MurmurHash3's finaliser (Appleby), a permutation of words."""
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
         x ^= tf.bitwise.right_shift(x, tf.constant(shift, tf.uint32))
         x *= tf.constant(factor, tf.uint32)

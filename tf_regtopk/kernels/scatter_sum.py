@@ -1,30 +1,31 @@
-"""The sum of what all replicas sent."""
+"""The sum of the entries that all replicas sent."""
 
 import tensorflow as tf
 
 from tf_regtopk.kernels import device_kind
 from tf_regtopk.kernels import words
 
-# As many entries of one replica are added at a time as span about this many
-# entries of the gradient, so that those of the other replicas find it in cache,
+# A run of one replica's entries spans about this many entries of the gradient,
+# because the runs of the other replicas then find that part in the cache.
 _SPAN = 1 << 18
-# but not so few that starting the next run takes longer than adding it.
+# A run has at least so many entries, because starting a shorter one takes
+# longer than adding its entries.
 _SHORTEST_RUN = 1 << 14
 
 
-def sum_entries(indices, values, size):
+def sum_entries(indices: tf.Tensor, values: tf.Tensor, size: int) -> tf.Tensor:
     r"""Adds the entries of all replicas into one dense gradient.
 
         agg_j = sum over replicas n of sent_{n,j}
 
-    Run by run of consecutive entries, and in each run replica after replica: an
-    index occurs once in each, so no two additions to one entry ever race, and
-    the sum is the same to the bit on every replica and device, whatever order a
-    scatter works in.
+    Entries are added run by run, and within a run replica after replica. An
+    index occurs once in the run of a replica, so no two additions to one entry
+    ever race, and the sum is the same to the bit on every replica and device,
+    whatever order a scatter works in.
 
     Args:
-        indices: Tensor `[N, k]`, int32 or held words, in each row every index
-            at most once; not read if k = J.
+        indices: Tensor `[N, k]` of int32 or of held words, every index at most
+            once in each row; not read if k = J.
         values: Float tensor `[N, k]`.
         size: J, the number of entries of the gradient.
 
@@ -39,7 +40,7 @@ def sum_entries(indices, values, size):
     array([1., 4., 5., 0.], dtype=float32)
     """
     num_replicas, k = values.shape
-    if k == size:  # All entries, in their order.
+    if k == size:  # Every replica has sent all entries, in their order.
         return tf.reduce_sum(values, axis=0)
 
     def add_runs(aggregate, first, length, num_runs):
@@ -48,7 +49,8 @@ def sum_entries(indices, values, size):
             run = [1, length]
             return i + 1, tf.tensor_scatter_nd_add(
                 aggregate,
-                # Released run by run, because all at once would be copied.
+                # Words are released run by run, because releasing all of them
+                # at once would copy them.
                 words.release(tf.slice(indices, corner, run)[0], tf.int32)[
                     :, tf.newaxis
                 ],
@@ -61,7 +63,7 @@ def sum_entries(indices, values, size):
 
     length = min(k, max(_SHORTEST_RUN, _SPAN * k // size))
     if device_kind.is_gpu():
-        length = k  # To start a run costs more than the cache saves.
+        length = k  # Starting a run costs more than the cache saves.
     num_runs, rest = divmod(k, length)
     aggregate = tf.zeros([size], values.dtype)
     aggregate = add_runs(aggregate, 0, length, num_runs)

@@ -1,11 +1,12 @@
 r"""Words: 32 bits of a payload or an index, and how TensorFlow holds them.
 
-Inside a compiled function words are int32 or uint32, and numbers. Outside they
-are *held*: as float32 of the same bits, with which nothing is done but copies.
-TensorFlow keeps int32 tensors and variables in the memory of the host, whatever
-device they belong to: a compiled function on a GPU refuses such a variable, and
-payloads would cross the bus several times a step. Of the dtypes that its
-collectives take, float32 is the one of 32 bits that stays on the device.
+Inside a compiled function words are numbers, int32 or uint32. Outside words are
+*held* as float32 of the same bits, with which nothing is done but copies. The
+reason is that TensorFlow keeps int32 tensors and variables in the memory of the
+host, whatever device they belong to: a compiled function on a GPU refuses such
+a variable, and payloads would cross the bus several times per step. Among the
+dtypes that TensorFlow's collectives take, only float32 has 32 bits and stays on
+the device.
 
     compiled function          outside                      file
     int32, uint32     hold ->  float32  (variables,
@@ -13,20 +14,22 @@ collectives take, float32 is the one of 32 bits that stays on the device.
 """
 
 import numpy as np
+import numpy.typing as npt
 import tensorflow as tf
 
 HELD = tf.float32
 _WORDS = (tf.int32, tf.uint32)
 
 
-def hold(value):
-    """The form of a tensor outside of compiled functions.
+def hold(value: tf.Tensor) -> tf.Tensor:
+    """Returns the form of a tensor outside of compiled functions.
 
     Args:
         value: Tensor of any dtype.
 
     Returns:
-        Float32 tensor of the same bits for words, else `value`.
+        Float32 tensor of the same bits if `value` holds words, `value` itself
+        if it does not.
 
     Example:
 
@@ -37,8 +40,8 @@ def hold(value):
     return tf.bitcast(value, HELD) if value.dtype in _WORDS else value
 
 
-def release(held, dtype):
-    """The inverse of `hold`.
+def release(held: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+    """Inverts `hold`.
 
     Args:
         held: Tensor from `hold`.
@@ -50,8 +53,16 @@ def release(held, dtype):
     return tf.bitcast(held, dtype) if dtype in _WORDS else held
 
 
-def hold_array(array, dtype):
-    """As `hold`, for a NumPy array that is to be of this dtype.
+def hold_array(array: npt.ArrayLike, dtype: tf.DType) -> np.ndarray:
+    """Applies `hold` to a NumPy array.
+
+    Args:
+        array: Array, or a value that NumPy converts to an array.
+        dtype: Dtype that the array must have.
+
+    Returns:
+        Float32 array of the same bits if the array holds words, the array
+        itself if it does not.
 
     Raises:
         ValueError: If the array is of another dtype.
@@ -65,6 +76,6 @@ def hold_array(array, dtype):
     return array.view(HELD.as_numpy_dtype) if dtype in _WORDS else array
 
 
-def release_array(held, dtype):
-    """As `release`, for a NumPy array."""
+def release_array(held: np.ndarray, dtype: tf.DType) -> np.ndarray:
+    """Applies `release` to a NumPy array."""
     return held.view(dtype.as_numpy_dtype) if dtype in _WORDS else held

@@ -1,1 +1,1 @@
-"""The plan of a training: what a step of each way to exchange takes."""
+"""The plan of a training: predicted seconds of a step by each method."""

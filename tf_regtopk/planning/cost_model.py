@@ -1,51 +1,55 @@
-r"""Predicts what a training step takes, for each way to exchange gradients.
+r"""Predicts the seconds of a training step, for each method of exchange.
 
-A step is computing, then processing (what a device does to gradients and
-entries beside), then the exchange. N is the number of workers, J of parameters,
-k of selected entries, and F the time of a pass over the gradient.
+A step is computing, then processing (the work of a device on gradients and
+entries), then the exchange. N is the number of workers, J of parameters, k of
+selected entries, and F the time of a pass over the gradient.
 """
 
 from collections.abc import Callable
 import dataclasses
 import functools
+from typing import Literal
 
 from tf_regtopk import codecs
 from tf_regtopk import sparsifiers
 from tf_regtopk import validation
+from tf_regtopk.codecs import value_codecs
 from tf_regtopk.distribute import topology
 from tf_regtopk.planning import network as network_lib
 
 FLOAT_BYTES = 4
-# F reads two floats a parameter and writes one.
+# F reads two floats per parameter and writes one float.
 PASS_BYTES = 3 * FLOAT_BYTES
 
-# Fitted to docs/benchmarks.md, 1M to 25.6M parameters at densities of 0.1 to
-# 10 %. In F, and those named `ENTRY` in F an entry over J.
-START_SECONDS = 8e-3  # To start programs and wake the others; measured with
-# two workers a core, where a step of a small model takes no longer than this.
-SELECT_PASSES = 3.3  # A replica's step 2.2, flattening and splitting 1.1.
+# These constants are fitted to docs/benchmarks.md, with 1M to 25.6M parameters
+# at densities of 0.1 to 10 %. Their unit is F; constants named `ENTRY` have the
+# unit F / J, for each entry.
+START_SECONDS = 8e-3  # Programs start and the other workers wake in this time,
+# measured with two workers on a core and a small model, whose step is no
+# longer.
+SELECT_PASSES = 3.3  # A replica's step takes 2.2, flattening and splitting 1.1.
 SELECT_ENTRY_PASSES = 50
 WRITE_ENTRY_PASSES = {"int32": 2, "auto": 20}
 READ_ENTRY_PASSES = {"int32": 4, "auto": 25}
-SUM_PASSES = 0.5  # To clear the sum.
-SUM_ENTRY_PASSES = 16  # An entry costs a line of the cache, but
-SUM_MOST_PASSES = 0.4  # a payload no more than all lines.
+SUM_PASSES = 0.5  # The sum is cleared.
+SUM_ENTRY_PASSES = 16  # An entry costs a line of the cache.
+SUM_MOST_PASSES = 0.4  # A payload costs no more than all lines of the cache.
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is trained.
+    """A training: its model, its workers and its compression.
 
     Args:
-        parameters: J, of the model.
+        parameters: J, the number of parameters of the model.
         workers: N, at least 2: hosts with a link each.
-        step_seconds: Of a step's computing, without any exchange.
+        step_seconds: Seconds of a step's computing, without any exchange.
         density: k / J.
-        values: Name of the code of the values, see `Codec`.
+        values: Name of the value codec, see `Codec`.
         devices_per_worker: D.
         overlap: Share in [0, 1] of a dense exchange that computing can hide.
-            A sparse one has to wait for all gradients.
-        memory_bandwidth: Bytes a second of a device.
+            A sparse exchange has to wait for all gradients.
+        memory_bandwidth: Bytes per second that the memory of a device moves.
 
     Raises:
         TypeError: If an argument is of another type.
@@ -56,12 +60,12 @@ class Job:
     workers: int
     step_seconds: float
     density: float = 0.001
-    values: str = "float32"
+    values: value_codecs.ValueCodecName = "float32"
     devices_per_worker: int = 1
     overlap: float = 0.0
     memory_bandwidth: float = 8e9
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, least in (
             ("parameters", 1),
             ("workers", 2),
@@ -79,34 +83,34 @@ class Job:
         validation.check_number(
             "overlap", self.overlap, "in [0, 1]", lambda share: 0 <= share <= 1
         )
-        # They check theirs.
+        # The codec and the sparsifier check their own arguments.
         codecs.Codec(values=self.values)
         sparsifiers.TopK(self.density)
 
     @property
-    def num_selected(self):
-        """k."""
+    def num_selected(self) -> int:
+        """Number k of selected entries."""
         return sparsifiers.TopK(self.density).num_selected(self.parameters)
 
     @property
-    def gradient_bytes(self):
+    def gradient_bytes(self) -> int:
         """Bytes of the whole gradient."""
         return FLOAT_BYTES * self.parameters
 
     @property
-    def pass_seconds(self):
-        """F."""
+    def pass_seconds(self) -> float:
+        """Seconds F of a pass over the gradient."""
         return PASS_BYTES * self.parameters / self.memory_bandwidth
 
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What a step takes.
+    """The predicted seconds and bytes of a step.
 
     Args:
-        step_seconds: Of the whole step.
-        exchange_seconds: Of what passes links, hidden or not.
-        processing_seconds: Of selecting, writing, reading and adding.
+        step_seconds: Seconds of the whole step.
+        exchange_seconds: Seconds of the exchange, hidden or not.
+        processing_seconds: Seconds of selecting, writing, reading and adding.
         sent_bytes: Bytes that a worker sends to others.
     """
 
@@ -116,8 +120,10 @@ class Prediction:
     sent_bytes: float
 
 
-def compression_seconds(job, indices, num_payloads):
-    """Of all that surrounds an exchange of entries.
+def compression_seconds(
+    job: Job, indices: Literal["int32", "auto"], num_payloads: int
+) -> float:
+    """Seconds that a device spends around a sparse exchange.
 
         t = start + F (select + k / J (select_entry + write) + sum
             + n (k / J read + min(k / J sum_entry, sum_most)))
@@ -126,8 +132,8 @@ def compression_seconds(job, indices, num_payloads):
 
     Args:
         job: `Job`.
-        indices: Name of the code of the indices, `"int32"` or `"auto"`.
-        num_payloads: n, how many a device reads and adds.
+        indices: Name of the index codec.
+        num_payloads: n, the number of payloads that a device reads and adds.
 
     Returns:
         Seconds.
@@ -148,12 +154,23 @@ def compression_seconds(job, indices, num_payloads):
 
 
 @functools.lru_cache(maxsize=4096)
-def _payload_bytes(indices, values, k, size):
-    """Bytes of a payload as the library writes it, without its header."""
+def _payload_bytes(
+    indices: Literal["int32", "auto"],
+    values: value_codecs.ValueCodecName,
+    k: int,
+    size: int,
+) -> int:
+    """Bytes of a payload that the library writes, without its header."""
     return 4 * codecs.Codec(indices, values).payload(k, size).num_words
 
 
-def _dense(job, network, num_members, local_seconds=0.0, local_passes=0.0):
+def _dense(
+    job: Job,
+    network: network_lib.Network,
+    num_members: int,
+    local_seconds: float = 0.0,
+    local_passes: float = 0.0,
+) -> Prediction:
     link = network.link(job.memory_bandwidth)
     exchange = network_lib.ring_seconds(num_members, job.gradient_bytes, link)
     exchange += local_seconds
@@ -172,16 +189,16 @@ def _dense(job, network, num_members, local_seconds=0.0, local_passes=0.0):
     )
 
 
-def _dense_over_devices(job, network):
+def _dense_over_devices(job: Job, network: network_lib.Network) -> Prediction:
     return _dense(job, network, job.workers * job.devices_per_worker)
 
 
-def _dense_by_worker(job, network):
+def _dense_by_worker(job: Job, network: network_lib.Network) -> Prediction:
     return _dense(job, network, job.workers, *_local_sum(job, network))
 
 
-def _local_sum(job, network):
-    """Seconds and passes of the sum over a worker's devices."""
+def _local_sum(job: Job, network: network_lib.Network) -> tuple[float, float]:
+    """Returns seconds and passes of the sum over a worker's devices."""
     devices = job.devices_per_worker
     seconds = network_lib.ring_seconds(
         devices, job.gradient_bytes, network.local
@@ -189,7 +206,12 @@ def _local_sum(job, network):
     return seconds, (devices - 1) / devices
 
 
-def _sparse(job, network, indices="auto", values=None):
+def _sparse(
+    job: Job,
+    network: network_lib.Network,
+    indices: Literal["int32", "auto"] = "auto",
+    values: value_codecs.ValueCodecName | None = None,
+) -> Prediction:
     payload = _payload_bytes(
         indices, values or job.values, job.num_selected, job.parameters
     )
@@ -209,11 +231,12 @@ def _sparse(job, network, indices="auto", values=None):
     )
 
 
-def _hierarchical(job, network):
+def _hierarchical(job: Job, network: network_lib.Network) -> Prediction:
     # `topology.Hierarchical` sends what an all-gather of single devices does.
     sparse = _sparse(dataclasses.replace(job, devices_per_worker=1), network)
     local_seconds, local_passes = _local_sum(job, network)
-    # Each device has its copy of what the worker has received.
+    # The entries that a worker has received are gathered once more, because
+    # each device needs a copy.
     local_seconds += network_lib.gather_seconds(
         2, sparse.sent_bytes, network.local
     )
@@ -228,15 +251,15 @@ def _hierarchical(job, network):
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A way to exchange gradients.
+    """A method to exchange gradients.
 
     Args:
         name: Name.
-        meaning: What is done, in words.
+        meaning: Description of the method.
         cost: Function of `Job` and `Network` to `Prediction`.
-        is_dense: Whether whole gradients are sent.
-        is_by_worker: Whether a worker's devices first sum among themselves; not
-            offered where there is one.
+        is_dense: True if whole gradients are sent.
+        is_by_worker: True if a worker's devices first sum among themselves;
+            such a method is not offered for workers with one device.
     """
 
     name: str
@@ -246,7 +269,7 @@ class Method:
     is_by_worker: bool = False
 
 
-# From the simplest to use on.
+# The methods are in order, the simplest to use first.
 METHODS = (
     Method(
         "dense",
@@ -285,21 +308,21 @@ METHODS = (
 )
 
 
-def methods(job):
-    """The `METHODS` that there are for a job."""
+def methods(job: Job) -> list[Method]:
+    """Selects the `METHODS` that a job can use."""
     several = job.devices_per_worker > 1
     return [m for m in METHODS if several or not m.is_by_worker]
 
 
-def predict(job, network):
-    """What a step takes by each method.
+def predict(job: Job, network: network_lib.Network) -> dict[str, Prediction]:
+    """Predicts a step by each method.
 
     Args:
         job: `Job`.
         network: `network.Network`.
 
     Returns:
-        Dictionary of the names of `methods(job)` to `Prediction`.
+        Dict from the names of `methods(job)` to `Prediction`.
 
     Example:
 

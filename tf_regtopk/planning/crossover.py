@@ -1,14 +1,16 @@
-"""How many workers, and which density, a method is faster than dense up to."""
+"""The most workers and the density up to which a method beats dense."""
 
+from collections.abc import Callable
 import dataclasses
 
 from tf_regtopk.planning import cost_model
+from tf_regtopk.planning import network as network_lib
 
 MAX_WORKERS = 2**20
 
 
-def fastest_dense(job, network):
-    """The least `step_seconds` of the methods that send whole gradients."""
+def fastest_dense(job: cost_model.Job, network: network_lib.Network) -> float:
+    """Returns the least `step_seconds` of the methods that are dense."""
     return min(
         method.cost(job, network).step_seconds
         for method in cost_model.methods(job)
@@ -16,8 +18,10 @@ def fastest_dense(job, network):
     )
 
 
-def last_workers(method, job, network):
-    """With how many workers a method is still faster than dense.
+def last_workers(
+    method: cost_model.Method, job: cost_model.Job, network: network_lib.Network
+) -> int:
+    """Finds the most workers with which a method is faster than dense.
 
     Args:
         method: `cost_model.Method`.
@@ -25,7 +29,8 @@ def last_workers(method, job, network):
         network: `network.Network`.
 
     Returns:
-        Integer: 0 if it never is, `MAX_WORKERS` if there is no end before.
+        Integer: 0 if the method is never faster, `MAX_WORKERS` if there is no
+        end before.
     """
 
     def wins(num_workers):
@@ -35,8 +40,10 @@ def last_workers(method, job, network):
     return _last(wins, 2, MAX_WORKERS)
 
 
-def last_density(method, job, network):
-    """Up to which density a method is faster than dense.
+def last_density(
+    method: cost_model.Method, job: cost_model.Job, network: network_lib.Network
+) -> float:
+    """Finds the density up to which a method is faster than dense.
 
     Args:
         method: `cost_model.Method`.
@@ -44,8 +51,9 @@ def last_density(method, job, network):
         network: `network.Network`.
 
     Returns:
-        A multiple of 1 / J below 1: 0.0 if it never is, (J - 1) / J if there is
-        no end. With all J entries no index is sent, which is another method.
+        A multiple of 1 / J below 1: 0.0 if the method is never faster,
+        (J - 1) / J if there is no end. With all J entries no index is sent,
+        which is another method.
     """
 
     def wins(k):
@@ -55,16 +63,18 @@ def last_density(method, job, network):
     return _last(wins, 1, max(1, job.parameters - 1)) / job.parameters
 
 
-def _wins(method, job, network):
+def _wins(
+    method: cost_model.Method, job: cost_model.Job, network: network_lib.Network
+) -> bool:
     step_seconds = method.cost(job, network).step_seconds
     return step_seconds < fastest_dense(job, network)
 
 
-def _last(wins, first, last):
-    """The largest number that wins, 0 if none does.
+def _last(wins: Callable[[int], bool], first: int, last: int) -> int:
+    """Finds the largest number that wins, 0 if none does.
 
     A method may lose with few workers, win, and lose again: so a geometric grid
-    is tried, and what lies behind its last success is bisected.
+    is tried, and the interval behind its last success is bisected.
     """
     grid = []
     while first < last:

@@ -1,4 +1,4 @@
-r"""How long gradients and entries take from worker to worker.
+r"""The seconds that gradients and entries take from worker to worker.
 
 Each worker has a link, with both directions at once, to a switch that never
 blocks. `tests/network_simulation.py` sends every packet instead.
@@ -9,13 +9,14 @@ import math
 
 from tf_regtopk import validation
 
-# Round trips of a message: TensorFlow's receivers ask for each. A ring waits
-# for one message after the other; those of an all-gather travel side by side.
+# A message takes so many round trips, because TensorFlow's receivers ask for
+# each message. A ring waits for one message after the other; the messages of an
+# all-gather travel side by side.
 RING_TRIPS = 1
 GATHER_TRIPS = 1
-# Fitted to TensorFlow's all-reduces by 4 processes on 2 cores, see
-# docs/benchmarks.md: what a connection sends before it hears from the receiver,
-# and the bytes that memory moves for one sent.
+# These are the bytes that a connection sends before it hears from the receiver,
+# and the bytes that memory moves for one byte sent. They are fitted to
+# TensorFlow's all-reduces by 4 processes on 2 cores, see docs/benchmarks.md.
 WINDOW_BYTES = 3e6
 MOVED_BYTES = 34
 
@@ -25,18 +26,18 @@ class Link:
     """A link, with the same bandwidth in both directions at once.
 
     Args:
-        bandwidth: Bytes a second.
+        bandwidth: Bytes per second.
         latency: Seconds, one way.
     """
 
     bandwidth: float
     latency: float
 
-    def seconds(self, num_bytes, num_connections=1):
-        """How long the link takes for messages sent at once, without latency.
+    def seconds(self, num_bytes: float, num_connections: int = 1) -> float:
+        """Computes the seconds of messages sent at once, without latency.
 
-        On a connection a window of W bytes follows the last by a round trip or
-        more, so that with c connections
+        On a connection a window of W bytes follows the last window by a round
+        trip or more, so that with c connections
 
             t = max(c b / bandwidth, 2 q latency + c (b - q W) / bandwidth)
             q = ceil(b / W) - 1
@@ -58,13 +59,14 @@ class Link:
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """What workers, and the devices of a worker, exchange gradients over.
+    """The links of workers, and of the devices inside a worker.
 
     Args:
-        bandwidth: Bytes a second of a worker's link, in each direction.
+        bandwidth: Bytes per second of a worker's link, in each direction.
         latency: Seconds from worker to worker, one way.
-        local_bandwidth: As `bandwidth`, of a device inside its worker.
-        local_latency: As `latency`, between devices of a worker.
+        local_bandwidth: Bytes per second of a device's link inside its worker,
+            in each direction.
+        local_latency: Seconds from device to device of a worker, one way.
 
     Raises:
         TypeError: If an argument is not a number.
@@ -76,35 +78,35 @@ class Network:
     local_bandwidth: float = 12.5e9
     local_latency: float = 10e-6
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("bandwidth", "local_bandwidth"):
             check_rate(name, getattr(self, name))
         for name in ("latency", "local_latency"):
             check_time(name, getattr(self, name))
 
     @property
-    def local(self):
-        """The `Link` of a device."""
+    def local(self) -> Link:
+        """The `Link` of a device inside its worker."""
         return Link(self.local_bandwidth, self.local_latency)
 
-    def link(self, memory_bandwidth):
-        """The `Link` of a worker whose memory has to move the bytes as well."""
+    def link(self, memory_bandwidth: float) -> Link:
+        """Makes the `Link` of a worker whose memory moves the bytes as well."""
         seconds_a_byte = 1 / self.bandwidth + MOVED_BYTES / memory_bandwidth
         return Link(1 / seconds_a_byte, self.latency)
 
 
-def ring_seconds(num_members, num_bytes, link):
-    """Of a ring all-reduce.
+def ring_seconds(num_members: int, num_bytes: float, link: Link) -> float:
+    """Seconds of a ring all-reduce.
 
         t = 2 (M - 1) (2 latency + s(bytes / M))
 
     where s is `link.seconds`: in each round every member passes one of M parts
-    on. A ring through several devices of a worker has the worker's link in it,
-    and is as fast as that.
+    on. A ring through several devices of a worker is as fast as the worker's
+    link, because the ring passes through that link.
 
     Args:
         num_members: M.
-        num_bytes: Bytes that each member has, and gets the sum of.
+        num_bytes: Bytes of the gradient of each member, and of the sum.
         link: `Link` of each member.
 
     Returns:
@@ -120,14 +122,14 @@ def ring_seconds(num_members, num_bytes, link):
     return 2 * (num_members - 1) * (trips + link.seconds(part))
 
 
-def gather_seconds(num_workers, num_bytes, link):
-    """Of an all-gather in which each worker sends to every other directly.
+def gather_seconds(num_workers: int, num_bytes: float, link: Link) -> float:
+    """Seconds of an all-gather in which workers send to each other directly.
 
         t = 2 latency + s(bytes, N - 1 connections)
 
     Args:
         num_workers: N.
-        num_bytes: Bytes for each of the others.
+        num_bytes: Bytes for each of the other workers.
         link: `Link` of each worker.
 
     Returns:
@@ -142,12 +144,12 @@ def gather_seconds(num_workers, num_bytes, link):
     return trips + link.seconds(num_bytes, num_workers - 1)
 
 
-def check_rate(name, value):
+def check_rate(name: str, value: float) -> None:
     """Raises unless `value` is a rate."""
     validation.check_number(name, value, "a positive rate", lambda r: r > 0)
 
 
-def check_time(name, value):
+def check_time(name: str, value: float) -> None:
     """Raises unless `value` is a time, which may be 0."""
     validation.check_number(
         name, value, "a time of at least 0", lambda t: t >= 0

@@ -1,1 +1,1 @@
-"""What is saved of the replicas' state, and how it comes back."""
+"""Files of the replicas' state and of configurations."""

@@ -1,25 +1,26 @@
-"""Configurations of records as files hold them, of this and of older versions.
+"""Configurations of records in files of this and of older versions.
 
-A file outlives the layout of the package and the hyper-parameters of a class:
-what is compared are registered names, never modules, and a hyper-parameter that
-a file does not have counts as its default, which is what older versions did.
+A file outlives the layout of the package and the hyper-parameters of a class.
+So registered names are compared, never modules, and a hyper-parameter that a
+file does not have counts as its default, because older versions did that.
 """
 
 import dataclasses
 import json
+from typing import Any
 
 import keras
 
 
-def describe(record):
-    """A record's registered name and its configuration.
+def describe(record: Any) -> list:
+    """Returns a record's registered name and its configuration.
 
     Args:
-        record: Frozen dataclass that Keras can serialize; so may its fields.
+        record: Frozen dataclass that Keras can serialize, with its fields.
 
     Returns:
-        List `[name, config]` of what JSON can hold; records within `config` are
-        described in the same way.
+        List `[name, config]` of values that JSON can hold; records within
+        `config` are described in the same way.
 
     Example:
 
@@ -30,16 +31,16 @@ def describe(record):
     return _describe(keras.saving.serialize_keras_object(record))
 
 
-def complete(saved, record):
-    """A description from a file of any version, to compare with `record`'s.
+def complete(saved: Any, record: Any) -> list:
+    """Completes a description from a file, to compare it with `record`'s.
 
     Args:
-        saved: What a file holds in the place of `describe(record)`.
-        record: The record that is to go on with it.
+        saved: Value that a file of any version holds for `describe(record)`.
+        record: The record that resumes with the file's state.
 
     Returns:
-        List as of `describe`, with the defaults of `record`'s class for what
-        the file does not have.
+        List `[name, config]` like that of `describe`, with the defaults of the
+        record's class for hyper-parameters that the file does not have.
     """
     name, config = _describe(saved)
     own_name, own_config = describe(record)
@@ -58,7 +59,7 @@ def complete(saved, record):
     return [name, config]
 
 
-def _default_of(field):
+def _default_of(field: dataclasses.Field) -> Any:
     default = field.default
     if field.default_factory is not dataclasses.MISSING:
         default = field.default_factory()
@@ -67,8 +68,8 @@ def _default_of(field):
     return _describe(keras.saving.serialize_keras_object(default))
 
 
-def _describe(value):
-    """A serialized value without what may change from version to version."""
+def _describe(value: Any) -> Any:
+    """Removes the parts that may change between versions from a value."""
     if isinstance(value, dict):
         if {"class_name", "config"} <= value.keys():
             name = value.get("registered_name") or value["class_name"]
@@ -76,5 +77,5 @@ def _describe(value):
         return {key: _describe(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return [_describe(part) for part in value]
-    # As it comes back from a file.
+    # The value passes through JSON, because a file's value did as well.
     return json.loads(json.dumps(value))

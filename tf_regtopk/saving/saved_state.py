@@ -1,25 +1,31 @@
-"""What is saved of the replicas' state, and how it comes back.
+"""The saved state of the replicas, and its way back.
 
-The residual error is gradient that has not been applied yet (and likewise what
-other rules of error feedback keep). So as many replicas as there were get back
-exactly what they had, and any other number N' of them gets the same total:
+The residual error is gradient that has not been applied yet (and so is the
+state of other rules of error feedback). So if the number of replicas is
+unchanged each resumes with exactly its own state, and any other number N' of
+replicas gets the same total:
 
     e_n = (sum over the N saved replicas m of e_m) / N'     for n = 1 .. N'
 """
 
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
 import io
 import json
 import re
+from typing import Any
 from typing import NamedTuple
 import warnings
 import zlib
 
 import numpy as np
+import numpy.typing as npt
 
 from tf_regtopk import version
 
 _DESCRIPTION = "replica_state"
-# What version 0.1.0 wrote, without a number, is format 1. Format 2 names the
+# Format 1 has no number, because version 0.1.0 wrote none. Format 2 names the
 # package of a class as well (`saved_config.py`).
 _FORMAT = 2
 
@@ -32,29 +38,31 @@ class SavedState(NamedTuple):
     """The state of some or all replicas of a run.
 
     Args:
-        layout: JSON-like dict; state fits only where the layout is the same.
-        moment: JSON-like dict that tells when it was saved; the same for all
-            workers that saved in the same step.
+        layout: JSON-like dict; state fits only if the layout is the same.
+        moment: JSON-like dict of the time of saving, the same for all workers
+            that saved in the same step.
         num_replicas: Number of replicas in the whole run.
-        replicas: Dict from a replica's number to its list of arrays: what the
-            rule of error feedback keeps, then what the sparsifier remembers.
+        replicas: Dict from a replica's rank to its list of arrays: the state of
+            the rule of error feedback, then the memory of the sparsifier.
     """
 
-    layout: dict
-    moment: dict
+    layout: dict[str, Any]
+    moment: dict[str, Any]
     num_replicas: int
-    replicas: dict
+    replicas: dict[int, list[np.ndarray]]
 
 
-def to_arrays(saved, variables=()):
-    """A `SavedState` as a dict from names to NumPy arrays.
+def to_arrays(
+    saved: SavedState, variables: Iterable[npt.ArrayLike] = ()
+) -> dict[str, np.ndarray]:
+    """Converts a `SavedState` to a dict from names to NumPy arrays.
 
     Args:
         saved: `SavedState`.
         variables: Arrays to store beside it, by the names "0", "1", ...
 
     Returns:
-        Dict of arrays, with a checksum of each.
+        Dict of arrays, with a checksum of each array.
     """
     arrays = {str(i): np.asarray(array) for i, array in enumerate(variables)}
     for n, parts in saved.replicas.items():
@@ -74,8 +82,10 @@ def to_arrays(saved, variables=()):
     return {_DESCRIPTION: np.concatenate([own_checksum, text]), **arrays}
 
 
-def from_arrays(arrays):
-    """The inverse of `to_arrays`.
+def from_arrays(
+    arrays: Mapping[str, np.ndarray],
+) -> tuple[SavedState, list[np.ndarray]]:
+    """Inverts `to_arrays`.
 
     Args:
         arrays: Mapping from names to arrays.
@@ -134,7 +144,7 @@ def from_arrays(arrays):
     return saved, [arrays[str(i)] for i in range(num_variables)]
 
 
-def _check_format(description):
+def _check_format(description: dict[str, Any]) -> None:
     number = description.get("format", 1)
     if number > _FORMAT:
         raise NewerFormatError(
@@ -144,38 +154,38 @@ def _check_format(description):
         )
 
 
-def to_bytes(saved):
-    """A `SavedState` as the bytes of an .npz file."""
+def to_bytes(saved: SavedState) -> bytes:
+    """Converts a `SavedState` to the bytes of an .npz file."""
     file = io.BytesIO()
     np.savez(file, **to_arrays(saved))
     return file.getvalue()
 
 
-def from_bytes(data):
-    """The inverse of `to_bytes`."""
+def from_bytes(data: bytes) -> SavedState:
+    """Inverts `to_bytes`."""
     with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
         return from_arrays(arrays)[0]
 
 
-def is_saved_in(names):
-    """Whether the arrays of these names are those of `to_arrays`."""
+def is_saved_in(names: Iterable[str]) -> bool:
+    """Returns whether `to_arrays` has written the arrays of these names."""
     return _DESCRIPTION in names
 
 
-def checksum(arrays):
-    """CRC-32 of the bytes of some arrays, one after the other."""
+def checksum(arrays: Iterable[np.ndarray]) -> int:
+    """Computes CRC-32 of the bytes of some arrays, one after the other."""
     value = 0
     for array in arrays:
         value = zlib.crc32(np.ascontiguousarray(array).tobytes(), value)
     return value
 
 
-def canonical_names(names):
-    """Names of variables that stay the same when a program is run again.
+def canonical_names(names: Sequence[str]) -> list[str]:
+    """Returns names of variables that stay the same in the next program.
 
-    What is `dense_3` and `dense_5` in one program may be `dense` and `dense_1`
-    in the next: only the order of the numbers after a word counts. And whether
-    the model's name comes before them depends on how the model was built: only
+    `dense_3` and `dense_5` of one program may be `dense` and `dense_1` of the
+    next: so only the order of the numbers after a word counts. The model's name
+    may or may not come first, depending on the way the model was built: so only
     the names of the layer and of the variable count.
 
     Args:
@@ -206,8 +216,8 @@ def canonical_names(names):
     return [word.sub(renumber, name) for name in names]
 
 
-def check_layout(saved, layout):
-    """Raises unless a saved layout is that of the optimizer that loads it."""
+def check_layout(saved: dict[str, Any], layout: dict[str, Any]) -> None:
+    """Raises unless a saved layout equals that of the loading optimizer."""
     for key in sorted({*layout, *saved}):
         expected, received = layout.get(key), saved.get(key)
         if expected != received:
@@ -217,8 +227,8 @@ def check_layout(saved, layout):
             )
 
 
-def combine(saved, others):
-    """`saved` with the replicas that other workers have saved at its moment.
+def combine(saved: SavedState, others: Iterable[SavedState]) -> SavedState:
+    """Adds the replicas that other workers saved at the same moment to `saved`.
 
     Args:
         saved: `SavedState`.
@@ -228,7 +238,7 @@ def combine(saved, others):
         `SavedState` of all replicas.
 
     Raises:
-        ValueError: If some replicas are in none of them.
+        ValueError: If no `SavedState` has some of the replicas.
     """
     replicas = dict(saved.replicas)
     for other in others:
@@ -244,26 +254,33 @@ def combine(saved, others):
     return saved._replace(replicas=replicas)
 
 
-def needs_others(saved, replicas, num_replicas):
-    """Whether `state_of_replicas` needs replicas that other workers saved."""
+def needs_others(
+    saved: SavedState, replicas: Sequence[int], num_replicas: int
+) -> bool:
+    """Returns whether `state_of_replicas` needs replicas of other workers."""
     if num_replicas == saved.num_replicas:
         return not set(replicas) <= set(saved.replicas)
     return len(saved.replicas) < saved.num_replicas
 
 
 def state_of_replicas(
-    saved, replicas, num_replicas, local, shared=(), memory=()
-):
-    """What the replicas of a process are to go on with.
+    saved: SavedState,
+    replicas: Sequence[int],
+    num_replicas: int,
+    local: Sequence[np.ndarray],
+    shared: Sequence[np.ndarray] = (),
+    memory: Sequence[np.ndarray] = (),
+) -> list[list[np.ndarray]]:
+    """Returns the state with which the replicas of a process resume.
 
     Args:
         saved: `SavedState`.
-        replicas: The numbers of the replicas to load.
+        replicas: Ranks of the replicas to load.
         num_replicas: Number of replicas in the run that loads.
-        local: List of arrays, what a replica starts with and whose sums over
-            the replicas are kept.
-        shared: Likewise, what is the same on all replicas.
-        memory: Likewise, what means something to the same replicas only.
+        local: Initial arrays whose sums over the replicas are kept.
+        shared: Initial arrays that are the same on all replicas.
+        memory: Initial arrays of the sparsifier's memory, which is valid only
+            if the number of replicas is unchanged.
 
     Returns:
         List of lists of arrays, one for each of `replicas`.
@@ -311,5 +328,5 @@ def state_of_replicas(
     return [[*state, *memory] for _ in replicas]
 
 
-def _name(replica, part):
+def _name(replica: int, part: int) -> str:
     return f"replica_{replica}_part_{part}"

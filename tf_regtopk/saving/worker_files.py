@@ -1,16 +1,20 @@
-"""Files of which each worker of a run writes its own, under one name.
+"""Files that each worker of a run writes on its own, under one name.
 
-A worker can read the state of its own replicas only, and must not wait for the
-others to save it. So each saves to a path of its own, `worker_path(path)`; and
-where another number of workers goes on, all files are read together.
+A worker can read only the state of its own replicas, and must not wait for the
+other workers to save theirs. So each worker saves to its own path,
+`worker_path(path)`; if another number of workers resumes, all files are read
+together.
 """
 
+from collections.abc import Iterator
+from collections.abc import Sequence
 import contextlib
 import contextvars
 import glob
 import io
 import os
 import re
+from typing import BinaryIO
 import zipfile
 
 import h5py
@@ -19,16 +23,18 @@ import tensorflow as tf
 from tf_regtopk.distribute import strategy as strategy_lib
 from tf_regtopk.saving import saved_state
 
-# Keras tells files apart by these, so they stay at the end.
+# These suffixes stay at the end, because Keras tells files apart by them.
 _SUFFIXES = (".weights.h5", ".h5", ".keras")
-# By this name `tf.train.Checkpoint` knows the state of the wrapper.
+# The state of the wrapper has this name in a `tf.train.Checkpoint`.
 CHECKPOINT_KEY = "_checkpointed_state"
 
 _scope = contextvars.ContextVar("scope", default=None)
 
 
-def worker_path(path, strategy):
-    """This worker's own path, of those that all workers write for `path`.
+def worker_path(
+    path: str | os.PathLike, strategy: tf.distribute.Strategy
+) -> str:
+    """Returns the path at which this worker saves its part of `path`.
 
     Args:
         path: Path of a file, a folder or a checkpoint, the same on every
@@ -36,7 +42,7 @@ def worker_path(path, strategy):
         strategy: The `tf.distribute.Strategy` that the model trains under.
 
     Returns:
-        String: `path` itself if there is one worker only.
+        String: `path` itself if there is only one worker.
 
     Example:
 
@@ -49,30 +55,32 @@ def worker_path(path, strategy):
     return _path_of(path, number, num_workers)
 
 
-def _path_of(path, number, num_workers):
+def _path_of(path: str | os.PathLike, number: int, num_workers: int) -> str:
     root, suffix = _split(path)
     if num_workers == 1:
         return root + suffix
     return f"{root}.worker-{number}-of-{num_workers}{suffix}"
 
 
-def _split(path):
+def _split(path: str | os.PathLike) -> tuple[str, str]:
     path = os.fspath(path)
     suffix = next((s for s in _SUFFIXES if path.endswith(s)), "")
     return path[: len(path) - len(suffix)], suffix
 
 
-def find_files(path, strategy):
-    """The newest files that a run has saved for `path`, in the workers' order.
+def find_files(
+    path: str | os.PathLike, strategy: tf.distribute.Strategy
+) -> list[str]:
+    """Finds the newest files that a run has saved for `path`.
 
     Args:
-        path: What was given to `worker_path` when they were saved.
-        strategy: The `tf.distribute.Strategy` of the run that loads them.
+        path: Path that was given to `worker_path` when the files were saved.
+        strategy: The `tf.distribute.Strategy` of the run that loads the files.
 
     Returns:
-        List of paths; the other workers' may lie on other machines if as many
-        workers load them as have saved them. Empty if there are none, or not
-        all.
+        List of paths in the order of the workers' ranks, empty if files are
+        missing. If the number of workers is unchanged, the files of the other
+        workers may lie on other machines.
     """
     number, num_workers = strategy_lib.worker_number(strategy)
     runs = []
@@ -86,15 +94,15 @@ def find_files(path, strategy):
     return max(runs)[1] if runs else []
 
 
-def _numbers_of_workers(path):
+def _numbers_of_workers(path: str | os.PathLike) -> list[int]:
     root, suffix = _split(path)
-    # A checkpoint consists of several files of which this is one.
+    # The pattern ends with `*` because a checkpoint has several files.
     pattern = f"{glob.escape(root)}.worker-0-of-*{suffix or '*'}"
     found = (re.search(r"\.worker-0-of-(\d+)", f) for f in glob.glob(pattern))
     return [int(match.group(1)) for match in found if match]
 
 
-def _time_saved(path):
+def _time_saved(path: str) -> int | None:
     for name in (path, f"{path}.index"):
         if os.path.exists(name):
             return os.stat(name).st_mtime_ns
@@ -102,10 +110,11 @@ def _time_saved(path):
 
 
 @contextlib.contextmanager
-def reading(files):
-    """While it lasts, optimizers find other workers' state in `files`.
+def reading(files: Sequence[str]) -> Iterator[list[saved_state.SavedState]]:
+    """Lets optimizers find the state of other workers in `files`.
 
-    Gives a list to which every `SavedState` that is loaded is added.
+    Yields:
+        List to which every `SavedState` that is loaded is added.
     """
     loaded = []
     token = _scope.set((files, loaded))
@@ -115,12 +124,14 @@ def reading(files):
         _scope.reset(token)
 
 
-def complete(saved, replicas, num_replicas):
-    """`saved`, with what the other workers have saved if that is needed.
+def complete(
+    saved: saved_state.SavedState, replicas: Sequence[int], num_replicas: int
+) -> saved_state.SavedState:
+    """Adds the state of the other workers to `saved`, if it is needed.
 
     Args:
         saved: `saved_state.SavedState` out of this worker's own file.
-        replicas: The numbers of the replicas to load.
+        replicas: Ranks of the replicas to load.
         num_replicas: Number of replicas in the run that loads.
 
     Returns:
@@ -136,8 +147,8 @@ def complete(saved, replicas, num_replicas):
     return saved
 
 
-def read_states(path):
-    """Every `SavedState` in what Keras or `tf.train.Checkpoint` has saved.
+def read_states(path: str) -> list[saved_state.SavedState]:
+    """Reads every `SavedState` that Keras or `tf.train.Checkpoint` has saved.
 
     Args:
         path: `.keras` or `.weights.h5` file, prefix of a checkpoint, or folder
@@ -163,7 +174,7 @@ def read_states(path):
     ]
 
 
-def _read_h5(file):
+def _read_h5(file: str | BinaryIO) -> list[saved_state.SavedState]:
     states = []
 
     def visit(_, group):

@@ -1,10 +1,12 @@
 r"""Lower bounds on the k-th largest score of each of many groups.
 
-As `sampling` for one large group, but of all groups in the same passes, so that
-neither the number of operations nor the time to compile them grows with the
-number of groups. (A bound is drawn for each; small groups have none.)
+`sampling` serves one large group. This module treats all groups in the same
+passes, so that neither the number of operations nor the time to compile grows
+with the number of groups. (Each group has its own bound; small groups have
+none.)
 """
 
+from collections.abc import Sequence
 import math
 from typing import NamedTuple
 
@@ -13,21 +15,22 @@ import tensorflow as tf
 
 from tf_regtopk.kernels import bitmap
 from tf_regtopk.kernels import hashing
+from tf_regtopk.kernels import ranges
 from tf_regtopk.selection import keys as keys_lib
 
 # All entries of a smaller group are candidates.
 _SMALLEST_SAMPLED = 1 << 13
 _FEWEST_SAMPLES, _MOST_SAMPLES = 1 << 11, 1 << 16
-# Standard deviations that a bound is away from k: more than for one group, as
-# the bounds of all have to hold.
+# A bound is so many standard deviations away from k, more than for one group,
+# because the bounds of all groups have to hold.
 _MARGIN = 6.0
-# With more candidates to refine than one score of so many, ruling out the
-# others does not pay (benchmarks/selection.py).
+# At most one score of so many may remain a candidate, because with more of them
+# ruling out the others does not pay (benchmarks/selection.py).
 _CANDIDATES_PAY = 8
 
 
 class Sample(NamedTuple):
-    """How a group is sampled.
+    """The sample of a group.
 
     Args:
         size: m, the number of samples, a multiple of 32; 0 for no bound.
@@ -39,26 +42,27 @@ class Sample(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How to sample, and what to expect.
+    """The samples of all groups, and the number of candidates to expect.
 
     Args:
-        samples: Tuple of `Sample`, one a group.
+        samples: Tuple of a `Sample` for each group.
         room: Most scores to expect above their bounds.
     """
 
-    samples: tuple
+    samples: tuple[Sample, ...]
     room: int
 
 
 class Candidates(NamedTuple):
-    """What is left of all scores.
+    """The scores that have not been ruled out.
 
     Args:
-        words: Bitmap of their positions.
-        number: How many they are.
-        first: int32 tensor `[groups]`, how many are in the groups before each.
-        suffice: Whether the k largest of every group are among them, and they
-            are no more than there is room for.
+        words: Bitmap of the candidates' positions.
+        number: Number of candidates.
+        first: int32 tensor `[groups]`, the number of candidates in the groups
+            before each group.
+        suffice: True if the k largest scores of every group are candidates, and
+            there are no more candidates than room.
     """
 
     words: tf.Tensor
@@ -67,8 +71,8 @@ class Candidates(NamedTuple):
     suffice: tf.Tensor
 
 
-def plan(groups):
-    """The `Plan` for a sequence of `keys.Group`; None if none would pay."""
+def plan(groups: Sequence[keys_lib.Group]) -> Plan | None:
+    """Makes the `Plan` for some groups, None if no sample would pay."""
     samples, mean, variance = [], 0.0, 0.0
     for size, k in groups:
         m = min(max(size // 256, _FEWEST_SAMPLES), _MOST_SAMPLES)
@@ -80,18 +84,22 @@ def plan(groups):
             mean += size
         else:
             samples.append(Sample(m, rank))
-            # The number of scores between two samples varies as well.
+            # The variance is added up because the number of scores between two
+            # samples varies as well.
             mean += rank * (size / m)
             variance += rank * (size / m) ** 2
     room = mean + _MARGIN * math.sqrt(variance)
-    # For words of which several groups have a part, see `_bounds_of_words`.
+    # Words that several groups share need more room, because all scores of such
+    # a word are compared with the lowest bound, see `_bounds_of_words`.
     room = math.ceil(room + bitmap.WORD * len(groups))
     if _CANDIDATES_PAY * room > sum(group.size for group in groups):
         return None
     return Plan(tuple(samples), room)
 
 
-def candidates(scores, groups, step):
+def candidates(
+    scores: tf.Tensor, groups: Sequence[keys_lib.Group], step: int | tf.Tensor
+) -> Candidates:
     """Rules out most scores in one pass.
 
         candidates = {j : |score_j| >= lower_g},    g the group of j
@@ -99,7 +107,7 @@ def candidates(scores, groups, step):
     Args:
         scores: Float tensor `[J]`.
         groups: Sequence of `keys.Group`, for which there is a `plan`.
-        step: Integer, or scalar integer tensor. Changes the samples.
+        step: Scalar integer that changes the samples.
 
     Returns:
         `Candidates`.
@@ -121,19 +129,24 @@ def candidates(scores, groups, step):
     return Candidates(words, number, first, suffice)
 
 
-def _starts(sizes):
-    """Where each of consecutive runs begins, int32 array."""
+def _starts(sizes: Sequence[int]) -> np.ndarray:
+    """Returns the starts of consecutive runs, an int32 array."""
     return np.cumsum([0, *sizes[:-1]], dtype=np.int32)
 
 
-def _bits_below(positions):
-    """The bits of its word that are below each position, uint32 array."""
+def _bits_below(positions: np.ndarray) -> np.ndarray:
+    """Returns the bits below each position in its word, a uint32 array."""
     in_word = (positions % bitmap.WORD).astype(np.uint32)
     return (np.uint32(1) << in_word) - np.uint32(1)
 
 
-def _bounds(scores, groups, samples, step):
-    """The key of each group's lower bound, 0 where it is not sampled.
+def _bounds(
+    scores: tf.Tensor,
+    groups: Sequence[keys_lib.Group],
+    samples: Sequence[Sample],
+    step: int | tf.Tensor,
+) -> tf.Tensor:
+    """Finds the key of each group's lower bound, 0 for a group without samples.
 
     One sample lies in each stretch of its group, as in `sampling`.
     """
@@ -146,7 +159,7 @@ def _bounds(scores, groups, samples, step):
     )[row]
     start = _starts([group.size for group in groups])[sampled][row]
     start += bitmap.WORD * (np.arange(len(row)) - first_word[row]) * stretch
-    # A row of each is a word of samples.
+    # Both become columns, because a row holds the samples of one word.
     start, stretch = start[:, np.newaxis], stretch[:, np.newaxis]
     random = tf.bitwise.right_shift(
         hashing.hash_bits(bitmap.WORD * len(row), 0, step),
@@ -168,11 +181,14 @@ def _bounds(scores, groups, samples, step):
     )
 
 
-def _bounds_of_words(bounds, starts, size, step):
-    """For each word of 32 scores the lowest bound of the groups in it."""
+def _bounds_of_words(
+    bounds: tf.Tensor, starts: np.ndarray, size: int, step: int | tf.Tensor
+) -> tf.Tensor:
+    """Returns the lowest bound of the groups in each word of 32 scores."""
     num_words = -(-size // bitmap.SQUARE) * bitmap.WORD
-    # No step is negative, but XLA does not know, and makes no literal.
-    starts += tf.minimum(tf.cast(step, tf.int32), 0)
+    # XLA must not know the starts, because it would store the groups of all
+    # words in the executable.
+    starts += ranges.run_time_zero(step)
     first_whole_word = bitmap.word_of(starts[1:] + (bitmap.WORD - 1))
     group = bitmap.run_of_each(first_whole_word, num_words)
     return tf.tensor_scatter_nd_min(
@@ -180,8 +196,8 @@ def _bounds_of_words(bounds, starts, size, step):
     )
 
 
-def _pack_at_least(scores, bounds):
-    """Bitmap of the scores whose keys reach the bound of their word."""
+def _pack_at_least(scores: tf.Tensor, bounds: tf.Tensor) -> tf.Tensor:
+    """Packs a bitmap of the scores whose keys reach the bound of their word."""
     parts = [
         tf.reshape(part, [-1, bitmap.WORD])
         for part in keys_lib.in_squares(scores)

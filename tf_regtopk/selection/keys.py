@@ -1,5 +1,7 @@
 """Scores as integers in the order of their magnitudes, in rows by group."""
 
+from collections.abc import Callable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -7,16 +9,17 @@ import tensorflow as tf
 
 from tf_regtopk.kernels import bitmap
 from tf_regtopk.kernels import device_kind
+from tf_regtopk.kernels import ranges
 from tf_regtopk.selection import kth_largest as kth_largest_lib
 
-# Bits in a digit of the radix search.  Wide digits take fewer passes; few keys
-# and many groups take narrow ones, because of the size of the histograms.
+# Bits in a digit of the radix search. Wide digits take fewer passes; few keys
+# and many groups take narrow digits, because wide digits make large histograms.
 WIDE_DIGIT, NARROW_DIGIT = 16, 8
 _FEWEST_FOR_WIDE = 1 << 18
 
 
 class Group(NamedTuple):
-    """A run of consecutive entries of which a fixed number is selected.
+    """A run of consecutive entries from which a fixed number is selected.
 
     Args:
         size: Number of entries in the run.
@@ -31,9 +34,10 @@ class Keys(NamedTuple):
     """Keys in rows of 32, in which each group starts on a row of its own.
 
     Args:
-        rows: Integer tensor `[words, 32]`; -1, below every key, fills up rows.
-        group_of_word: int32 tensor `[words]`, the group of each row; of shape
-            `[1]` if there is but one group.
+        rows: Integer tensor `[words, 32]`; rows are filled up with -1, which is
+            below every key.
+        group_of_word: int32 tensor, the group of each row: of shape `[words]`,
+            or `[1]` if there is only one group.
         first_word: int32 array, the first row of each group.
     """
 
@@ -42,20 +46,20 @@ class Keys(NamedTuple):
     first_word: np.ndarray
 
 
-def order_preserving(scores):
-    """Non-negative integers in the order of the magnitudes of `scores`."""
+def order_preserving(scores: tf.Tensor) -> tf.Tensor:
+    """Returns non-negative integers in the order of the scores' magnitudes."""
     integer = key_type(scores.dtype)
-    # The mask clears the sign bit.
+    # The mask clears the sign bit, because only magnitudes count.
     return tf.bitcast(scores, integer) & integer.max
 
 
-def key_type(dtype):
-    """The integers in which keys of scores of this dtype are held."""
+def key_type(dtype: tf.DType) -> tf.DType:
+    """Returns the integer dtype of the keys of scores of a float dtype."""
     return tf.int64 if dtype == tf.float64 else tf.int32
 
 
-def in_rows(keys, sizes):
-    """`Keys` of the integer tensor `keys`, which has groups of these sizes."""
+def in_rows(keys: tf.Tensor, sizes: Sequence[int]) -> Keys:
+    """Puts an integer tensor of keys, with groups of these sizes, in `Keys`."""
     num_words = [-(-size // bitmap.WORD) for size in sizes]
     num_words[-1] += -sum(num_words) % bitmap.WORD
     parts = []
@@ -64,8 +68,9 @@ def in_rows(keys, sizes):
         parts += [part, tf.fill([padding], tf.constant(-1, keys.dtype))]
     first_word = np.cumsum([0] + num_words[:-1], dtype=np.int32)
     if len(sizes) > 1:
-        # No key is negative, but XLA does not know, and makes no literal.
-        starts = first_word[1:] + tf.cast(tf.minimum(keys[0], 0), tf.int32)
+        # XLA must not know the starts, because it would store the groups of all
+        # words in the executable.
+        starts = first_word[1:] + ranges.run_time_zero(keys[0])
         group_of_word = bitmap.run_of_each(starts, sum(num_words))
     else:
         group_of_word = tf.zeros([1], tf.int32)
@@ -76,10 +81,19 @@ def in_rows(keys, sizes):
     )
 
 
-def kth_largest(keys, ks, num_bits=None):
-    """As `kth_largest.kth_largest`, of `Keys`; negative ones do not take part.
+def kth_largest(
+    keys: Keys, ks: Sequence[int | tf.Tensor], num_bits: int | None = None
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Finds the k-th largest key of each group of `Keys`.
 
-    Where a lower bound will do, `num_bits` says of how many bits at least.
+    Args:
+        keys: `Keys`, of which negative ones do not take part.
+        ks: The k of each group, integers or scalar int32 tensors.
+        num_bits: Number of the highest bits to search at least, if a lower
+            bound is enough. Defaults to all bits.
+
+    Returns:
+        `(threshold, num_ties)` of `kth_largest.kth_largest`.
     """
     if len(ks) == 1 and device_kind.is_gpu():
         threshold, num_ties = kth_largest_lib.kth_largest_by_counting(
@@ -99,10 +113,10 @@ def kth_largest(keys, ks, num_bits=None):
     )
 
 
-def mark_largest(keys, ks):
-    """Bitmap of the k largest of each group of `Keys`.
+def mark_largest(keys: Keys, ks: Sequence[int | tf.Tensor]) -> tf.Tensor:
+    """Marks the k largest of each group of `Keys` in a bitmap.
 
-    Of equal keys those in front come first.
+    Among equal keys the first ones are marked.
     """
     threshold, num_ties = kth_largest(keys, ks)
     threshold = tf.gather(threshold, keys.group_of_word)[:, tf.newaxis]
@@ -112,15 +126,21 @@ def mark_largest(keys, ks):
     )
 
 
-def first_bits(words, num_kept, group_of_word=(0,), first_word=(0,)):
-    """The bitmap with only the first `num_kept` bits of each group of words.
+def first_bits(
+    words: tf.Tensor,
+    num_kept: tf.Tensor,
+    group_of_word: tf.Tensor | Sequence[int] = (0,),
+    first_word: np.ndarray | Sequence[int] = (0,),
+) -> tf.Tensor:
+    """Keeps only the first `num_kept` set bits of each group of words.
 
     Args:
         words: uint32 tensor `[words]`.
-        num_kept: int32 tensor `[groups]`, none less than 1 or more than there
-            are bits.
-        group_of_word: As of `Keys`.
-        first_word: As of `Keys`.
+        num_kept: int32 tensor `[groups]`, at least 1 and at most the number of
+            set bits.
+        group_of_word: The group of each word, `[words]`, or `[1]` if there is
+            only one group.
+        first_word: The first word of each group.
 
     Returns:
         uint32 tensor `[words]`.
@@ -128,7 +148,7 @@ def first_bits(words, num_kept, group_of_word=(0,), first_word=(0,)):
     before = bitmap.bits_before(words)
     before -= tf.gather(tf.gather(before, first_word), group_of_word)
     if device_kind.is_gpu():
-        # Bit by bit, because that takes but one kernel.
+        # Each bit is decided on its own, because that takes only one kernel.
         num_kept = tf.gather(num_kept, group_of_word) - before
         is_kept = bitmap.set_bits_before(words) < num_kept[:, tf.newaxis]
         kept = tf.where(is_kept, bitmap.unpack(words), 0)
@@ -138,8 +158,8 @@ def first_bits(words, num_kept, group_of_word=(0,), first_word=(0,)):
     num_words = bitmap.histogram(
         tf.where(is_kept, group_of_word, num_groups), num_groups
     )
-    # Only of the last of these words some bits may have to go.  (To cut each
-    # word to its own number of bits would be computed anew for every bit.)
+    # Only the last of these words is cut, because only it may have bits too
+    # many. (A cut of each word would be computed anew for every bit.)
     last = first_word + num_words - 1
     return tf.tensor_scatter_nd_update(
         tf.where(is_kept, words, tf.constant(0, words.dtype)),
@@ -150,9 +170,9 @@ def first_bits(words, num_kept, group_of_word=(0,), first_word=(0,)):
     )
 
 
-def in_squares(scores):
-    """Keys of whole squares of bits, and of the rest, filled up with -1."""
-    # Only the rest is padded: XLA would slow down the whole pass.
+def in_squares(scores: tf.Tensor) -> list[tf.Tensor]:
+    """Splits keys into whole squares of bits and the rest, padded with -1."""
+    # Only the rest is padded, because a pad of all slows down the whole pass.
     rest = scores.shape[0] % bitmap.SQUARE
     parts = tf.split(scores, [scores.shape[0] - rest, rest])
     whole, rest_keys = map(order_preserving, parts)
@@ -160,8 +180,19 @@ def in_squares(scores):
     return [whole, tf.pad(rest_keys, padding, constant_values=-1)]
 
 
-def pack_where(scores, *conditions):
-    """Bitmaps of the scores whose keys meet each condition; no -1 may do."""
+def pack_where(
+    scores: tf.Tensor, *conditions: Callable[[tf.Tensor], tf.Tensor]
+) -> list[tf.Tensor]:
+    """Packs a bitmap of the keys that meet each condition.
+
+    Args:
+        scores: Float tensor `[J]`.
+        *conditions: Functions of an integer tensor of keys to a bool tensor,
+            False for -1.
+
+    Returns:
+        List of a uint32 tensor for each condition.
+    """
     parts = in_squares(scores)
     return bitmap.pack(
         *([condition(part) for part in parts] for condition in conditions)

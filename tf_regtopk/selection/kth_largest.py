@@ -1,31 +1,40 @@
 """The k-th largest of many integers, by radix search from the top digit."""
 
+from collections.abc import Callable
+from collections.abc import Sequence
+
 import tensorflow as tf
 
 from tf_regtopk.kernels import bitmap
 
 # A digit that is found by counting has as many bits as keep the comparisons of
-# a round below this, within these limits: more of them take fewer rounds.
+# a round below this, within these limits, because longer digits take fewer
+# rounds.
 _COMPARISONS = 1 << 26
 _FEWEST_COUNTED, _MOST_COUNTED = 4, 9
-# Few keys are counted in so many parts, each in one go.
+# Keys are counted in so many parts, each part in one go.
 _PARTS = 32
 
 
-def kth_largest(histogram_of, ks, dtype, digit_bits):
-    """The k-th largest key of each group.
+def kth_largest(
+    histogram_of: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
+    ks: Sequence[int | tf.Tensor],
+    dtype: tf.DType,
+    digit_bits: int,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Finds the k-th largest key of each group.
 
     Args:
         histogram_of: Function of a position `shift` and of the higher bits
             `prefix` of each group's result. Returns the `digit_histogram` of
             all keys.
         ks: The k of each group, integers or scalar int32 tensors.
-        dtype: int32 or int64, the type of the keys.
-        digit_bits: How many bits to find at a time.
+        dtype: int32 or int64, the dtype of the keys.
+        digit_bits: Number of bits to find at a time.
 
     Returns:
         `(threshold, num_ties)`, both of shape `[groups]`: the k-th largest key,
-        and how many of the keys equal to it belong to the k largest.
+        and the number of keys equal to it that belong to the k largest.
     """
 
     def next_digit(shift, prefix, remaining):
@@ -58,21 +67,23 @@ def kth_largest(histogram_of, ks, dtype, digit_bits):
     return threshold, num_ties
 
 
-def kth_largest_by_counting(keys, k, num_bits=None):
-    """As `kth_largest` of one group, in the form that suits GPUs.
+def kth_largest_by_counting(
+    keys: tf.Tensor, k: int | tf.Tensor, num_bits: int | None = None
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Finds the k-th largest key of one group, in the form that suits GPUs.
 
-    Counts how many keys reach each of several thresholds at once, which reads
-    keys as fast as memory gives them. In a histogram most would fall into few
-    bins, and wait for each other there.
+    The keys that reach each of several thresholds are counted at once, because
+    that reads keys as fast as memory gives them. In a histogram most keys would
+    fall into few bins, and wait for each other there.
 
     Args:
-        keys: Integer tensor of any shape; negative ones do not take part.
+        keys: Integer tensor of any shape; negative keys do not take part.
         k: Integer or scalar int32 tensor.
-        num_bits: How many of the highest bits of the threshold to find, where a
-            lower bound on it will do. Defaults to all.
+        num_bits: Number of the highest bits of the threshold to find, if a
+            lower bound on the threshold is enough. Defaults to all bits.
 
     Returns:
-        `(threshold, num_ties)`, scalars.
+        `(threshold, num_ties)` of `kth_largest`, as scalars.
 
     Example:
 
@@ -90,7 +101,7 @@ def kth_largest_by_counting(keys, k, num_bits=None):
     num_rounds = -(-num_bits // digit_bits)
     threshold, larger = tf.constant(0, dtype), tf.constant(0)
     above = key_bits
-    # Not in a loop of TensorFlow's: each round is but two short kernels.
+    # The loop is unrolled, because each round is only two short kernels.
     for i in range(1, num_rounds + 1):
         shift = key_bits - num_bits * i // num_rounds
         digits = tf.range(1, 1 << (above - shift), dtype=dtype)
@@ -101,24 +112,33 @@ def kth_largest_by_counting(keys, k, num_bits=None):
             tf.cast(keys >= thresholds[:, tf.newaxis, tf.newaxis], tf.int32),
             axis=2,
         )
-        # Not a second reduction, which would be a kernel of its own.
+        # The parts are added without a reduction, because a second reduction
+        # would be a kernel of its own.
         at_least = tf.add_n(tf.unstack(counts, axis=1))
         is_reached = at_least >= k
-        # The largest that is reached, and how many reach the next one.
+        # The largest reached threshold is kept, and the count of the next one,
+        # because its keys are larger than the result.
         threshold = tf.reduce_max(tf.where(is_reached, thresholds, threshold))
         larger = tf.reduce_max(tf.where(is_reached, larger, at_least))
         above = shift
     return threshold, k - larger
 
 
-def digit_histogram(keys, group, shift, prefix, digit_bits):
-    """How many of the keys that begin with `prefix` have which next digit.
+def digit_histogram(
+    keys: tf.Tensor,
+    group: int | tf.Tensor,
+    shift: int | tf.Tensor,
+    prefix: tf.Tensor,
+    digit_bits: int,
+) -> tf.Tensor:
+    """Counts the next digits of the keys that begin with `prefix`.
 
     Args:
-        keys: Integer tensor; negative ones do not take part.
-        group: int32 tensor that broadcasts to `keys`, the group of each.
-        shift: Scalar of the type of the keys, the position of the digit.
-        prefix: Tensor `[groups]`, the bits above it that count in each group.
+        keys: Integer tensor; negative keys do not take part.
+        group: int32 tensor that broadcasts to `keys`, the group of each key.
+        shift: Scalar of the dtype of the keys, the position of the digit.
+        prefix: Tensor `[groups]`, the bits above the digit that the counted
+            keys of each group begin with.
         digit_bits: Number of bits in a digit.
 
     Returns:
@@ -136,7 +156,7 @@ def digit_histogram(keys, group, shift, prefix, digit_bits):
     rest = tf.bitwise.right_shift(rest, tf.constant(digit_bits, keys.dtype))
     takes_part = (rest == tf.gather(prefix, group)) & (keys >= 0)
     num_bins = num_groups * num_digits
-    # What does not take part falls into no bin.
+    # A key that does not take part falls into no bin.
     bins = tf.where(takes_part, group * num_digits + digit, num_bins)
     return tf.reshape(
         bitmap.histogram(bins, num_bins), [num_groups, num_digits]

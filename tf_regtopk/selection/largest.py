@@ -1,9 +1,11 @@
 """Exact selection of the k largest scores, in a form that XLA compiles.
 
-`tf.math.top_k` is not used: compiled by XLA for the CPU it returns wrong
-entries for some sizes (TensorFlow 2.21), it breaks no ties by position, and it
-is many times slower (benchmarks/selection.py).
+`tf.math.top_k` is not used, because XLA's program for the CPU returns wrong
+entries for some sizes (TensorFlow 2.21), breaks no ties by position, and is
+many times slower (benchmarks/selection.py).
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -18,31 +20,36 @@ from tf_regtopk.selection import sampling
 
 Group = keys_lib.Group
 
-# Below this size (of all groups), sampling costs more than it saves.
+# Fewer scores (of all groups) are not sampled, because sampling costs more than
+# it saves there.
 _SMALLEST_SAMPLED = 1 << 17
-# Where all scores are searched, only so many keys exist at a time.
+# Only so many keys exist at a time where all scores are searched, because an
+# array of all keys takes memory.
 _CHUNK = 1 << 20
 
 
-def select_largest(scores, groups, step=0):
+def select_largest(
+    scores: tf.Tensor, groups: Sequence[Group], step: int | tf.Tensor = 0
+) -> tf.Tensor:
     r"""Returns the positions of the k scores of largest magnitude, by group.
 
     With `T` the k-th largest magnitude of a group, every entry above `T` is
-    selected, and of those equal to `T` the ones with the lowest positions, so
-    that exactly k are selected and every run and every replica agrees:
+    selected, and among the entries equal to `T` the ones with the lowest
+    positions, so that exactly k entries are selected and every run and every
+    replica agrees:
 
         s = {j : |score_j| > T}  +  the first k - |{j : |score_j| > T}| of
                                     {j : |score_j| = T}
 
-    Magnitudes are compared by their bit patterns, which order them as their
-    values do. Denormal numbers keep their order (unless what computed the
-    scores has flushed them to 0); NaN counts as larger than any number.
+    Magnitudes are compared by their bit patterns, which have the order of the
+    values. Denormal numbers keep their order (unless the program that computed
+    the scores has flushed them to 0); NaN counts as larger than any number.
 
     Args:
         scores: float32 or float64 tensor of shape `[J]`.
         groups: Sequence of `Group` whose sizes add up to J.
-        step: Integer, or scalar integer tensor. Changes which scores are
-            sampled to save time, and never the result.
+        step: Scalar integer that changes the scores that are sampled to save
+            time, and never the result.
 
     Returns:
         int32 tensor of shape `[sum of k]`: positions in `scores`, rising.
@@ -56,8 +63,7 @@ def select_largest(scores, groups, step=0):
     [1, 3]
     """
     if all(group.k == group.size for group in groups):
-        # A start that XLA does not know, see `range_from`.
-        return ranges.range_from(tf.cast(step, tf.int32) * 0, scores.shape[0])
+        return ranges.range_from(ranges.opaque_zero(step), scores.shape[0])
     if scores.shape[0] < _SMALLEST_SAMPLED:
         return _select(keys_lib.order_preserving(scores), groups)
     if len(groups) == 1:
@@ -72,8 +78,8 @@ def select_largest(scores, groups, step=0):
     return _select(keys_lib.order_preserving(scores), groups)
 
 
-def take(a, indices):
-    """The entries of `a` at the positions that were selected.
+def take(a: tf.Tensor, indices: tf.Tensor) -> tf.Tensor:
+    """Returns the entries of `a` at the positions that were selected.
 
     Args:
         a: Tensor `[J]`.
@@ -90,8 +96,10 @@ def take(a, indices):
     return a if indices.shape == a.shape else tf.gather(a, indices)
 
 
-def _select_few(scores, k, candidates, room):
-    """The k largest, of candidates that are little more than k."""
+def _select_few(
+    scores: tf.Tensor, k: int, candidates: sampling.Candidates, room: int
+) -> tf.Tensor:
+    """Selects the k largest of candidates that are few more than k."""
     words, num_candidates = tf.cond(
         candidates.suffice,
         lambda: (candidates.undecided, candidates.num_undecided),
@@ -102,8 +110,10 @@ def _select_few(scores, k, candidates, room):
     return bitmap.compact(marked, positions, k)
 
 
-def _select_many(scores, k, candidates, room):
-    """The k largest: the sure ones, and the rest of those undecided."""
+def _select_many(
+    scores: tf.Tensor, k: int, candidates: sampling.Candidates, room: int
+) -> tf.Tensor:
+    """Selects all sure candidates, and the largest of the undecided ones."""
 
     def mark_largest_candidates():
         positions, keys = _keys_at(
@@ -126,8 +136,13 @@ def _select_many(scores, k, candidates, room):
     return bitmap.positions(words, k)
 
 
-def _select_few_of_each(scores, groups, candidates, room):
-    """The k largest of each group, of candidates that are not many more."""
+def _select_few_of_each(
+    scores: tf.Tensor,
+    groups: Sequence[Group],
+    candidates: group_sampling.Candidates,
+    room: int,
+) -> tf.Tensor:
+    """Selects the k largest of each group, if possible of the candidates."""
     ks = [group.k for group in groups]
     return tf.cond(
         candidates.suffice,
@@ -136,12 +151,17 @@ def _select_few_of_each(scores, groups, candidates, room):
     )
 
 
-def _select_candidates(scores, ks, candidates, room):
-    """The k largest of each group, of candidates that suffice."""
+def _select_candidates(
+    scores: tf.Tensor,
+    ks: Sequence[int],
+    candidates: group_sampling.Candidates,
+    room: int,
+) -> tf.Tensor:
+    """Selects the k largest of each group of candidates that suffice."""
     positions, keys = _keys_at(
         scores, candidates.words, candidates.number, room
     )
-    # The candidates of one group follow those of another.
+    # The groups are runs, because candidates are in the order of their groups.
     first = candidates.first
     group = bitmap.run_of_each(first[1:], room)
     threshold, num_ties = kth_largest.kth_largest(
@@ -159,32 +179,35 @@ def _select_candidates(scores, ks, candidates, room):
     is_selected = (keys > threshold) | (
         is_tie & (ties_before < tf.gather(end_of_ties, group))
     )
-    # What is not selected goes to a slot past the last.
+    # A candidate that is not selected goes to a slot past the last.
     slot = tf.where(is_selected, _count_before(is_selected), sum(ks))
     return tf.tensor_scatter_nd_update(
         tf.zeros([sum(ks) + 1], tf.int32), slot[:, tf.newaxis], positions
     )[: sum(ks)]
 
 
-def _count_before(mask):
-    """How many are true before each place of a vector, int32."""
+def _count_before(mask: tf.Tensor) -> tf.Tensor:
+    """Counts the true values before each place of a vector, as int32."""
     counts = tf.cast(mask, tf.int32)
     return bitmap.cumulative_sum(counts, largest=1) - counts
 
 
-def _keys_at(scores, words, num_set, room):
-    """Positions and keys of the set bits; the keys past the last are -1."""
+def _keys_at(
+    scores: tf.Tensor, words: tf.Tensor, num_set: int | tf.Tensor, room: int
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns positions and keys of the set bits; keys past the last are -1."""
     positions = bitmap.positions(words, room)
     positions = tf.minimum(positions, scores.shape[0] - 1)
     keys = keys_lib.order_preserving(tf.gather(scores, positions))
-    # XLA compiles a tf.where here for 1 s longer.
+    # The keys are cleared by a shift, because XLA compiles a tf.where here for
+    # 1 s longer.
     room_left = -ranges.range_from(1 - num_set, room)
     keys |= tf.cast(tf.bitwise.right_shift(room_left, 31), keys.dtype)
     return positions, keys
 
 
-def _mark_largest_of_many(scores, k):
-    """Bitmap of the k largest magnitudes, without an array of all keys."""
+def _mark_largest_of_many(scores: tf.Tensor, k: int) -> tf.Tensor:
+    """Marks the k largest magnitudes, without an array of all keys."""
     if device_kind.is_gpu():
         threshold, num_ties = kth_largest.kth_largest_by_counting(
             keys_lib.order_preserving(scores), k
@@ -197,15 +220,18 @@ def _mark_largest_of_many(scores, k):
     return larger | keys_lib.first_bits(ties, tf.reshape(num_ties, [1]))
 
 
-def _kth_largest_by_chunks(scores, k):
-    """As `kth_largest.kth_largest`, a chunk of the scores at a time."""
+def _kth_largest_by_chunks(
+    scores: tf.Tensor, k: int
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Finds the k-th largest key, of a chunk of the scores at a time."""
     size = scores.shape[0]
     chunk = min(size, _CHUNK)
     digit_bits = keys_lib.WIDE_DIGIT
 
     def histogram_of(shift, prefix):
         def add_chunk(start, histogram):
-            # The last chunk begins within the one before.
+            # Only new keys count, because the last chunk begins within the
+            # chunk before.
             first = tf.minimum(start, size - chunk)
             keys = keys_lib.order_preserving(tf.slice(scores, [first], [chunk]))
             is_new = ranges.range_from(first, chunk) >= start
@@ -214,7 +240,8 @@ def _kth_largest_by_chunks(scores, k):
             )
 
         return tf.while_loop(
-            # An int32 may have overflowed after the last chunk.
+            # A negative start ends the loop, because an int32 may overflow
+            # after the last chunk.
             lambda start, _: (start >= 0) & (start < size),
             add_chunk,
             (0, tf.zeros([1, 1 << digit_bits], tf.int32)),
@@ -225,8 +252,8 @@ def _kth_largest_by_chunks(scores, k):
     )
 
 
-def _select(keys, groups):
-    """As `select_largest`, for integer keys."""
+def _select(keys: tf.Tensor, groups: Sequence[Group]) -> tf.Tensor:
+    """Selects the k largest integer keys of each group."""
     keys = keys_lib.in_rows(keys, [group.size for group in groups])
     ks = [group.k for group in groups]
     positions = bitmap.positions(keys_lib.mark_largest(keys, ks), sum(ks))

@@ -1,9 +1,10 @@
 r"""Bounds on the k-th largest score from a sample of the scores.
 
-With m samples of J scores, about m k / J of them are among the k largest, give
-or take the square root of that. So the sample's score of a rank well above that
-is nearly always a lower bound on the k-th largest, and one well below an upper
-bound. Either may fail; then all scores must be searched.
+With m samples of J scores, about m k / J samples are among the k largest, give
+or take the square root of that number. So the sample whose rank is well above
+that number is nearly always a lower bound on the k-th largest score, and the
+sample whose rank is well below is an upper bound. Either may fail; then all
+scores must be searched.
 """
 
 import math
@@ -15,15 +16,15 @@ from tf_regtopk.kernels import bitmap
 from tf_regtopk.kernels import hashing
 from tf_regtopk.selection import keys as keys_lib
 
-# Standard deviations (of a Poisson count) that a bound is away from k.
+# A bound is so many standard deviations (of a Poisson count) away from k.
 _MARGIN = 4.0
-# Above this density more time is lost on refining candidates than an upper
-# bound as well costs (benchmarks/selection.py).
+# An upper bound is drawn as well above this density, because it costs less time
+# than refining all candidates (benchmarks/selection.py).
 _HIGH_DENSITY = 1 / 32
 
 
 class Plan(NamedTuple):
-    """How to sample, and what to expect.
+    """The sample, its bounds, and the number of candidates to expect.
 
     Args:
         num_samples: m.
@@ -39,26 +40,26 @@ class Plan(NamedTuple):
 
 
 class Candidates(NamedTuple):
-    """What is left of all scores, as bitmaps of their positions.
+    """The scores that have not been ruled out, as bitmaps of their positions.
 
     Args:
-        sure: Those at least as large as the upper bound; None if there is none.
-        num_sure: Their number.
-        undecided: Those from the lower to below the upper bound.
-        num_undecided: Their number.
-        suffice: Whether the k-th largest is an undecided one, and there are no
-            more of those than there is room for (as with masses of ties).
+        sure: Scores that reach the upper bound; None if there is no such bound.
+        num_sure: Number of sure scores.
+        undecided: Scores from the lower to below the upper bound.
+        num_undecided: Number of undecided scores.
+        suffice: True if the k-th largest score is undecided, and there are no
+            more undecided scores than room (masses of ties exceed it).
     """
 
-    sure: tf.Tensor
+    sure: tf.Tensor | None
     num_sure: tf.Tensor
     undecided: tf.Tensor
     num_undecided: tf.Tensor
     suffice: tf.Tensor
 
 
-def plan(size, k):
-    """The `Plan` for the k largest of `size` scores; None if none would pay."""
+def plan(size: int, k: int) -> Plan | None:
+    """Makes the `Plan` for k of `size` scores, None if no sample would pay."""
     num_samples = min(max(size // 256, 1 << 14), 1 << 16) // 32 * 32
     if num_samples > size:
         return None
@@ -68,7 +69,8 @@ def plan(size, k):
     upper_rank = 0
     if k > _HIGH_DENSITY * size:
         upper_rank = max(0, math.floor(expected - margin))
-    # The number of scores between two samples varies as well.
+    # The room has a margin because the number of scores between two samples
+    # varies as well.
     num_undecided = lower_rank - upper_rank
     room = num_undecided + _MARGIN * math.sqrt(num_undecided) + 1
     room = -(-math.ceil(size / num_samples * room) // bitmap.SQUARE)
@@ -78,7 +80,9 @@ def plan(size, k):
     return Plan(num_samples, lower_rank, upper_rank, room)
 
 
-def candidates(scores, group, step):
+def candidates(
+    scores: tf.Tensor, group: keys_lib.Group, step: int | tf.Tensor
+) -> Candidates:
     """Rules out most of a large group in one pass over its scores.
 
         sure      = {j : |score_j| >= upper}
@@ -86,8 +90,8 @@ def candidates(scores, group, step):
 
     Args:
         scores: Float tensor `[J]`.
-        group: `keys.Group` of all J, for which there is a `plan`.
-        step: Integer, or scalar integer tensor. Changes the sample.
+        group: `keys.Group` of all J scores, for which there is a `plan`.
+        step: Scalar integer that changes the sample.
 
     Returns:
         `Candidates`.
@@ -113,11 +117,13 @@ def candidates(scores, group, step):
     return Candidates(sure, num_sure, undecided, num_undecided, suffice)
 
 
-def _bounds(scores, p, step):
-    """The keys of the planned ranks among samples, one from each stretch.
+def _bounds(
+    scores: tf.Tensor, p: Plan, step: int | tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor | None]:
+    """Finds the keys of the planned ranks among samples, one from each stretch.
 
-    Where in its stretch a sample lies changes with the stretch and the step, so
-    that the bounds cannot keep missing a pattern in the scores.
+    The place of a sample in its stretch changes with the stretch and the step,
+    so that the bounds cannot keep missing a pattern in the scores.
     """
     stretch = scores.shape[0] // p.num_samples
     random = tf.bitwise.right_shift(
@@ -129,8 +135,8 @@ def _bounds(scores, p, step):
     samples = tf.gather(scores, tf.range(p.num_samples) * stretch + offset)
     keys = keys_lib.in_rows(keys_lib.order_preserving(samples), [p.num_samples])
 
-    # The upper half of a key makes a good enough bound. (Scores that all have
-    # the same are all searched.)
+    # Only the upper half of a key is searched, because that makes a good enough
+    # bound. (Scores that all have the same upper half are all searched.)
     num_bits = 4 * keys.rows.dtype.size + 2
 
     def bound(rank):

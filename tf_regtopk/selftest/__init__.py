@@ -1,1 +1,1 @@
-"""The self-test: whether the library works on a machine."""
+"""The self-test: checks that the library works on a machine."""

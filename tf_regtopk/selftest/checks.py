@@ -2,10 +2,13 @@
 
     python -m tf_regtopk.selftest.checks SETTINGS
 
-Each check is a generator of cases, `(name, function)`. A function returns what
-was found, as text or None, and raises where something is wrong.
+Each check is a generator of cases, `(name, function)`. A function returns its
+findings as text, or None, and raises an error if something is wrong.
 """
 
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Sequence
 import functools
 import gc
 import json
@@ -18,6 +21,8 @@ import sys
 import tempfile
 import time
 import traceback
+from typing import Any
+from typing import Literal
 
 import keras
 import numpy as np
@@ -31,8 +36,11 @@ from tf_regtopk.selftest.trial import CheckError
 from tf_regtopk.selftest.trial import SkippedError
 from tf_regtopk.selftest.trial import Trial
 
+# A case of a check: its name, and the function that runs it.
+Case = tuple[str, Callable[[], str | None]]
+
 DENSITY = 0.01
-# The second of the variables is exchanged densely.
+# The second of the two variables is exchanged densely with these arguments.
 _SOME_DENSE = {"dense_below": 2000}
 
 SPARSIFIERS = {
@@ -44,7 +52,7 @@ SPARSIFIERS = {
     "RandomK": tf_regtopk.RandomK(DENSITY),
     "Dense": tf_regtopk.Dense(),
 }
-# Each code of indices and each of values, but those of `Codec()`.
+# The codecs are in pairs, without the index codec and value codec of `Codec()`.
 CODECS = (
     ("int32", "bfloat16"),
     ("elias_fano", "float16"),
@@ -53,7 +61,7 @@ CODECS = (
     ("elias_fano", "sign"),
     ("golomb", "ternary"),
 )
-# All but the default, `Accumulate()`.
+# The default rule `Accumulate()` is left out, because other checks have it.
 RULES = {
     "Accumulate(momentum, factor_masking)": tf_regtopk.Accumulate(
         momentum=0.5, factor_masking=True
@@ -67,8 +75,8 @@ RULES = {
 }
 
 
-def run_case(strategy, **kwargs):
-    """Takes steps, and sees that all rules hold."""
+def run_case(strategy: tf.distribute.Strategy, **kwargs: Any) -> None:
+    """Takes steps, and checks that all rules hold."""
     trial = Trial(strategy, **kwargs)
     gradients = trial_lib.make_gradients(strategy.num_replicas_in_sync)
     weights = trial_lib.run(trial, gradients)
@@ -79,8 +87,8 @@ def run_case(strategy, **kwargs):
 # ----- The machine -----
 
 
-def environment(devices):
-    """TensorFlow, its devices, and that XLA compiles for each of them."""
+def environment(devices: trial_lib.Devices) -> Iterator[Case]:
+    """Checks TensorFlow's devices, and that XLA compiles for each device."""
 
     def versions():
         found = describe_software()
@@ -109,8 +117,8 @@ def environment(devices):
         yield f"XLA on {device}", functools.partial(compiles, device)
 
 
-def describe_software():
-    """The versions in use, by name."""
+def describe_software() -> dict[str, str]:
+    """Returns the versions in use, by name."""
     found = {
         "tf_regtopk": tf_regtopk.__version__,
         "TensorFlow": tf.__version__,
@@ -119,13 +127,13 @@ def describe_software():
     }
     build = tf.sysconfig.get_build_info()
     for name, key in (("CUDA", "cuda_version"), ("cuDNN", "cudnn_version")):
-        if key in build:  # Those that it was built for.
+        if key in build:  # TensorFlow was built for these versions.
             found[name] = str(build[key])
     return found
 
 
-def describe_gpus():
-    """What TensorFlow says of each GPU that it sees, as text."""
+def describe_gpus() -> list[str]:
+    """Describes in words each GPU that TensorFlow sees."""
     found = []
     for gpu in tf.config.list_physical_devices("GPU"):
         details = tf.config.experimental.get_device_details(gpu)
@@ -138,8 +146,8 @@ def describe_gpus():
 # ----- One step, in all its forms -----
 
 
-def one_device(devices):
-    """All parts, on the first device without and with a strategy."""
+def one_device(devices: trial_lib.Devices) -> Iterator[Case]:
+    """Checks all parts on the first device, without and with a strategy."""
     forms = {
         "RegTopK, float32, Accumulate": {},
         "TopK, bfloat16, factor masking, per variable": dict(
@@ -185,7 +193,8 @@ def one_device(devices):
     )
     for number, (name, form) in enumerate(forms.items()):
         form.setdefault("sparsifier", SPARSIFIERS["RegTopK"])
-        # By turns, and the default in both places.
+        # The forms take turns, because each in both places would take long;
+        # only the default runs in both.
         for how, strategy in (
             places if number == 0 else places[number % 2 :][:1]
         ):
@@ -202,8 +211,8 @@ def one_device(devices):
             )
 
 
-def sparsifiers(devices):
-    """Each sparsifier, on all devices."""
+def sparsifiers(devices: trial_lib.Devices) -> Iterator[Case]:
+    """Checks each sparsifier on all devices."""
     for name, sparsifier in SPARSIFIERS.items():
         if not devices.quick or name == "RegTopK":
             yield (
@@ -212,8 +221,8 @@ def sparsifiers(devices):
             )
 
 
-def codecs(devices):
-    """Each code of indices and of values, on all devices."""
+def codecs(devices: trial_lib.Devices) -> Iterator[Case]:
+    """Checks each index codec and each value codec on all devices."""
     for number, (indices, values) in enumerate(CODECS):
         if not devices.quick or number == 3:
             yield (
@@ -227,8 +236,8 @@ def codecs(devices):
             )
 
 
-def error_feedback(devices):
-    """Each rule of error feedback, on all devices."""
+def error_feedback(devices: trial_lib.Devices) -> Iterator[Case]:
+    """Checks each rule of error feedback on all devices."""
     for name, rule in RULES.items():
         if not devices.quick or name == "LearnedShift":
             yield (
@@ -242,8 +251,8 @@ def error_feedback(devices):
             )
 
 
-def options(devices):
-    """Selection by variable, dense variables, other densities, on all."""
+def options(devices: trial_lib.Devices) -> Iterator[Case]:
+    """Checks the options of `SparsifiedOptimizer` on all devices."""
     if not devices.quick:
         yield (
             'scope="per_variable"',
@@ -258,11 +267,12 @@ def options(devices):
         yield "set_density", functools.partial(change_density, devices.all)
 
 
-def select_per_variable(strategy):
-    """Each variable sends its own share."""
+def select_per_variable(strategy: tf.distribute.Strategy) -> None:
+    """Checks that each variable sends its own share."""
     trial = Trial(strategy, SPARSIFIERS["TopK"], scope="per_variable")
     gradients = trial_lib.make_gradients(strategy.num_replicas_in_sync)
-    # By magnitude alone nothing of the first variable would be sent.
+    # The gradient of the first variable is made small, because by magnitude
+    # alone nothing of it would be sent.
     cut = math.prod(trial_lib.SHAPES[0])
     gradients[:, :, :cut] = np.sign(gradients[:, :, :cut])
     weights = trial_lib.run(trial, gradients)
@@ -272,8 +282,8 @@ def select_per_variable(strategy):
         raise CheckError("nothing was sent of the first variable")
 
 
-def exchange_some_densely(strategy):
-    """Small variables see the whole sum of the gradients."""
+def exchange_some_densely(strategy: tf.distribute.Strategy) -> None:
+    """Checks that small variables get the whole sum of the gradients."""
     trial = Trial(strategy, SPARSIFIERS["RegTopK"], **_SOME_DENSE)
     gradients = trial_lib.make_gradients(strategy.num_replicas_in_sync)
     weights = trial_lib.run(trial, gradients)
@@ -289,8 +299,8 @@ def exchange_some_densely(strategy):
     )
 
 
-def exchange_densely(strategy):
-    """All variables see the whole sum of the gradients."""
+def exchange_densely(strategy: tf.distribute.Strategy) -> None:
+    """Checks that all variables get the whole sum of the gradients."""
     trial = Trial(strategy, SPARSIFIERS["RegTopK"], exchange="dense")
     gradients = trial_lib.make_gradients(strategy.num_replicas_in_sync)
     weights = trial_lib.run(trial, gradients)
@@ -302,8 +312,8 @@ def exchange_densely(strategy):
     )
 
 
-def change_density(strategy):
-    """More is sent after `set_density`, and nothing is lost."""
+def change_density(strategy: tf.distribute.Strategy) -> None:
+    """Checks that `set_density` sends more, and that nothing is lost."""
     trial = Trial(strategy, SPARSIFIERS["RegTopK"])
     gradients = trial_lib.make_gradients(strategy.num_replicas_in_sync)
     before = trial_lib.run(trial, gradients[:1])
@@ -320,11 +330,11 @@ def change_density(strategy):
         )
 
 
-# ----- What replicas owe each other -----
+# ----- Agreement of the replicas -----
 
 
-def placement(devices):
-    """What a replica keeps lies on its device."""
+def placement(devices: trial_lib.Devices) -> Iterator[Case]:
+    """Checks that the state of a replica lies on its device."""
     rules = {
         "RegTopK, Accumulate(momentum)": {
             "error_feedback": tf_regtopk.Accumulate(momentum=0.5)
@@ -335,8 +345,8 @@ def placement(devices):
         yield name, functools.partial(expect_places, devices, **form)
 
 
-def expect_places(devices, **kwargs):
-    """Raises `CheckError` where a variable lies on another device."""
+def expect_places(devices: trial_lib.Devices, **kwargs: Any) -> None:
+    """Raises `CheckError` if a variable lies on another device."""
     for strategy, names in (
         (devices.all, devices.names),
         (devices.one, devices.names[:1]),
@@ -352,8 +362,8 @@ def expect_places(devices, **kwargs):
             trial.optimizer.set_density(0.25)
 
 
-def same_as_cpu(devices):
-    """All devices compute what CPUs do."""
+def same_as_cpu(devices: trial_lib.Devices) -> Iterator[Case]:
+    """Checks that all devices compute the same results as CPUs."""
     forms = {
         "TopK, to the bit": (
             trial_lib.expect_same,
@@ -380,7 +390,8 @@ def same_as_cpu(devices):
         ),
     }
     for name, (expect, form) in forms.items():
-        # CPUs differ from CPUs in how they communicate only.
+        # One form is enough on CPUs, because there the two sides differ only in
+        # their communication.
         if devices.kind == "GPU" or name.startswith("TopK"):
             yield (
                 name,
@@ -388,8 +399,12 @@ def same_as_cpu(devices):
             )
 
 
-def compare_with_cpu(devices, expect, form):
-    """Raises `CheckError` where weights or state differ from those on CPUs."""
+def compare_with_cpu(
+    devices: trial_lib.Devices,
+    expect: Callable[[str, np.ndarray, np.ndarray, str], None],
+    form: dict[str, Any],
+) -> None:
+    """Raises `CheckError` if weights or state differ from the CPUs' results."""
     found = []
     gradients = trial_lib.make_gradients(len(devices.names))
     for strategy in (devices.all, devices.on_cpus):
@@ -406,10 +421,10 @@ def compare_with_cpu(devices, expect, form):
                 expect("what a replica keeps", one, other, "that on CPUs")
 
 
-def repeatable(devices):
-    """Two runs agree to the bit."""
+def repeatable(devices: trial_lib.Devices) -> Iterator[Case]:
+    """Checks that two runs agree to the bit."""
     form = {
-        # Rounding that looks random.
+        # The value codec rounds stochastically, which must be repeatable too.
         "codec": tf_regtopk.Codec(values="natural"),
         "error_feedback": RULES["LearnedShift(momentum)"],
     }
@@ -419,8 +434,8 @@ def repeatable(devices):
     )
 
 
-def run_twice(strategy, **kwargs):
-    """Raises `CheckError` where the second of two runs differs."""
+def run_twice(strategy: tf.distribute.Strategy, **kwargs: Any) -> None:
+    """Raises `CheckError` if the second of two runs differs."""
     gradients = trial_lib.make_gradients(strategy.num_replicas_in_sync)
     first, second = (
         trial_lib.run(
@@ -437,10 +452,11 @@ def run_twice(strategy, **kwargs):
         )
 
 
-def non_finite(devices):
-    """NaN or infinity on the last replica: none takes the step."""
+def non_finite(devices: trial_lib.Devices) -> Iterator[Case]:
+    """Checks that no replica takes a step if one has NaN or infinity."""
     for name, value, sparsifier, form in (
-        # Not selected first, and so looked for among all entries.
+        # RandomK does not select infinity first, so that the optimizer has to
+        # look for it in the whole gradient.
         ("infinity, RandomK", math.inf, "RandomK", {}),
         ("NaN, RegTopK, dense_below", math.nan, "RegTopK", _SOME_DENSE),
     ):
@@ -453,19 +469,25 @@ def non_finite(devices):
             )
 
 
-def skip_a_step(strategy, value, sparsifier, **kwargs):
-    """Plants a number that is none into the second step of three."""
+def skip_a_step(
+    strategy: tf.distribute.Strategy,
+    value: float,
+    sparsifier: str,
+    **kwargs: Any,
+) -> None:
+    """Plants a value that is not finite into the second step of three."""
     trial = Trial(strategy, SPARSIFIERS[sparsifier], **kwargs)
     gradients = trial_lib.make_gradients(strategy.num_replicas_in_sync)
     trial.step(gradients[0])
     weights, state = trial.weights(), trial.state()
-    # Of the last variable, which is the one exchanged densely.
+    # The entry belongs to the last variable, which is exchanged densely.
     gradients[1, -1, -2] = value
     trial.step(gradients[1])
     expect_counts(trial, iterations=1, skipped=1)
     trial_lib.expect_same("weights", trial.weights(), weights, "those before")
     for after, before in zip(trial.state(), state, strict=True):
-        # NaN stands for what RegTop-k has not sent yet.
+        # Bytes are compared, because NaN stands for entries that RegTop-k has
+        # not sent yet.
         trial_lib.expect_same(
             "what a replica keeps",
             after.view(np.uint8),
@@ -481,7 +503,7 @@ def skip_a_step(strategy, value, sparsifier, **kwargs):
         raise CheckError("the step after the one skipped must change weights")
 
 
-def expect_counts(trial, iterations, skipped):
+def expect_counts(trial: Trial, iterations: int, skipped: int) -> None:
     """Raises `CheckError` unless every replica has counted so many steps."""
     if trial.counts() != {(iterations, skipped)}:
         raise CheckError(
@@ -494,7 +516,7 @@ def expect_counts(trial, iterations, skipped):
 class Scale(keras.layers.Layer):
     """Multiplies and adds entry by entry, without a matrix product."""
 
-    def build(self, input_shape):
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
         self.factor = self.add_weight(
             shape=input_shape[1:], initializer="ones", name="factor"
         )
@@ -502,22 +524,22 @@ class Scale(keras.layers.Layer):
             shape=input_shape[-1:], initializer="zeros", name="offset"
         )
 
-    def call(self, inputs):
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
         return inputs * self.factor + self.offset
 
 
 _SCALE_SHAPE = (17, 31)
 
 
-def loss_scale(devices):
-    """mixed_float16: an overflow halves the scale on all replicas."""
+def loss_scale(devices: trial_lib.Devices) -> Iterator[Case]:
+    """Checks that a float16 overflow halves the scale on all replicas."""
     yield (
         "overflow on the last replica",
         functools.partial(overflow, devices.all),
     )
 
 
-def overflow(strategy):
+def overflow(strategy: tf.distribute.Strategy) -> None:
     """Lets a gradient exceed float16 in the second step of three."""
     with strategy.scope():
         layer = Scale(dtype="mixed_float16")
@@ -541,7 +563,7 @@ def overflow(strategy):
         strategy.run(take_step, args=(inputs,))
 
     def read(*variables):
-        """The values of one or several variables on each replica."""
+        """Returns the values of some variables on each replica."""
         by_variable = [
             [
                 value.numpy().ravel()
@@ -601,8 +623,8 @@ def overflow(strategy):
 # ----- Keras -----
 
 
-def saving(devices):
-    """Training goes on to the bit after saving and loading."""
+def saving(devices: trial_lib.Devices) -> Iterator[Case]:
+    """Checks that training resumes to the bit after saving and loading."""
     for name, strategy in (
         ("all devices", devices.all),
         ("without a strategy", devices.plain),
@@ -611,7 +633,7 @@ def saving(devices):
             yield name, functools.partial(save_and_load, strategy)
 
 
-def save_and_load(strategy):
+def save_and_load(strategy: tf.distribute.Strategy) -> None:
     """Saves after two steps, and compares two more with those of a copy."""
     size = math.prod(_SCALE_SHAPE) + _SCALE_SHAPE[-1]
     gradients = trial_lib.make_gradients(
@@ -647,21 +669,22 @@ def save_and_load(strategy):
         )
 
 
-def fit(devices):
-    """`fit` of a model without matrix products."""
+def fit(devices: trial_lib.Devices) -> Iterator[Case]:
+    """Checks `fit` of a model without matrix products."""
     return _fit_cases(
         devices,
         _SCALE_SHAPE,
         _SCALE_SHAPE,
         lambda: [Scale()],
-        # The mean over all entries makes the gradient of each small.
+        # The rate is high because the mean over all entries makes the gradient
+        # of each entry small.
         learning_rate=5.0,
         is_first=True,
     )
 
 
-def fit_dense(devices):
-    """`fit` of dense layers, which takes cuBLAS on GPUs."""
+def fit_dense(devices: trial_lib.Devices) -> Iterator[Case]:
+    """Checks `fit` of dense layers, which need cuBLAS on GPUs."""
     return _fit_cases(
         devices,
         (8,),
@@ -673,8 +696,8 @@ def fit_dense(devices):
     )
 
 
-def fit_conv(devices):
-    """`fit` of convolutions, which takes cuDNN on GPUs."""
+def fit_conv(devices: trial_lib.Devices) -> Iterator[Case]:
+    """Checks `fit` of convolutions, which need cuDNN on GPUs."""
     return _fit_cases(
         devices,
         (8, 8, 3),
@@ -688,13 +711,13 @@ def fit_conv(devices):
 
 
 def _fit_cases(
-    devices,
-    input_shape,
-    output_shape,
-    make_layers,
-    learning_rate=0.05,
-    is_first=False,
-):
+    devices: trial_lib.Devices,
+    input_shape: tuple[int, ...],
+    output_shape: tuple[int, ...],
+    make_layers: Callable[[], list[keras.layers.Layer]],
+    learning_rate: float = 0.05,
+    is_first: bool = False,
+) -> Iterator[Case]:
     for name, strategy in (
         ("all devices", devices.all),
         ("without a strategy", devices.plain),
@@ -713,13 +736,19 @@ def _fit_cases(
             )
 
 
-def fit_model(strategy, input_shape, output_shape, make_layers, learning_rate):
-    """Fits a model of given layers, and sees that it learns."""
+def fit_model(
+    strategy: tf.distribute.Strategy,
+    input_shape: tuple[int, ...],
+    output_shape: tuple[int, ...],
+    make_layers: Callable[[], list[keras.layers.Layer]],
+    learning_rate: float,
+) -> str:
+    """Fits a model of given layers, and checks that the model learns."""
     keras.utils.set_random_seed(0)
     rng = np.random.default_rng(0)
     num_examples = 16 * strategy.num_replicas_in_sync
     x = rng.standard_normal((num_examples, *input_shape)).astype(np.float32)
-    # What every kind of layer here can learn.
+    # The target is a mean, because every kind of layer here can learn a mean.
     mean = x.mean(axis=tuple(range(1, x.ndim)), keepdims=True)
     y = 0.5 + np.broadcast_to(
         mean.reshape(-1, *[1] * len(output_shape)),
@@ -762,8 +791,8 @@ def fit_model(strategy, input_shape, output_shape, make_layers, learning_rate):
 # ----- Several workers -----
 
 
-def workers(devices):
-    """Two workers on this machine agree."""
+def workers(devices: trial_lib.Devices) -> Iterator[Case]:
+    """Checks that two workers on this machine agree."""
     for communication in ("AUTO", "NCCL"):
         if communication == "AUTO" or devices.kind == "GPU":
             yield (
@@ -774,8 +803,8 @@ def workers(devices):
             )
 
 
-def lost_worker(devices):
-    """A worker that is killed ends the other one."""
+def lost_worker(devices: trial_lib.Devices) -> Iterator[Case]:
+    """Checks that a worker terminates after the other one is killed."""
     yield (
         "SIGKILL",
         functools.partial(workers_lib.lost_worker_ends_the_other, devices),
@@ -785,8 +814,8 @@ def lost_worker(devices):
 # ----- Time -----
 
 
-def speed(devices):
-    """The time of a step and the memory it takes, on its own."""
+def speed(devices: trial_lib.Devices) -> Iterator[Case]:
+    """Measures the time and the memory of a step."""
     strategies = {
         "first device": devices.one,
         f"{len(devices.names)} replicas": devices.all,
@@ -794,7 +823,7 @@ def speed(devices):
     for name, strategy in strategies.items():
         for method in ("sparse", "dense", "unwrapped"):
             if method == "dense" and strategy is devices.one:
-                continue  # With one replica nothing is exchanged.
+                continue  # One replica exchanges nothing.
             yield (
                 f"{method}, {name}",
                 functools.partial(
@@ -803,7 +832,12 @@ def speed(devices):
             )
 
 
-def measure(strategy, method, size, quick):
+def measure(
+    strategy: tf.distribute.Strategy,
+    method: Literal["sparse", "dense", "unwrapped"],
+    size: int,
+    quick: bool,
+) -> str:
     """Times steps without reading anything back in between."""
     gc.collect()
     before = _memory(strategy, "current", reset=True)
@@ -878,8 +912,12 @@ def measure(strategy, method, size, quick):
     return found
 
 
-def _memory(strategy, what, reset=False):
-    """Bytes in use on the first device, or None where nobody counts them."""
+def _memory(
+    strategy: tf.distribute.Strategy,
+    what: Literal["current", "peak"],
+    reset: bool = False,
+) -> int | None:
+    """Returns the bytes in use on the first device, None for a CPU."""
     device = trial_lib.device_name(strategy.extended.worker_devices[0])
     if device.startswith("CPU"):
         return None
@@ -888,8 +926,8 @@ def _memory(strategy, what, reset=False):
     return tf.config.experimental.get_memory_info(device)[what]
 
 
-# In the order of the table.
-CHECKS = {
+# The checks are in the order of the table.
+CHECKS: dict[str, Callable[[trial_lib.Devices], Iterator[Case]]] = {
     check.__name__: check
     for check in (
         environment,
@@ -912,9 +950,9 @@ CHECKS = {
         speed,
     )
 }
-# During these nothing else runs, or their times would not mean much.
+# Nothing else runs during these checks, because that would distort their times.
 ALONE = frozenset({"speed"})
-# Of several processes.
+# These checks start several processes.
 OF_WORKERS = frozenset({"workers", "lost_worker"})
 QUICK = (
     "environment",
@@ -936,7 +974,11 @@ _NUMBERED = re.compile(r"\s*\(\d+\) ")
 _PREFACES = ("Graph execution error", "Detected at node", "Stack trace for")
 
 
-def run_check(check, devices, report):
+def run_check(
+    check: Callable[[trial_lib.Devices], Iterator[Case]],
+    devices: trial_lib.Devices,
+    report: Callable[[dict[str, Any]], None],
+) -> bool:
     """Runs the cases of a check.
 
     Args:
@@ -945,7 +987,7 @@ def run_check(check, devices, report):
         report: Function of a dict, called before and after each case.
 
     Returns:
-        Whether no case failed.
+        True if no case failed.
     """
     passed = True
     for name, function in check(devices):
@@ -968,13 +1010,15 @@ def run_check(check, devices, report):
     return passed
 
 
-def summary_of(error):
-    """The lines of an error that matter, in one."""
+def summary_of(error: Exception) -> str:
+    """Joins the lines of an error that matter."""
     lines = []
     for line in _COLOURS.sub("", str(error)).splitlines():
-        if line.startswith("Arguments received by"):  # By a Keras layer.
+        # A Keras layer lists its arguments at the end.
+        if line.startswith("Arguments received by"):
             break
-        # TensorFlow puts where it was traced before what it says.
+        # Indented lines are left out, because TensorFlow puts the lines of the
+        # trace before its message.
         is_indented = line[:1].isspace() and not _NUMBERED.match(line)
         if line and not is_indented and not line.startswith(_PREFACES):
             lines.append(line.strip())
@@ -983,12 +1027,12 @@ def summary_of(error):
     return " ".join(lines)[:600]
 
 
-def main(argv):
+def main(argv: Sequence[str]) -> None:
     """Runs the checks that the settings name.
 
     The settings are a JSON object: `checks` (names), `output` (a file to which
-    a line of JSON is added for all that happens), `kind`, `memory_limit`,
-    `quick`, `size`, `worker_seconds` (after which workers must have ended).
+    a line of JSON is added for each event), `kind`, `memory_limit`, `quick`,
+    `size`, `worker_seconds` (within which workers must terminate).
     """
     settings = json.loads(argv[1])
     tf.get_logger().setLevel("ERROR")
@@ -1025,7 +1069,8 @@ def main(argv):
             )
             write(check=name, status="done")
             if not passed:
-                # Its collectives may fail from now on. Others go on afresh.
+                # The process ends, because its collectives may fail from now
+                # on. The other checks resume in a new process.
                 break
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,10 +1,11 @@
-r"""Whether the library works on this machine's devices, in a few minutes.
+r"""Checks in a few minutes that the library works on this machine's devices.
 
     python -m tf_regtopk.selftest
 
-docs/gpus.md says what the table means. `checks.py` has the checks.
+docs/gpus.md explains the table. `checks.py` has the checks.
 """
 
+from collections.abc import Sequence
 import json
 import os
 import pathlib
@@ -12,6 +13,9 @@ import signal
 import sys
 import tempfile
 import time
+from types import FrameType
+from typing import Any
+from typing import Literal
 
 from absl import app
 from absl import flags
@@ -21,15 +25,15 @@ from tf_regtopk.selftest import gpus
 from tf_regtopk.selftest import processes
 from tf_regtopk.selftest.processes import Child
 
-# Exit statuses; the third is that of wrong arguments.
+# These are the exit statuses; USAGE stands for wrong arguments.
 PASSED, FAILED, USAGE, NO_GPU = 0, 1, 2, 3
 
-# Entries of the gradient of the step that is timed.
+# The gradient of the step that is timed has so many entries.
 _SIZES = {"GPU": 25_600_000, "CPU": 1_000_000}
 
 
-def line_of(result):
-    """A result as a line of the table."""
+def line_of(result: dict[str, Any]) -> str:
+    """Formats a result as a line of the table."""
     status = {"failed": "FAILED"}.get(result["status"], result["status"])
     return (
         f"{status:8}{result['check']:16}{result['seconds']:6.1f} s  "
@@ -37,7 +41,7 @@ def line_of(result):
     )
 
 
-def define_flags(flag_values=flags.FLAGS):
+def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines the command's flags."""
     flags.DEFINE_enum(
         "device_type",
@@ -90,15 +94,18 @@ def define_flags(flag_values=flags.FLAGS):
     )
 
 
-def batches_of(names, is_quick, jobs):
-    """Lists of checks for a process each.
+def batches_of(
+    names: Sequence[str], is_quick: bool, jobs: int
+) -> list[list[str]]:
+    """Makes lists of checks, one for each process.
 
-    Where there are many cores, each check has a process of its own. Else some
-    share one, because to start it takes as long as many a check.
+    If there are many cores, each check has a process of its own. Otherwise some
+    checks share a process, because starting a process takes as long as many a
+    check.
     """
     alone = [name for name in names if name in checks.ALONE]
     names = [name for name in names if name not in alone]
-    # Those wait for much of their time.
+    # Checks of workers come first, because they wait for much of their time.
     names.sort(key=lambda name: name not in checks.OF_WORKERS)
     num_batches = min(len(names), jobs if is_quick else 2 * jobs)
     batches = [names[i::num_batches] for i in range(num_batches)]
@@ -111,10 +118,12 @@ class SelfTest:
     Args:
         args: The flags.
         names: Names of the checks.
-        folder: Where files of the processes go.
+        folder: Folder of the processes' files.
     """
 
-    def __init__(self, args, names, folder):
+    def __init__(
+        self, args: flags.FlagValues, names: Sequence[str], folder: pathlib.Path
+    ) -> None:
         self._args = args
         self._names = names
         self._folder = folder
@@ -132,8 +141,8 @@ class SelfTest:
             "worker_seconds": 0.8 * args.limit_seconds,
         }
 
-    def run(self):
-        """Runs the checks, prints the table. Returns the exit status."""
+    def run(self) -> int:
+        """Runs the checks, prints the table, and returns the exit status."""
         kind, first, free = self._args.device_type, None, None
         if kind == "auto" and gpus.driver_error():
             kind = "CPU"
@@ -163,19 +172,21 @@ class SelfTest:
         has_failed = any(r["status"] == "failed" for r in self._results)
         return self._end(FAILED if has_failed else PASSED)
 
-    def _start_looking(self, kind):
-        """The process that says what there is, and goes on with a check."""
+    def _start_looking(self, kind: Literal["auto", "GPU"]) -> Child:
+        """Starts the process that reports the devices and runs a check."""
         environ = {
             **self._environ,
-            # For TensorFlow to say what it misses.
+            # These variables make TensorFlow log the libraries that it misses.
             "TF_CPP_MIN_LOG_LEVEL": "0",
             "TF_CPP_VMODULE": "dso_loader=3",
         }
         settings = {**self._settings, "kind": kind, "size": 0}
         return Child(["environment"], self._folder, settings, environ)
 
-    def _see(self, child, kind):
-        """The kind of devices to take; None if there are none."""
+    def _see(
+        self, child: Child, kind: Literal["auto", "GPU"]
+    ) -> Literal["GPU", "CPU"] | None:
+        """Returns the kind of devices to take, None if there are none."""
         try:
             facts = child.wait_for_facts(self._args.limit_seconds)
         except BaseException:
@@ -206,8 +217,8 @@ class SelfTest:
         self.report.update(exit_status=NO_GPU, reasons=reasons)
         return None
 
-    def _say(self, kind, jobs):
-        """Prints what the checks run on."""
+    def _say(self, kind: Literal["GPU", "CPU"], jobs: int) -> None:
+        """Prints the devices that the checks run on."""
         where = ", ".join(self.report.get("gpus", ()))
         if kind == "CPU":
             where = f"CPU, {os.cpu_count()} cores"
@@ -217,14 +228,21 @@ class SelfTest:
         self.report.update(device_type=kind, jobs=jobs)
         print(f"On {where}; up to {jobs} checks at a time", flush=True)
 
-    def _start(self, kind, batch, jobs, free):
-        """A process for some checks."""
+    def _start(
+        self,
+        kind: Literal["GPU", "CPU"],
+        batch: list[str],
+        jobs: int,
+        free: int | None,
+    ) -> Child:
+        """Starts a process for some checks."""
         is_alone = bool(checks.ALONE & set(batch))
         environ = dict(self._environ)
         if kind == "CPU":
             environ["CUDA_VISIBLE_DEVICES"] = "-1"
             if not is_alone:
-                # Most of the time goes into compiling.
+                # XLA does not optimize, because compiling takes most of the
+                # time.
                 environ.setdefault(
                     "XLA_FLAGS", "--xla_backend_optimization_level=0"
                 )
@@ -236,13 +254,14 @@ class SelfTest:
         }
         return Child(batch, self._folder, settings, environ)
 
-    def _show(self, result):
+    def _show(self, result: dict[str, Any]) -> None:
         self._results.append(result)
         print(line_of(result), flush=True)
-        # As far as it is known, should this process be ended.
+        # The report is written after each result, because this process may be
+        # terminated.
         self.write()
 
-    def _end(self, exit_status):
+    def _end(self, exit_status: int) -> int:
         seconds = round(time.monotonic() - self._started, 1)
         self.report.update(exit_status=exit_status, seconds=seconds)
         self.write()
@@ -251,15 +270,15 @@ class SelfTest:
             print(f"{line}. Details: {self._args.output}", flush=True)
         return exit_status
 
-    def write(self):
+    def write(self) -> None:
         """Writes the report."""
         with open(self._args.output, "w", encoding="utf-8") as file:
             json.dump(self.report, file, indent=1)
             file.write("\n")
 
 
-def summary_line(results, seconds):
-    """How many checks have passed, and which have not."""
+def summary_line(results: Sequence[dict[str, Any]], seconds: float) -> str:
+    """Formats the number of checks that passed, and the names of the others."""
     by_status = {"ok": [], "failed": [], "skipped": []}
     for result in results:
         by_status[result["status"]].append(result["check"])
@@ -271,13 +290,13 @@ def summary_line(results, seconds):
     return f"{', '.join(parts)} in {seconds:.0f} s"
 
 
-def _raise_exit(number, frame):
-    """Ends as Ctrl-C does, and so ends the processes that were started."""
+def _raise_exit(number: int, frame: FrameType | None) -> None:
+    """Exits like Ctrl-C, and so terminates the processes that were started."""
     del frame
     sys.exit(128 + number)
 
 
-def run(args):
+def run(args: flags.FlagValues) -> int:
     """Runs the self-test.
 
     Args:
@@ -302,7 +321,7 @@ def run(args):
         return SelfTest(args, names, pathlib.Path(folder)).run()
 
 
-def main(argv):
+def main(argv: Sequence[str]) -> int:
     """Runs the self-test, and returns the exit status."""
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments: {argv[1:]}", USAGE)
@@ -310,8 +329,8 @@ def main(argv):
     return run(flags.FLAGS)
 
 
-def parse(argv):
-    """As absl does, but with the exit status of a wrong argument."""
+def parse(argv: Sequence[str]) -> list[str]:
+    """Parses the flags like absl, with the exit status of a wrong argument."""
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:

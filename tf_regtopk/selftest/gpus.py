@@ -1,16 +1,19 @@
-"""What is known of a machine's GPUs without TensorFlow, for the self-test."""
+"""Facts about a machine's GPUs without TensorFlow, for the self-test."""
 
+from collections.abc import Mapping
+from collections.abc import Sequence
 import ctypes
 import math
 import os
 import subprocess
+from typing import Literal
 
-# Of a GPU, which nobody can ask for its size: megabytes.
+# A GPU counts as having so many megabytes if nobody can ask for its size.
 _ASSUMED_MEMORY = 8000
-# What a process takes of a GPU beside its arrays: megabytes.
+# A process occupies so many megabytes of a GPU beside its arrays.
 _CONTEXT_MEMORY = 1200
 SMALLEST_LIMIT = 500
-# What TensorFlow writes where it cannot use a GPU.
+# TensorFlow writes these texts if it cannot use a GPU.
 _TELLING = (
     "Could not find cuda drivers",
     "Could not load dynamic library",
@@ -23,8 +26,8 @@ _TELLING = (
 )
 
 
-def driver_error():
-    """Why the library of NVIDIA's driver cannot be loaded, or None."""
+def driver_error() -> str | None:
+    """Explains why the library of NVIDIA's driver cannot be loaded, or None."""
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError as error:
@@ -32,21 +35,21 @@ def driver_error():
     return None
 
 
-def gpu_memory():
-    """Megabytes that are free on the fullest GPU, or None."""
+def gpu_memory() -> int | None:
+    """Returns the megabytes that are free on the fullest GPU, or None."""
     try:
         return min(map(int, _ask("memory.free")), default=None)
     except ValueError:
         return None
 
 
-def driver_version():
-    """The version of NVIDIA's driver, or None."""
+def driver_version() -> str | None:
+    """Returns the version of NVIDIA's driver, or None."""
     return next(iter(_ask("driver_version")), None)
 
 
-def _ask(what):
-    """What nvidia-smi says of each GPU, an empty list if nothing."""
+def _ask(what: str) -> list[str]:
+    """Asks nvidia-smi about each GPU; an empty list if it does not answer."""
     status, said = _nvidia_smi(
         f"--query-gpu={what}", "--format=csv,noheader,nounits"
     )
@@ -55,8 +58,8 @@ def _ask(what):
     return [line.strip() for line in said.splitlines() if line.strip()]
 
 
-def _nvidia_smi(*args):
-    """`(exit status, output)` of the program; the status may be None."""
+def _nvidia_smi(*args: str) -> tuple[int | None, str]:
+    """Runs nvidia-smi, returns `(exit status or None, output)`."""
     try:
         process = subprocess.run(
             ["nvidia-smi", *args],
@@ -71,14 +74,14 @@ def _nvidia_smi(*args):
     return process.returncode, process.stdout
 
 
-def memory_limit(free, jobs, num_parts=2):
+def memory_limit(free: int | None, jobs: int, num_parts: int = 2) -> int:
     """Megabytes for each part of a GPU that `jobs` processes share."""
     for_arrays = 0.9 * (free or _ASSUMED_MEMORY) - jobs * _CONTEXT_MEMORY
     return max(SMALLEST_LIMIT, int(for_arrays / jobs / num_parts))
 
 
-def default_jobs(kind, free):
-    """How many checks run at once, as cores and memory allow."""
+def default_jobs(kind: Literal["GPU", "CPU"], free: int | None) -> int:
+    """Number of checks at a time that cores and memory allow."""
     jobs = min(os.cpu_count() or 1, 16)
     if kind == "GPU":
         room = (free or _ASSUMED_MEMORY) / (
@@ -88,12 +91,14 @@ def default_jobs(kind, free):
     return max(1, jobs)
 
 
-def why_no_gpu(software, is_cuda_build, output):
-    """What is known of why TensorFlow sees no GPU.
+def why_no_gpu(
+    software: Mapping[str, str], is_cuda_build: bool, output: Sequence[str]
+) -> list[str]:
+    """Explains why TensorFlow sees no GPU.
 
     Args:
         software: The versions in use, by name.
-        is_cuda_build: Boolean. Whether TensorFlow was built for CUDA.
+        is_cuda_build: True if TensorFlow was built for CUDA.
         output: Lines that TensorFlow has written to standard error.
 
     Returns:
@@ -118,7 +123,7 @@ def why_no_gpu(software, is_cuda_build, output):
         )
     _, said = _nvidia_smi("-L")
     reasons.append(f"nvidia-smi -L: {said.strip()[:500]}")
-    # Without what stands before the message: level, time, process.
+    # Level, time and process are cut off, because only the message matters.
     told = [
         f"TensorFlow: {line.split('] ', 1)[-1]}"
         for line in output

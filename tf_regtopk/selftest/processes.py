@@ -1,12 +1,18 @@
 """Processes that run the self-test's checks, several at a time."""
 
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
 import contextlib
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 COMMAND = (sys.executable, "-m", "tf_regtopk.selftest.checks")
 
@@ -16,12 +22,18 @@ class Child:
 
     Args:
         names: Names of the checks.
-        folder: Where its files go.
-        settings: What `checks` is told.
-        environ: Its environment variables.
+        folder: Folder of the process's files.
+        settings: Settings of `checks`, without the names and the output.
+        environ: Environment variables of the process.
     """
 
-    def __init__(self, names, folder, settings, environ):
+    def __init__(
+        self,
+        names: Sequence[str],
+        folder: pathlib.Path,
+        settings: Mapping[str, Any],
+        environ: Mapping[str, str],
+    ) -> None:
         self.left = list(names)
         self.has_finished = False
         self.since = time.monotonic()
@@ -45,16 +57,16 @@ class Child:
                 start_new_session=True,
             )
 
-    def new_lines(self):
-        """What it has reported since the last call, as dicts."""
+    def new_lines(self) -> list[dict[str, Any]]:
+        """Returns the reports of the process since the last call, as dicts."""
         data = self.output.read_bytes()
         end = data.rfind(b"\n") + 1
         lines = data[self._read : end].splitlines()
         self._read = end
         return [json.loads(line) for line in lines]
 
-    def wait_for_facts(self, limit):
-        """What it says of the machine, or None if it ends or says nothing."""
+    def wait_for_facts(self, limit: float) -> dict[str, Any] | None:
+        """Waits for facts about the machine, None if the process gives none."""
         deadline = time.monotonic() + limit
         while True:
             ended = self.popen.poll() is not None
@@ -65,40 +77,48 @@ class Child:
                 return None
             time.sleep(0.05)
 
-    def end(self):
-        """Ends it and all that it has started."""
+    def end(self) -> None:
+        """Terminates the process and all processes that it has started."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.popen.pid, signal.SIGKILL)
         self.popen.wait()
 
     @property
-    def all_words(self):
-        """The lines that it has written to its standard streams."""
+    def all_words(self) -> list[str]:
+        """Lines that the process has written to its standard streams."""
         lines = self.stderr.read_text("utf-8", errors="replace").splitlines()
         return [line for line in lines if line.strip()]
 
     @property
-    def last_words(self):
-        """The last of these lines."""
+    def last_words(self) -> list[str]:
+        """Last lines that the process has written to its standard streams."""
         return self.all_words[-40:]
 
 
 class Run:
-    """All checks, several at a time, with a line for each that has ended.
+    """All checks, several at a time, with a line for each check that has ended.
 
     Args:
         batches: Lists of names of checks, each for a process.
-        alone: Names of those during which nothing else is to run.
-        jobs: How many processes run at once.
+        alone: Names of the checks during which nothing else may run.
+        jobs: Number of processes that run at once.
         limit: Seconds of a check.
         start: Function of a list of names that returns a `Child`.
         show: Function of a result, a dict.
 
     Attributes:
-        facts: What the processes say of the machine, a dict.
+        facts: Facts about the machine that the processes report, a dict.
     """
 
-    def __init__(self, batches, alone, jobs, limit, start, show):
+    def __init__(
+        self,
+        batches: Iterable[Sequence[str]],
+        alone: Iterable[str],
+        jobs: int,
+        limit: float,
+        start: Callable[[list[str]], Child],
+        show: Callable[[dict[str, Any]], None],
+    ) -> None:
         self._waiting = [list(batch) for batch in batches]
         self._alone = set(alone)
         self._jobs = jobs
@@ -109,12 +129,12 @@ class Run:
         self._cases = {}
         self.facts = {}
 
-    def add(self, child):
+    def add(self, child: Child) -> None:
         """Watches a process that has been started already."""
         self._children.append(child)
 
-    def wait(self):
-        """Runs all."""
+    def wait(self) -> None:
+        """Runs all checks."""
         try:
             while self._waiting or self._children:
                 self._start_some()
@@ -125,14 +145,14 @@ class Run:
             for child in self._children:
                 child.end()
 
-    def _start_some(self):
+    def _start_some(self) -> None:
         while self._waiting and len(self._children) < self._jobs:
             busy = any(self._alone & set(c.left) for c in self._children)
             if busy or (self._children and self._alone & set(self._waiting[0])):
                 return
             self._children.append(self._start(self._waiting.pop(0)))
 
-    def _look_at(self, child):
+    def _look_at(self, child: Child) -> None:
         ended = child.popen.poll() is not None
         for line in child.new_lines():
             self._take(child, line)
@@ -154,11 +174,12 @@ class Run:
                 f"the process ended with status {child.popen.returncode}: "
                 f"{words}",
             )
-        # After a check that failed the others get another process.
+        # The checks that are left get another process, because this one has
+        # ended.
         if child.left:
             self._waiting.insert(0, child.left)
 
-    def _take(self, child, line):
+    def _take(self, child: Child, line: dict[str, Any]) -> None:
         name = line.get("check")
         if name is None:
             self.facts.update(line)
@@ -170,7 +191,9 @@ class Run:
         elif line["status"] == "done":
             self._finish(child, name)
 
-    def _finish(self, child, name, reason=None):
+    def _finish(
+        self, child: Child, name: str, reason: str | None = None
+    ) -> None:
         cases = list(self._cases.get(name, {}).values())
         if reason is not None:
             stuck = [c for c in cases if c["status"] == "running"]
@@ -192,8 +215,8 @@ class Run:
         self._show(result)
 
 
-def outcome_of(cases):
-    """The status of a check, and in words what its cases have found."""
+def outcome_of(cases: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Returns the status of a check, and the findings of its cases in words."""
     by_status = {
         status: [case for case in cases if case["status"] == status]
         for status in ("ok", "failed", "skipped")

@@ -1,12 +1,17 @@
-"""Steps of an optimizer on a machine's devices, and what must hold of them.
+"""Steps of an optimizer on a machine's devices, and checks of the steps.
 
 The gradients are whole numbers and the learning rate is a power of two, so that
-sums of them are exact in any order, and devices of any kind can be compared.
+sums of gradients are exact in any order, and devices of any kind can be
+compared.
 """
 
+from collections.abc import Callable
+from collections.abc import Sequence
 import dataclasses
 import functools
 import math
+from typing import Any
+from typing import Literal
 
 import keras
 import numpy as np
@@ -18,7 +23,7 @@ SHAPES = ((67, 31), (1013,))
 LEARNING_RATE = 0.125
 NUM_STEPS = 3
 
-# Of what is not exact, relative to the largest number.
+# Results that are not exact may differ by this share of the largest number.
 TOLERANCE = 1e-5
 
 
@@ -27,7 +32,7 @@ class CheckError(Exception):
 
 
 class SkippedError(Exception):
-    """What this machine cannot show, in words."""
+    """The reason in words why this machine cannot run a case."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,58 +41,60 @@ class Devices:
 
     Args:
         names: Tuple of names such as `"GPU:0"`, one for each replica.
-        cpus: Tuple of as many logical CPUs, to compare with.
-        quick: Boolean. Whether checks leave out what others cover in part.
-        size: J of the measured step, an integer.
-        settings: What the process was told, for the workers that it starts.
+        cpus: Tuple of the names of as many logical CPUs, for comparison.
+        quick: True if checks leave out cases that others cover in part.
+        size: J of the measured step.
+        settings: Settings of the process, for the workers that it starts.
     """
 
-    names: tuple
-    cpus: tuple
+    names: tuple[str, ...]
+    cpus: tuple[str, ...]
     quick: bool = False
     size: int = 1_000_000
-    settings: dict = dataclasses.field(default_factory=dict)
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
-    def kind(self):
-        """`"CPU"` or `"GPU"`."""
+    def kind(self) -> Literal["CPU", "GPU"]:
+        """Kind of the devices, `"CPU"` or `"GPU"`."""
         return self.names[0].split(":")[0]
 
     @property
-    def plain(self):
-        """No strategy, which takes the first device."""
+    def plain(self) -> tf.distribute.Strategy:
+        """The default strategy, which takes the first device."""
         return tf.distribute.get_strategy()
 
     @functools.cached_property
-    def one(self):
-        """The first device, by a strategy."""
+    def one(self) -> tf.distribute.Strategy:
+        """A strategy of the first device."""
         return tf.distribute.OneDeviceStrategy(f"/{self.names[0]}")
 
     @functools.cached_property
-    def all(self):
-        """All devices. TensorFlow allows one such strategy in a process."""
+    def all(self) -> tf.distribute.Strategy:
+        """The strategy of all devices; TensorFlow allows one in a process."""
         return tf.distribute.MirroredStrategy(list(self.names))
 
     @functools.cached_property
-    def on_cpus(self):
-        """As many CPUs, without the collectives of `all`."""
+    def on_cpus(self) -> tf.distribute.Strategy:
+        """A strategy of as many CPUs, without the collectives of `all`."""
         return tf.distribute.MirroredStrategy(
             list(self.cpus),
             cross_device_ops=tf.distribute.ReductionToOneDevice(),
         )
 
 
-def configure(kind, memory_limit=None):
+def configure(
+    kind: Literal["CPU", "GPU"], memory_limit: int | None = None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Makes at least two devices of a kind, and as many CPUs.
 
-    To be called before TensorFlow makes its devices.
+    The call must come before TensorFlow makes its devices.
 
     Args:
         kind: `"CPU"` or `"GPU"`.
         memory_limit: Megabytes of each part of a GPU that is split.
 
     Returns:
-        `(names, cpus)`, as of `Devices`.
+        `(names, cpus)`, the names of the devices and of as many logical CPUs.
     """
     [cpu] = tf.config.list_physical_devices("CPU")
     physical = tf.config.list_physical_devices(kind)
@@ -101,8 +108,12 @@ def configure(kind, memory_limit=None):
     )
 
 
-def split(physical_device, num_parts, memory_limit=None):
-    """Makes several logical devices of a physical one."""
+def split(
+    physical_device: tf.config.PhysicalDevice,
+    num_parts: int,
+    memory_limit: int | None = None,
+) -> None:
+    """Splits a physical device into several logical devices."""
     part = tf.config.LogicalDeviceConfiguration(memory_limit=memory_limit)
     tf.config.set_logical_device_configuration(
         physical_device, [part] * num_parts
@@ -114,21 +125,21 @@ class Trial:
 
     Args:
         strategy: A `tf.distribute.Strategy`.
-        sparsifier: As of `SparsifiedOptimizer`, and so are
-        **kwargs: further arguments.
+        sparsifier: The sparsifier of the `SparsifiedOptimizer`.
+        **kwargs: Further arguments of the `SparsifiedOptimizer`.
         shapes: The shapes of the variables.
         variables: List of Keras variables; by default zeros of these shapes.
     """
 
     def __init__(
         self,
-        strategy,
-        sparsifier=None,
+        strategy: tf.distribute.Strategy,
+        sparsifier: tf_regtopk.Sparsifier | None = None,
         *,
-        shapes=SHAPES,
-        variables=None,
-        **kwargs,
-    ):
+        shapes: Sequence[tuple[int, ...]] = SHAPES,
+        variables: list[keras.Variable] | None = None,
+        **kwargs: Any,
+    ) -> None:
         self.strategy = strategy
         with strategy.scope():
             self.variables = variables or [
@@ -140,13 +151,13 @@ class Trial:
             self.optimizer.build(self.variables)
         self.trace()
 
-    def trace(self):
-        """Makes the function of a step anew, as after `set_density`."""
+    def trace(self) -> None:
+        """Makes the function of a step anew, which `set_density` requires."""
         self._step = step_function(
             self.strategy, self.optimizer, self.variables
         )
 
-    def step(self, gradients):
+    def step(self, gradients: np.ndarray) -> None:
         """Takes a step with gradients `[N, J]`."""
 
         def of_replica(context):
@@ -159,8 +170,8 @@ class Trial:
             )
         )
 
-    def weights(self):
-        """The weights of each replica of this process, `[replicas, J]`."""
+    def weights(self) -> np.ndarray:
+        """Returns the weights of this process's replicas, `[replicas, J]`."""
         return np.array(
             [
                 np.concatenate([v.numpy().ravel() for v in values])
@@ -174,8 +185,8 @@ class Trial:
             ]
         )
 
-    def state(self):
-        """All arrays that the replicas keep between steps."""
+    def state(self) -> list[np.ndarray]:
+        """Returns all arrays that the replicas keep between steps."""
         return [
             array
             for state in states_of(self.optimizer)
@@ -183,8 +194,8 @@ class Trial:
             for array in arrays
         ]
 
-    def feedback(self):
-        """`(local, shared)`: the sums of the local arrays, the shared ones."""
+    def feedback(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Returns the sums of the local arrays, and the shared arrays."""
         replicas = states_of(self.optimizer)[0].local_arrays()
         num_local = self.optimizer.error_feedback.num_local
         local = [
@@ -193,8 +204,8 @@ class Trial:
         ]
         return local, replicas[0][num_local:]
 
-    def counts(self):
-        """`(iterations, skipped steps)` of each replica, as a set of pairs."""
+    def counts(self) -> set[tuple[int, int]]:
+        """Returns the set of `(iterations, skipped steps)` of all replicas."""
         return set(
             zip(
                 *(
@@ -214,17 +225,17 @@ class Trial:
         )
 
 
-def states_of(optimizer):
-    """What the replicas keep for themselves: feedback, sparsifier's memory.
+def states_of(optimizer: tf_regtopk.SparsifiedOptimizer) -> tuple[Any, Any]:
+    """Returns the replicas' feedback state and the sparsifier's memory.
 
-    The only place that looks into the optimizer.
+    Nothing else here looks into the optimizer.
     """
     exchange = optimizer._partition
     return exchange.feedback_state, exchange.memory
 
 
-def state_devices(trial):
-    """For each variable of the state the devices of its replicas."""
+def state_devices(trial: Trial) -> list[tuple[str, list[str]]]:
+    """Returns the dtype and the devices of each variable of the state."""
     return [
         (
             variable.dtype.name,
@@ -238,14 +249,18 @@ def state_devices(trial):
     ]
 
 
-def device_name(device):
-    """A name such as `"GPU:0"` of a device as TensorFlow writes it."""
+def device_name(device: str) -> str:
+    """Shortens the name of a device to a name such as `"GPU:0"`."""
     spec = tf.DeviceSpec.from_string(device)
     return f"{spec.device_type}:{spec.device_index}"
 
 
-def step_function(strategy, optimizer, variables):
-    """A function that takes a step with each replica's gradient `[J]`."""
+def step_function(
+    strategy: tf.distribute.Strategy,
+    optimizer: keras.optimizers.Optimizer,
+    variables: Sequence[keras.Variable],
+) -> Callable[[Any], None]:
+    """Makes a function that takes a step with each replica's gradient `[J]`."""
     shapes = [tuple(variable.shape) for variable in variables]
     sizes = [math.prod(shape) for shape in shapes]
 
@@ -266,8 +281,13 @@ def step_function(strategy, optimizer, variables):
     return step
 
 
-def make_gradients(num_replicas, num_steps=NUM_STEPS, shapes=SHAPES, seed=0):
-    """Whole numbers, others for each step and replica, `[steps, N, J]`."""
+def make_gradients(
+    num_replicas: int,
+    num_steps: int = NUM_STEPS,
+    shapes: Sequence[tuple[int, ...]] = SHAPES,
+    seed: int = 0,
+) -> np.ndarray:
+    """Makes whole numbers for each step and replica, `[steps, N, J]`."""
     size = sum(math.prod(shape) for shape in shapes)
     rng = np.random.default_rng(seed)
     return rng.integers(
@@ -275,14 +295,14 @@ def make_gradients(num_replicas, num_steps=NUM_STEPS, shapes=SHAPES, seed=0):
     ).astype(np.float32)
 
 
-def run(trial, gradients):
-    """Takes steps, and sees that the replicas agree after each.
+def run(trial: Trial, gradients: np.ndarray) -> np.ndarray:
+    """Takes steps, and checks that the replicas agree after each step.
 
     Returns:
-        The weights before the first step and after each, `[steps + 1, J]`.
+        The weights before the first step and after each step, `[steps + 1, J]`.
 
     Raises:
-        CheckError: If replicas differ, or weights are not finite or stay.
+        CheckError: If replicas differ, or weights are not finite or unchanged.
     """
     [before, *_] = trial.weights()
     seen = [before]
@@ -310,7 +330,9 @@ def run(trial, gradients):
     return np.array(seen)
 
 
-def expect_same(name, actual, expected, of_what):
+def expect_same(
+    name: str, actual: np.ndarray, expected: np.ndarray, of_what: str
+) -> None:
     """Raises `CheckError` unless two arrays agree to the bit."""
     differ = actual != expected
     if differ.any():
@@ -321,11 +343,13 @@ def expect_same(name, actual, expected, of_what):
         )
 
 
-def expect_close(name, actual, expected, of_what):
-    """Raises `CheckError` unless two arrays agree but for rounding."""
+def expect_close(
+    name: str, actual: np.ndarray, expected: np.ndarray, of_what: str
+) -> None:
+    """Raises `CheckError` unless two arrays agree except for rounding."""
     error = np.abs(np.asarray(actual, np.float64) - expected)
     limit = TOLERANCE * max(np.abs(expected).max(), 1e-30)
-    if not error.max() <= limit:  # Also where it is NaN.
+    if not error.max() <= limit:  # NaN is an error, too.
         at = np.argmax(error)
         raise CheckError(
             f"{name} differ from {of_what} by up to {error.max():.3g}: entry "
@@ -333,12 +357,14 @@ def expect_close(name, actual, expected, of_what):
         )
 
 
-def expect_balance(trial, gradients, weights):
-    """Raises `CheckError` where a gradient, or a part of it, has got lost.
+def expect_balance(
+    trial: Trial, gradients: np.ndarray, weights: np.ndarray
+) -> None:
+    """Raises `CheckError` if a gradient, or a part of it, has got lost.
 
-    What was applied and what is held back make up all gradients, where the rule
-    of error feedback promises that; and a sum that every replica keeps is the
-    sum of what each keeps.
+    The applied part and the part that is held back make up all gradients, if
+    the rule of error feedback promises that. A sum that every replica keeps is
+    the sum of the replicas' own arrays.
     """
     rule = trial.optimizer.error_feedback
     local, shared = trial.feedback()
@@ -350,7 +376,8 @@ def expect_balance(trial, gradients, weights):
     if not isinstance(rule, tf_regtopk.EF21) and not rule.momentum:
         total = gradients.sum(axis=(0, 1), dtype=np.float64)
         held_back = np.zeros_like(total)
-        # The variables that are exchanged densely are the last ones.
+        # Only the first entries are held back, because the variables that are
+        # exchanged densely are the last ones.
         held_back[: local[0].size] = local[0]
         expect_close(
             "what was applied and what is held back",
@@ -368,8 +395,8 @@ def expect_balance(trial, gradients, weights):
         )
 
 
-def expect_sparse(trial, weights):
-    """Raises `CheckError` where a step changed more weights than were sent."""
+def expect_sparse(trial: Trial, weights: np.ndarray) -> None:
+    """Raises `CheckError` if a step changed more weights than were sent."""
     rule = trial.optimizer.error_feedback
     if not isinstance(rule, (tf_regtopk.Accumulate, tf_regtopk.NoFeedback)):
         return

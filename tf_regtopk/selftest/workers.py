@@ -2,9 +2,12 @@
 
     python -m tf_regtopk.selftest.workers SETTINGS
 
-is one of them. The devices are halved among them; a single GPU serves both.
+is one of them. Each worker gets half of the devices; a single GPU serves both.
 """
 
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
 import contextlib
 import json
 import os
@@ -16,6 +19,8 @@ import sys
 import tempfile
 import time
 import traceback
+from typing import Any
+from typing import Literal
 
 import numpy as np
 import tensorflow as tf
@@ -27,11 +32,11 @@ from tf_regtopk.selftest.trial import SkippedError
 
 NUM_WORKERS = 2
 COMMAND = (sys.executable, "-m", "tf_regtopk.selftest.workers")
-# The status of a worker that TensorFlow has told of the loss of another.
+# A worker exits with this status if TensorFlow told it that another is lost.
 LOST_A_WORKER = 3
-# After so long without the other a worker is to end.
+# A worker must terminate after so many seconds without the other.
 TIMEOUT_SECONDS = 30.0
-# How many steps the one that is lost would take otherwise.
+# The worker that is lost would take so many steps otherwise.
 MANY_STEPS = 100_000
 
 FORMS = {
@@ -46,8 +51,10 @@ FORMS = {
 # ----- The process that starts them -----
 
 
-def workers_agree(devices, communication):
-    """Trains with two workers, and compares what they have.
+def workers_agree(
+    devices: trial_lib.Devices, communication: Literal["AUTO", "NCCL"]
+) -> None:
+    """Trains with two workers, and compares their weights and state.
 
     Args:
         devices: `Devices`.
@@ -67,7 +74,8 @@ def workers_agree(devices, communication):
             folder,
             communication=communication,
             forms=forms,
-            # One may compile for longer than the other.
+            # The timeout is long because one worker may compile for longer than
+            # the other.
             timeout_seconds=limit,
         ) as workers:
             deadline = time.monotonic() + limit
@@ -83,12 +91,12 @@ def workers_agree(devices, communication):
             _compare(name, [_arrays(file, number) for file in files])
 
 
-def _arrays(file, number):
+def _arrays(file: Mapping[str, np.ndarray], number: int) -> list[np.ndarray]:
     return [file[f"{what}{number}"] for what in ("weights", "held_back")]
 
 
-def _compare(name, arrays):
-    """Raises `CheckError` unless workers agree, and nothing is lost."""
+def _compare(name: str, arrays: Sequence[Sequence[np.ndarray]]) -> None:
+    """Raises `CheckError` unless workers agree, and no gradient is lost."""
     (weights, held_back), *others = arrays
     num_replicas = NUM_WORKERS * len(held_back)
     for number, (other, _) in enumerate(others, start=1):
@@ -109,8 +117,8 @@ def _compare(name, arrays):
     )
 
 
-def lost_worker_ends_the_other(devices):
-    """Kills a worker between two steps; the other has to end by itself."""
+def lost_worker_ends_the_other(devices: trial_lib.Devices) -> str:
+    """Kills a worker; the other worker has to terminate on its own."""
     limit = devices.settings["worker_seconds"]
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
@@ -128,7 +136,8 @@ def lost_worker_ends_the_other(devices):
                 time.sleep(0.05)
             os.kill(second.popen.pid, signal.SIGKILL)
             start = time.monotonic()
-            # TensorFlow needs some time beside.
+            # The limit is larger than the timeout, because TensorFlow needs
+            # some time as well.
             limit = 3 * TIMEOUT_SECONDS
             status = first.wait(limit)
             seconds = time.monotonic() - start
@@ -141,7 +150,7 @@ def lost_worker_ends_the_other(devices):
     return f"the other ends after {seconds:.0f} s"
 
 
-def _ended(status, limit):
+def _ended(status: int | None, limit: float) -> str:
     if status is None:
         return f"has not ended after {limit:g} s"
     return f"ended with status {status}"
@@ -151,12 +160,17 @@ class Worker:
     """A process that is one of the workers.
 
     Args:
-        settings: What it is told.
-        folder: Where its files go.
+        settings: Settings of the worker, without the output.
+        folder: Folder of the worker's files.
         environ: Environment variables to add.
     """
 
-    def __init__(self, settings, folder, environ):
+    def __init__(
+        self,
+        settings: Mapping[str, Any],
+        folder: pathlib.Path,
+        environ: Mapping[str, str],
+    ) -> None:
         number = settings["number"]
         self.result = folder / f"result_{number}.npz"
         self._output = folder / f"output_{number}.txt"
@@ -171,33 +185,35 @@ class Worker:
             )
 
     @property
-    def output(self):
-        """What it has written."""
+    def output(self) -> str:
+        """Text that the worker has written to its standard streams."""
         return self._output.read_text("utf-8", errors="replace")
 
     @property
-    def last_words(self):
-        """The last lines that it has written, in one."""
+    def last_words(self) -> str:
+        """Last lines that the worker has written, joined."""
         lines = [line for line in self.output.splitlines() if line.strip()]
         return " ".join(lines[-3:])[-500:]
 
-    def wait(self, seconds):
-        """Its exit status, None if it has not ended after `seconds`."""
+    def wait(self, seconds: float) -> int | None:
+        """Waits for the exit status, None if there is none after `seconds`."""
         try:
             return self.popen.wait(max(seconds, 0.1))
         except subprocess.TimeoutExpired:
             return None
 
-    def end(self):
-        """Ends it, if it has not ended."""
+    def end(self) -> None:
+        """Terminates the worker, if it has not ended."""
         if self.popen.poll() is None:
             self.popen.kill()
         self.popen.wait()
 
 
 @contextlib.contextmanager
-def started(devices, folder, **settings):
-    """Gives two workers that have begun; ends them afterwards."""
+def started(
+    devices: trial_lib.Devices, folder: pathlib.Path, **settings: Any
+) -> Iterator[list[Worker]]:
+    """Starts two workers, and terminates them afterwards."""
     settings = {
         "kind": devices.kind,
         "memory_limit": devices.settings.get("memory_limit"),
@@ -217,7 +233,7 @@ def started(devices, folder, **settings):
                         "task": {"type": "worker", "index": number},
                     }
                 ),
-                # Loopback is not for a proxy.
+                # Loopback is excluded, because a proxy cannot serve it.
                 "no_proxy": "127.0.0.1",
                 **visible_gpus(number, devices),
             }
@@ -230,8 +246,8 @@ def started(devices, folder, **settings):
             worker.end()
 
 
-def _free_addresses():
-    """Addresses that are free now."""
+def _free_addresses() -> list[str]:
+    """Finds addresses that are free now."""
     with contextlib.ExitStack() as stack:
         sockets = [
             stack.enter_context(socket.socket()) for _ in range(NUM_WORKERS)
@@ -241,8 +257,8 @@ def _free_addresses():
         return [f"127.0.0.1:{s.getsockname()[1]}" for s in sockets]
 
 
-def visible_gpus(number, devices):
-    """The environment that gives a worker its share of the GPUs."""
+def visible_gpus(number: int, devices: trial_lib.Devices) -> dict[str, str]:
+    """Returns the environment that gives a worker its share of the GPUs."""
     num_gpus = devices.settings.get("num_gpus", 0)
     if devices.kind != "GPU" or num_gpus < NUM_WORKERS:
         return {}
@@ -257,8 +273,8 @@ def visible_gpus(number, devices):
 # ----- A worker -----
 
 
-def work(settings):
-    """Trains as one of the workers, and writes what it has."""
+def work(settings: Mapping[str, Any]) -> None:
+    """Trains as one of the workers, and writes its weights and state."""
     options = tf.distribute.experimental
     strategy = tf_regtopk.MultiWorkerMirroredStrategy(
         communication_options=options.CommunicationOptions(
@@ -297,8 +313,8 @@ def work(settings):
     np.savez(settings["output"], **arrays)
 
 
-def main(argv):
-    """Works as the settings say, and ends the process."""
+def main(argv: Sequence[str]) -> None:
+    """Works according to the settings, and terminates the process."""
     settings = json.loads(argv[1])
     tf.get_logger().setLevel("ERROR")
     gpus = tf.config.list_physical_devices("GPU")
@@ -321,7 +337,8 @@ def main(argv):
         status = LOST_A_WORKER if is_loss else 1
     sys.stdout.flush()
     sys.stderr.flush()
-    # At a regular exit TensorFlow may wait for a worker that is gone.
+    # The exit is immediate, because at a regular exit TensorFlow may wait for a
+    # worker that is gone.
     os._exit(status)
 
 

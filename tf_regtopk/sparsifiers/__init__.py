@@ -1,12 +1,12 @@
-"""Sparsifiers: which k entries of the accumulated gradient a replica sends.
+"""Sparsifiers: the choice of the k entries that a replica sends.
 
 A sparsifier is a pair: a pure score function in the notation of its paper, and
-a small immutable record of its hyper-parameters.  Each step a replica sends
-the k entries whose scores have the largest magnitude.
+a small immutable record of its hyper-parameters. Each step a replica sends the
+k entries whose scores have the largest magnitude.
 
-Notation, for one replica: a the accumulated gradient, `sent` what the replica
-sent of it, agg the sum over all replicas of what they sent; a superscript t-1
-marks the previous step.  Under `tf.distribute` Keras divides the loss by the
+Notation, for one replica: a is the accumulated gradient, `sent` the part of it
+that the replica sent, agg the sum of `sent` over all replicas; a superscript
+t-1 marks the previous step. Under `tf.distribute` Keras divides the loss by the
 number of replicas, so a already carries the weight 1/N of its replica.
 """
 

@@ -4,24 +4,26 @@ import abc
 import dataclasses
 from typing import ClassVar
 
+import tensorflow as tf
+
 from tf_regtopk import hyper_parameters
 
 
 @dataclasses.dataclass(frozen=True)
 class Sparsifier(hyper_parameters.HyperParameters, abc.ABC):
-    """Base class: what the optimizer asks of a sparsifier.
+    """Base class of sparsifiers.
 
     A subclass is a frozen dataclass of hyper-parameters that overrides `score`,
-    and the two memory methods where it remembers something between steps. To be
-    saved with a model it is registered with
+    and the two memory methods if it remembers something between steps. A
+    subclass that is saved with a model must be registered with
     `keras.saving.register_keras_serializable`.
 
     Args:
         density: Float in (0, 1]. The share of entries that is sent.
     """
 
-    # Whether entries that are NaN or infinite are always selected first. If
-    # not, the optimizer has to look for them among all.
+    # True if entries that are NaN or infinite are always selected first. If
+    # False, the optimizer looks for such entries in the whole gradient.
     selects_non_finite: ClassVar[bool] = False
 
     # Names of the numbers that `measure` returns.
@@ -29,15 +31,17 @@ class Sparsifier(hyper_parameters.HyperParameters, abc.ABC):
 
     density: float = 0.001
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._check_number("density", "in (0, 1]", lambda d: 0 < d <= 1)
 
-    def num_selected(self, num_entries):
-        """k = max(1, round(density * J)) for J = `num_entries`."""
+    def num_selected(self, num_entries: int) -> int:
+        """Returns k = max(1, round(density * J)) for J = `num_entries`."""
         return max(1, round(self.density * num_entries))
 
-    def initial_memory(self, k, size, dtype):
-        """Returns the memory before the first step.
+    def initial_memory(
+        self, k: int, size: int, dtype: tf.DType
+    ) -> tuple[tf.Tensor, ...]:
+        """Makes the memory of a replica before its first step.
 
         Args:
             k: Number of entries sent per step.
@@ -45,14 +49,16 @@ class Sparsifier(hyper_parameters.HyperParameters, abc.ABC):
             dtype: Float dtype of the gradient.
 
         Returns:
-            Tuple of tensors, `()` if nothing is remembered.
+            Tuple of tensors, `()` if the sparsifier remembers nothing.
         """
         del k, size, dtype
         return ()
 
     @abc.abstractmethod
-    def score(self, a, memory, step):
-        """The scores, of which the largest are selected.
+    def score(
+        self, a: tf.Tensor, memory: tuple[tf.Tensor, ...], step: tf.Tensor
+    ) -> tf.Tensor:
+        """Scores the entries; the scores of largest magnitude are selected.
 
         Args:
             a: Float tensor `[J]`, the accumulated gradient.
@@ -60,22 +66,28 @@ class Sparsifier(hyper_parameters.HyperParameters, abc.ABC):
             step: Scalar int64 tensor, the number of steps taken so far.
 
         Returns:
-            Float tensor `[J]`. Those of largest magnitude are selected.
+            Float tensor `[J]`.
         """
 
-    def restore(self, a, scores, memory, selected):
+    def restore(
+        self,
+        a: tf.Tensor,
+        scores: tf.Tensor,
+        memory: tuple[tf.Tensor, ...],
+        selected: tf.Tensor,
+    ) -> tf.Tensor:
         """Returns `a`, for a sparsifier that wrote its scores over it.
 
-        If few scores differ from a, XLA stores them in the place of a, as long
-        as nothing needs a afterwards; else it copies all of a first. A
-        sparsifier can spare it that by overriding this method, to make a out of
-        `scores` again.
+        If few scores differ from a, XLA stores the scores in the place of a, as
+        long as nothing needs a afterwards; otherwise XLA copies all of a first.
+        A sparsifier avoids that copy if it overrides this method and makes a
+        out of `scores` again.
 
         Args:
             a: Float tensor `[J]`, the accumulated gradient.
-            scores: Float tensor `[J]`, what `score` has returned for it.
-            memory: As for `score`.
-            selected: int32 tensor, what was selected by these scores.
+            scores: Float tensor `[J]` that `score` has returned for a.
+            memory: Tuple of tensors that `score` was given.
+            selected: int32 tensor, the entries selected by these scores.
 
         Returns:
             Float tensor `[J]`, equal to `a`.
@@ -83,7 +95,9 @@ class Sparsifier(hyper_parameters.HyperParameters, abc.ABC):
         del scores, memory, selected
         return a
 
-    def measure(self, a, memory, indices):
+    def measure(
+        self, a: tf.Tensor, memory: tuple[tf.Tensor, ...], indices: tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
         """Returns scalars about a step, for the optimizer's telemetry.
 
         Args:
@@ -97,15 +111,22 @@ class Sparsifier(hyper_parameters.HyperParameters, abc.ABC):
         del a, memory, indices
         return ()
 
-    def remember(self, memory, indices, sent, aggregate, step):
-        """Returns the memory for the next step.
+    def remember(
+        self,
+        memory: tuple[tf.Tensor, ...],
+        indices: tf.Tensor,
+        sent: tf.Tensor,
+        aggregate: tf.Tensor,
+        step: tf.Tensor,
+    ) -> tuple[tf.Tensor, ...]:
+        """Makes the memory of a step for the next step.
 
         Args:
             memory: Tuple of tensors, the memory of this step.
             indices: int32 tensor `[k]`, the entries this replica sent.
             sent: Float tensor `[k]`, the values it sent.
-            aggregate: Float tensor `[k]`, the sum of what all replicas sent for
-                these entries.
+            aggregate: Float tensor `[k]`, the sum over all replicas of the
+                values sent for these entries.
             step: Scalar int64 tensor, the number of steps taken before.
 
         Returns:

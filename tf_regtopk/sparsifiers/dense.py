@@ -1,9 +1,10 @@
-"""All entries."""
+"""The sparsifier that selects all entries."""
 
 import dataclasses
 from typing import ClassVar
 
 import keras
+import tensorflow as tf
 
 from tf_regtopk.sparsifiers import base
 from tf_regtopk.sparsifiers import top_k
@@ -12,10 +13,10 @@ from tf_regtopk.sparsifiers import top_k
 @keras.saving.register_keras_serializable(package="tf_regtopk")
 @dataclasses.dataclass(frozen=True)
 class Dense(base.Sparsifier):
-    """All entries, for codecs that quantise whole gradients.
+    """All entries, for value codecs that quantise whole gradients.
 
-    As in QSGD, natural compression or CGX. Every replica receives the payloads
-    of all others, so this takes bytes in proportion to their number.
+    QSGD, natural compression and CGX are such codecs. Every replica receives
+    the payloads of all others, so the bytes grow with the number of replicas.
 
     Example:
 
@@ -27,9 +28,11 @@ class Dense(base.Sparsifier):
 
     density: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._check_number("density", "1 for `Dense`", lambda d: d == 1)
 
-    def score(self, a, memory, step):
+    def score(
+        self, a: tf.Tensor, memory: tuple[tf.Tensor, ...], step: tf.Tensor
+    ) -> tf.Tensor:
         del memory, step
         return top_k.top_k_score(a)

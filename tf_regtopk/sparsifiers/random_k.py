@@ -3,18 +3,21 @@
 import dataclasses
 
 import keras
+import tensorflow as tf
 
 from tf_regtopk.kernels import hashing
 from tf_regtopk.sparsifiers import base
 
 
-def random_k_score(size, seed, step, dtype):
-    r"""Random-k: uniform in [0, 1), and the same on every replica.
+def random_k_score(
+    size: int, seed: int, step: int | tf.Tensor, dtype: tf.DType
+) -> tf.Tensor:
+    r"""Draws Random-k's scores, uniform in [0, 1), the same on every replica.
 
     Args:
         size: J, the number of entries.
-        seed: Python integer.
-        step: Scalar integer tensor.
+        seed: Any integer.
+        step: Scalar integer.
         dtype: Float dtype of the scores.
 
     Returns:
@@ -37,10 +40,12 @@ class RandomK(base.Sparsifier):
 
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self._check_integer("seed", minimum=0)
 
-    def score(self, a, memory, step):
+    def score(
+        self, a: tf.Tensor, memory: tuple[tf.Tensor, ...], step: tf.Tensor
+    ) -> tf.Tensor:
         del memory
         return random_k_score(a.shape[0], self.seed, step, a.dtype)

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from typing import ClassVar
+from typing import Literal
 
 import keras
 import tensorflow as tf
@@ -11,24 +12,31 @@ from tf_regtopk import validation
 from tf_regtopk.sparsifiers import base
 
 
-def reg_top_k_score(a, indices, one_plus_delta, mu, q):
-    r"""RegTop-k: the entry, damped where the others cancelled it before.
+def reg_top_k_score(
+    a: tf.Tensor,
+    indices: tf.Tensor,
+    one_plus_delta: tf.Tensor,
+    mu: float,
+    q: float,
+) -> tf.Tensor:
+    r"""Damps the entries that the other replicas cancelled before.
 
         score_j = a_j tanh(|1 + Delta_j| / mu) / tanh(|1 + Q| / mu)
         Delta_j = (agg_j^{t-1} - sent_j^{t-1}) / denominator_j
                                                 where j was sent at t-1
         Delta_j = Q                             elsewhere
 
-    With the denominator `sent_j^{t-1}`, 1 + Delta_j is what all replicas sent
-    for the entry in units of what this one sent: 0 where they cancelled it. The
-    paper's score lacks the division, which changes no order and leaves the
-    scores of all entries but `indices` to be a itself.
+    With the denominator `sent_j^{t-1}`, 1 + Delta_j is the sum over all
+    replicas in units of the value that this replica sent: 0 where the others
+    cancelled it. The paper's score lacks the division by tanh(|1 + Q| / mu).
+    The division changes no order, and makes the scores of all entries but
+    `indices` equal to a.
 
     Args:
         a: Float tensor `[J]`, the accumulated gradient.
         indices: int32 tensor `[k]`, the entries sent at t-1, each once.
         one_plus_delta: Float tensor `[k]`, 1 + Delta at `indices`; NaN where
-            it is not defined, which counts as not sent.
+            Delta is not defined, which counts as not sent.
         mu: Positive float. The larger, the stronger the damping; with mu -> 0
             this is Top-k.
         q: Non-negative float Q.
@@ -60,19 +68,20 @@ def reg_top_k_score(a, indices, one_plus_delta, mu, q):
 @keras.saving.register_keras_serializable(package="tf_regtopk")
 @dataclasses.dataclass(frozen=True)
 class RegTopK(base.Sparsifier):
-    """RegTop-k: Top-k that holds back entries which the others cancel.
+    """RegTop-k: Top-k that holds back entries which other replicas cancel.
 
     Args:
         density: Float in (0, 1]. The share of entries that is sent.
-        mu: Positive float. The larger, the stronger entries are damped of which
-            little remained in the sum of all replicas; with mu -> 0 this is
-            Top-k. In the distributed linear regression 2 to 20 work alike, and
-            0.5 or less stalls as Top-k does.
-        q: Non-negative float. Stands for Delta where an entry was not sent in
-            the previous step; large, so that such an entry is not damped.
-        denominator: `"previous"` divides by what this replica sent in the
-            previous step, `"current"` by what it has accumulated now. Both are
-            published; only the first reaches the optimum where Top-k stalls.
+        mu: Positive float. The larger, the stronger the damping of entries of
+            which little remained in the sum over all replicas; with mu -> 0
+            this is Top-k. In the distributed linear regression 2 to 20 work
+            alike, and 0.5 or less stalls as Top-k does.
+        q: Non-negative float. Replaces Delta of an entry that was not sent in
+            the previous step; large, because such an entry is not to be damped.
+        denominator: `"previous"` divides by the value that this replica sent in
+            the previous step, `"current"` by the value accumulated now. Both
+            are published; only `"previous"` reaches the optimum where Top-k
+            stalls.
 
     Example:
 
@@ -88,23 +97,27 @@ class RegTopK(base.Sparsifier):
 
     mu: float = 4.0
     q: float = 1e8
-    denominator: str = "previous"
+    denominator: Literal["previous", "current"] = "previous"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
-        # A smaller mu would be 0 in float32.
+        # The limit is above 0 because a smaller mu would be 0 in float32.
         self._check_number("mu", "a positive number", lambda mu: mu > 1e-37)
         self._check_number("q", "a non-negative number", lambda q: q >= 0)
         validation.check_choice(
             "denominator", self.denominator, ("previous", "current")
         )
 
-    def initial_memory(self, k, size, dtype):
+    def initial_memory(
+        self, k: int, size: int, dtype: tf.DType
+    ) -> tuple[tf.Tensor, tf.Tensor]:
         del size
-        # NaN: nothing was sent, so Delta is not defined there.
+        # Delta is NaN, that is not defined, because nothing has been sent yet.
         return tf.range(k), tf.fill([k], tf.constant(math.nan, dtype))
 
-    def score(self, a, memory, step):
+    def score(
+        self, a: tf.Tensor, memory: tuple[tf.Tensor, tf.Tensor], step: tf.Tensor
+    ) -> tf.Tensor:
         del step
         indices, _ = memory
         one_plus_delta = self._one_plus_delta(a, memory)
@@ -118,17 +131,28 @@ class RegTopK(base.Sparsifier):
             one_plus_delta = 1.0 + difference / tf.gather(a, indices)
         return one_plus_delta
 
-    def restore(self, a, scores, memory, selected):
+    def restore(
+        self,
+        a: tf.Tensor,
+        scores: tf.Tensor,
+        memory: tuple[tf.Tensor, tf.Tensor],
+        selected: tf.Tensor,
+    ) -> tf.Tensor:
         indices, _ = memory
         original = tf.gather(a, indices)
-        # Positions are never negative, so this adds 0. XLA does not know, and
-        # cannot write over the scores before `selected` has been found.
+        # This adds 0, because positions are never negative. XLA does not know
+        # that, and cannot write over the scores before `selected` is found.
         indices += tf.minimum(selected[0], 0)
         return tf.tensor_scatter_nd_update(
             scores, indices[:, tf.newaxis], original
         )
 
-    def measure(self, a, memory, indices):
+    def measure(
+        self,
+        a: tf.Tensor,
+        memory: tuple[tf.Tensor, tf.Tensor],
+        indices: tf.Tensor,
+    ) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns two numbers of the entries that were sent at t-1.
 
         Damped are those with |1 + Delta| < 1/2, of which the others cancelled
@@ -145,10 +169,18 @@ class RegTopK(base.Sparsifier):
         # Before the first step the memory holds no entries that were sent.
         return damped, tf.where(is_first, 0, again)
 
-    def remember(self, memory, indices, sent, aggregate, step):
+    def remember(
+        self,
+        memory: tuple[tf.Tensor, tf.Tensor],
+        indices: tf.Tensor,
+        sent: tf.Tensor,
+        aggregate: tf.Tensor,
+        step: tf.Tensor,
+    ) -> tuple[tf.Tensor, tf.Tensor]:
         del memory, step
         if self.denominator == "current":
-            # The denominator follows in the next step.
+            # The difference is remembered, because the denominator follows in
+            # the next step.
             return indices, aggregate - sent
         not_defined = tf.constant(math.nan, sent.dtype)
         return indices, tf.where(sent == 0, not_defined, aggregate / sent)

@@ -4,12 +4,13 @@ import dataclasses
 from typing import ClassVar
 
 import keras
+import tensorflow as tf
 
 from tf_regtopk.sparsifiers import base
 
 
-def top_k_score(a):
-    """Top-k: `score_j = a_j`.
+def top_k_score(a: tf.Tensor) -> tf.Tensor:
+    """Returns Top-k's scores: `score_j = a_j`.
 
     Args:
         a: Float tensor `[J]`, the accumulated gradient.
@@ -39,6 +40,8 @@ class TopK(base.Sparsifier):
 
     selects_non_finite: ClassVar[bool] = True
 
-    def score(self, a, memory, step):
+    def score(
+        self, a: tf.Tensor, memory: tuple[tf.Tensor, ...], step: tf.Tensor
+    ) -> tf.Tensor:
         del memory, step
         return top_k_score(a)
