@@ -1,7 +1,9 @@
 """The examples that simulate workers, shortened."""
 
+import re
 import types
 
+import custom_error_feedback
 import density_sweep
 import example_runner
 import example_utils
@@ -16,6 +18,53 @@ import tensorflow as tf
 import toy_logistic
 
 import tf_regtopk
+
+
+def accuracies(output):
+    """Those of each epoch, on the images it trains on."""
+    return [float(a) for a in re.findall(r"- accuracy: ([0-9.]+)", output)]
+
+
+def test_quickstart():
+    output = example_runner.output_of("quickstart", "--epochs=2")
+    assert accuracies(output)[-1] > 0.5
+    assert "861 of 17,226, by each of 2 replicas" in output
+
+
+def test_custom_sparsifier():
+    """What is loaded goes on with the user's sparsifier."""
+    output = example_runner.output_of(
+        "custom_sparsifier", "--epochs=1", "--density=0.1", "--rest=0.25"
+    )
+    before, after = output.split("Loaded a model")
+    assert "RestingTopK(density=0.1, rest=0.25)" in after
+    assert accuracies(before) < accuracies(after)
+    assert accuracies(after)[0] > 0.5
+
+
+def test_custom_error_feedback():
+    output = example_runner.output_of("custom_error_feedback", "--epochs=2")
+    assert accuracies(output)[-1] > 0.5
+
+
+@pytest.mark.parametrize(
+    "decay, rule",
+    [(0.0, tf_regtopk.NoFeedback()), (1.0, tf_regtopk.Accumulate())],
+)
+def test_custom_error_feedback_between_the_librarys(decay, rule):
+    custom = custom_error_feedback.ForgetfulAccumulate(decay)
+    weights = []
+    for error_feedback in (custom, rule):
+        variable = keras.Variable(np.zeros(6), dtype="float64")
+        optimizer = tf_regtopk.SparsifiedOptimizer(
+            keras.optimizers.SGD(0.5),
+            tf_regtopk.TopK(0.4),
+            error_feedback=error_feedback,
+        )
+        for g in np.random.default_rng(0).standard_normal((5, 6)):
+            optimizer.apply([tf.constant(g)], [variable])
+        weights.append(variable.numpy())
+    np.testing.assert_array_equal(*weights)
 
 
 @pytest.mark.slow
