@@ -3,7 +3,7 @@ r"""Linear regression at many densities: which methods reach the optimum?
 The problem of `linear_regression.py`, for several seeds and densities, with all
 workers in one compiled program.
 
-    python examples/density_sweep.py --densities=0.01,0.1,0.6 --seeds=0,1,2
+    python examples/density_sweep.py --densities=0.01,0.6 --seeds=0,1
 """
 
 from absl import app
@@ -12,9 +12,10 @@ import example_utils
 import keras
 import linear_regression
 import numpy as np
-import simulation
 import tensorflow as tf
 import tqdm
+
+from tf_regtopk import simulation
 
 _METHODS = (
     "topk_no_feedback",
@@ -44,7 +45,11 @@ def define_flags():
 
 
 def make_training(method, density, args):
-    """Compiles what `train` runs on the data of one seed."""
+    """Compiles a training that serves the data of all seeds.
+
+    Returns:
+        `(training, learning_rate)`, for `train`.
+    """
     optimizer = example_utils.make_optimizer(
         method, args, args.learning_rate, density
     )
@@ -57,19 +62,16 @@ def make_training(method, density, args):
     def distance(w, data):
         return tf.reduce_sum((w - data[-1]) ** 2)
 
-    return simulation.gradient_descent(
+    training = simulation.gradient_descent(
+        simulation.descent_of(optimizer, args.num_workers),
         gradients_of,
         distance,
-        optimizer.sparsifier,
-        optimizer.error_feedback,
-        optimizer.codec,
-        args.num_workers,
         args.rounds,
-        simulation.MomentumSGD(),
     )
+    return training, float(optimizer.learning_rate)
 
 
-def train(training, problem, learning_rate):
+def train(training, learning_rate, problem):
     """Returns log10 ||w - w*||^2 after each step."""
     features, targets, optimum = problem
     num_points, dimension = features.shape[1:]
@@ -78,8 +80,7 @@ def train(training, problem, learning_rate):
     moment = np.einsum("nij,nio->nj", features, targets) / num_points
     data = tuple(tf.constant(part) for part in (gram, moment, optimum))
     start = tf.zeros([dimension], tf.float64)
-    rate = tf.constant(learning_rate, tf.float64)
-    return np.log10(training(start, rate, data).numpy())
+    return np.log10(training(start, learning_rate, data).numpy())
 
 
 def main(argv):
@@ -105,9 +106,7 @@ def main(argv):
         final = []
         for density in tqdm.tqdm(densities, desc=method):
             training = make_training(method, density, args)
-            final.append(
-                [train(training, p, args.learning_rate)[-1] for p in problems]
-            )
+            final.append([train(*training, p)[-1] for p in problems])
         finals[method] = np.array(final)
 
     print("\nfinal log10 ||w - w*||^2: median (min .. max)")

@@ -18,11 +18,11 @@ import example_utils
 import keras
 import multi_worker
 import numpy as np
-import simulation
 import tensorflow as tf
 import worker_data
 
 import tf_regtopk
+from tf_regtopk import simulation
 
 # Of the network: pixels, hidden units, classes.
 LAYERS = (64, 64, 10)
@@ -120,34 +120,20 @@ def train(args, trainings, is_tuning, method, learning_rate, seed):
     optimizer = example_utils.make_optimizer(
         method, args, learning_rate, args.density, args.momentum, is_adam
     )
-    inner, num_bytes = optimizer, 2 * 4 * len(weights) / args.num_workers
-    compression = (
-        tf_regtopk.Dense(),
-        tf_regtopk.Accumulate(),
-        tf_regtopk.Codec(),
-    )
+    num_bytes = 2 * 4 * len(weights) / args.num_workers
     if isinstance(optimizer, tf_regtopk.SparsifiedOptimizer):
-        inner = optimizer.inner_optimizer
-        compression = (
-            optimizer.sparsifier,
-            optimizer.error_feedback,
-            optimizer.codec,
-        )
         optimizer.build([keras.Variable(weights)])
         num_bytes = optimizer.wire_report().payload_bytes
     if method not in trainings:  # Compiled once for all seeds.
         trainings[method] = simulation.gradient_descent(
+            simulation.descent_of(optimizer, args.num_workers),
             gradients_of,
             accuracy,
-            *compression,
-            args.num_workers,
             args.rounds,
-            simulation.Adam()
-            if is_adam
-            else simulation.MomentumSGD(inner.momentum),
         )
     data = tuple(tf.constant(part) for part in (x[numbers], y[numbers], *test))
-    curve = trainings[method](weights, inner.learning_rate.value, data).numpy()
+    rate = float(optimizer.learning_rate)
+    curve = trainings[method](weights, rate, data).numpy()
     every = args.evaluate_every
     rounds = sorted({*range(every, args.rounds, every), args.rounds})
     return {

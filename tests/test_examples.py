@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import reference
 import shift_variants
-import simulation
 import tensorflow as tf
 import toy_logistic
 
@@ -218,8 +217,8 @@ def test_linear_regression_follows_the_reference(mirrored):
         ("shift_regtopk", "regtopk", reference.LearnedShift),
     ],
 )
-def test_simulation_follows_the_reference(method, score, rule):
-    """Many workers in one program take the steps of as many replicas."""
+def test_density_sweep_follows_the_reference(method, score, rule):
+    keras.config.set_floatx("float64")
     args = types.SimpleNamespace(
         mu=4.0,
         denominator="previous",
@@ -232,7 +231,7 @@ def test_simulation_follows_the_reference(method, score, rule):
     problem = linear_regression.make_problem(3, 7, 11, 5)
     features, targets, optimum = problem
     training = density_sweep.make_training(method, 0.4, args)
-    curve = density_sweep.train(training, problem, 0.05)
+    curve = density_sweep.train(*training, problem)
 
     workers = reference.Workers(score, 3, [7], 0.4, feedback=rule())
     w, expected = np.zeros(7), []
@@ -242,23 +241,6 @@ def test_simulation_follows_the_reference(method, score, rule):
         w = w - args.learning_rate * workers.step(gradients)
         expected.append(np.sum((w - optimum) ** 2))
     np.testing.assert_allclose(curve, np.log10(expected), rtol=1e-9)
-
-
-@pytest.mark.parametrize(
-    "inner, optimizer",
-    [
-        (simulation.MomentumSGD(0.75), keras.optimizers.SGD(0.5, 0.75)),
-        (simulation.Adam(), keras.optimizers.Adam(0.5)),
-    ],
-)
-def test_inner_optimizers_of_the_simulation(inner, optimizer):
-    variable = keras.Variable(np.zeros(6), dtype="float64")
-    w, arrays = np.zeros(6), (tf.zeros(6, tf.float64),) * inner.num_arrays
-    for t, g in enumerate(np.random.default_rng(0).standard_normal((5, 6))):
-        optimizer.apply([tf.constant(g)], [variable])
-        change, arrays = inner(arrays, tf.constant(g), tf.constant(t))
-        w -= 0.5 * change
-        np.testing.assert_allclose(variable.numpy(), w, rtol=1e-5)
 
 
 @pytest.mark.slow

@@ -52,7 +52,7 @@ LAYERS = (
     ("error_feedback", "planning"),
     ("steps",),
     ("optimizers",),
-    ("callbacks",),
+    ("callbacks", "simulation"),
     ("__init__", "advise"),
     ("selftest",),
 )
