@@ -12,9 +12,12 @@ import tf_regtopk
 from tf_regtopk import simulation
 
 sys.path.append(str(pathlib.Path(__file__).parent.parent / "examples"))
+sys.path.append(
+    str(pathlib.Path(__file__).parent.parent / "examples" / "studies")
+)
 
-import example_utils
 import image_training
+import methods
 
 
 class Network:
@@ -85,13 +88,13 @@ class Method:
     """A method of the example: how a step goes after the gradients.
 
     Args:
-        name: As of `example_utils.make_optimizer`.
+        name: As of `methods.make_optimizer`.
         args: The flags.
         model: A built Keras model.
     """
 
     def __init__(self, name, args, model):
-        optimizer = example_utils.make_optimizer(
+        optimizer = methods.make_optimizer(
             name,
             args,
             1.0,

@@ -3,19 +3,29 @@ r"""Linear regression at many densities: which methods reach the optimum?
 The problem of `linear_regression.py`, for several seeds and densities, with all
 workers in one compiled program.
 
-    python examples/density_sweep.py --densities=0.01,0.6 --seeds=0,1
+    python examples/studies/density_sweep.py --densities=0.01,0.6 --seeds=0,1
 """
+
+import pathlib
+import sys
 
 from absl import app
 from absl import flags
-import example_utils
 import keras
-import linear_regression
 import numpy as np
 import tensorflow as tf
 import tqdm
 
 from tf_regtopk import simulation
+
+sys.path.append(str(pathlib.Path(__file__).parent.parent))
+
+import example_utils
+import linear_regression
+import methods
+import shift_variants
+
+methods.METHODS.update(shift_variants.METHODS)
 
 _METHODS = (
     "topk_no_feedback",
@@ -35,13 +45,13 @@ def define_flags():
         "Shares of the gradient entries that are sent.",
     )
     flags.DEFINE_list("seeds", ["0", "1", "2", "3", "4"], "Seeds of the data.")
-    example_utils.define_method_flags(mu=4.0, methods=_METHODS)
+    methods.define_method_flags(mu=4.0, methods=_METHODS)
     flags.DEFINE_string(
         "output_dir", "results/density_sweep", "Where the results go."
     )
     # So that --help lists those too.
     flags.adopt_module_key_flags(linear_regression)
-    flags.adopt_module_key_flags(example_utils)
+    flags.adopt_module_key_flags(methods)
 
 
 def make_training(method, density, args):
@@ -50,7 +60,7 @@ def make_training(method, density, args):
     Returns:
         `(training, learning_rate)`, for `train`.
     """
-    optimizer = example_utils.make_optimizer(
+    optimizer = methods.make_optimizer(
         method, args, args.learning_rate, density
     )
 
