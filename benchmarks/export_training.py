@@ -23,7 +23,9 @@ import tqdm
 
 from tf_regtopk.kernels import device_kind
 
-sys.path.append(str(pathlib.Path(__file__).parent.parent / "examples"))
+sys.path.append(
+    str(pathlib.Path(__file__).parent.parent / "examples" / "studies")
+)
 
 import cifar10_resnet
 import comparison

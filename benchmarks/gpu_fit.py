@@ -38,7 +38,9 @@ import tensorflow as tf
 
 import tf_regtopk
 
-sys.path.append(str(pathlib.Path(__file__).parent.parent / "examples"))
+sys.path.append(
+    str(pathlib.Path(__file__).parent.parent / "examples" / "studies")
+)
 
 import resnet
 

@@ -9,12 +9,15 @@ import numpy as np
 import tensorflow as tf
 
 import tf_regtopk
+from tf_regtopk import simulation
 
 sys.path.append(str(pathlib.Path(__file__).parent.parent / "examples"))
+sys.path.append(
+    str(pathlib.Path(__file__).parent.parent / "examples" / "studies")
+)
 
-import example_utils
 import image_training
-import simulation
+import methods
 
 
 class Network:
@@ -85,13 +88,13 @@ class Method:
     """A method of the example: how a step goes after the gradients.
 
     Args:
-        name: As of `example_utils.make_optimizer`.
+        name: As of `methods.make_optimizer`.
         args: The flags.
         model: A built Keras model.
     """
 
     def __init__(self, name, args, model):
-        optimizer = example_utils.make_optimizer(
+        optimizer = methods.make_optimizer(
             name,
             args,
             1.0,
@@ -99,28 +102,15 @@ class Method:
             args.momentum,
             adam=args.inner_optimizer == "adam",
         )
-        is_sparse = isinstance(optimizer, tf_regtopk.SparsifiedOptimizer)
-        inner = optimizer.inner_optimizer if is_sparse else optimizer
         # Some take a multiple of the learning rate.
-        self._scale = float(inner.learning_rate)
-        if isinstance(inner, keras.optimizers.Adam):
-            inner = simulation.Adam(inner.beta_1, inner.beta_2, inner.epsilon)
-        else:
-            inner = simulation.MomentumSGD(inner.momentum)
-        if is_sparse:
-            self._descent = simulation.SparseDescent(
-                optimizer.sparsifier,
-                optimizer.error_feedback,
-                optimizer.codec,
-                args.num_workers,
-                inner,
-            )
+        self._scale = float(optimizer.learning_rate)
+        self._descent = simulation.descent_of(optimizer, args.num_workers)
+        if isinstance(optimizer, tf_regtopk.SparsifiedOptimizer):
             optimizer.build(model.trainable_variables)
             self.bytes_a_step = dataclasses.replace(
                 optimizer.wire_report(), num_replicas=args.num_workers
             ).sent_bytes
         else:
-            self._descent = simulation.DenseDescent(inner)
             self.bytes_a_step = image_training.bytes_a_step(
                 optimizer, model, args.num_workers
             )

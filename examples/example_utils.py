@@ -1,4 +1,4 @@
-"""What the examples share: simulated workers, recording and results."""
+"""What examples and studies share: simulated workers, flags and results."""
 
 import json
 import os
@@ -8,11 +8,8 @@ from absl import flags
 import keras
 import matplotlib
 import numpy as np
-import shift_variants
 import tensorflow as tf
 import tqdm
-
-import tf_regtopk
 
 matplotlib.use("Agg")  # Writes files; needs no display.
 from matplotlib import pyplot as plt
@@ -65,25 +62,6 @@ def full_batch_dataset(features, targets):
     return tf.data.Dataset.from_tensors(tuple(merged)).repeat()
 
 
-METHODS = (
-    "dense",
-    "topk_no_feedback",
-    "topk",
-    "regtopk",
-    "regtopk_local",
-    "randomk",
-    "dgc",
-    "ef21",
-    "shift",
-    "shift_regtopk",
-    "shift_regtopk_inner",
-    "shift_slow",
-    "shift_fast",
-    "shift_masked",
-    "shift_rounded",
-)
-
-
 def define_density_flag(default):
     """Defines the flag `density`, a share in (0, 1]."""
     flags.DEFINE_float(
@@ -117,107 +95,6 @@ def define_codec_flags():
             "ternary",
         ],
         "How the values of the entries are written; float32: as they are.",
-    )
-
-
-def define_method_flags(mu, methods=("dense", "topk", "regtopk")):
-    """Defines the flags for the methods to compare; both are defaults."""
-    flags.DEFINE_list(
-        "methods",
-        list(methods),
-        f"Methods to compare, of {', '.join(METHODS)}.",
-    )
-    flags.register_validator(
-        "methods",
-        lambda methods: methods and set(methods) <= set(METHODS),
-        f"must be among {', '.join(METHODS)}",
-    )
-    define_codec_flags()
-    flags.DEFINE_float("mu", mu, "RegTop-k's mu.")
-    flags.DEFINE_enum(
-        "denominator", "previous", ["previous", "current"], "RegTop-k's form."
-    )
-
-
-def make_optimizer(
-    method, args, learning_rate, density, momentum=0.0, adam=False
-):
-    """Gradient descent as it is for "dense", else wrapped for the method.
-
-    Momentum is the inner optimizer's, but the workers' own for "regtopk_local",
-    "dgc", "ef21", and all of "shift" but the "inner" one. At density 1 all
-    methods take the same steps (but "dgc" and "shift_masked", which then have
-    no momentum, and "shift_rounded").
-
-    Args:
-        method: One of `METHODS`.
-        args: The flags of `define_method_flags`.
-        learning_rate: Float.
-        density: The share of entries that are sent.
-        momentum: Float in [0, 1).
-        adam: Boolean, whether the inner optimizer is Adam; without momentum,
-            which it has of its own.
-    """
-
-    def inner(momentum, scale=1.0):
-        if adam:
-            return keras.optimizers.Adam(learning_rate)
-        return keras.optimizers.SGD(scale * learning_rate, momentum)
-
-    if method == "dense":
-        return inner(momentum)
-    topk = tf_regtopk.TopK(density)
-    regtopk = tf_regtopk.RegTopK(density, args.mu, denominator=args.denominator)
-    accumulate = tf_regtopk.Accumulate()
-    dgc = tf_regtopk.Accumulate(momentum, factor_masking=momentum > 0)
-    # It averages gradients where momentum adds them up.
-    ef21, averaging = tf_regtopk.EF21(1 - momentum), 1 / (1 - momentum)
-    shift = tf_regtopk.LearnedShift(momentum=momentum)
-    inner_optimizer, sparsifier, error_feedback = {
-        "topk_no_feedback": (inner(momentum), topk, tf_regtopk.NoFeedback()),
-        "topk": (inner(momentum), topk, accumulate),
-        "regtopk": (inner(momentum), regtopk, accumulate),
-        "regtopk_local": (
-            inner(0.0),
-            regtopk,
-            tf_regtopk.Accumulate(momentum),
-        ),
-        "randomk": (inner(momentum), tf_regtopk.RandomK(density), accumulate),
-        "dgc": (inner(0.0), topk, dgc),
-        "ef21": (inner(0.0, averaging), topk, ef21),
-        "shift": (inner(0.0), topk, shift),
-        "shift_regtopk": (inner(0.0), regtopk, shift),
-        "shift_regtopk_inner": (
-            inner(momentum),
-            regtopk,
-            tf_regtopk.LearnedShift(),
-        ),
-        "shift_slow": (
-            inner(0.0),
-            regtopk,
-            tf_regtopk.LearnedShift(density / 4, momentum),
-        ),
-        "shift_fast": (
-            inner(0.0),
-            regtopk,
-            tf_regtopk.LearnedShift(min(1, 4 * density), momentum),
-        ),
-        "shift_masked": (
-            inner(0.0),
-            regtopk,
-            shift_variants.MaskedShift(momentum=momentum),
-        ),
-        "shift_rounded": (
-            inner(0.0),
-            regtopk,
-            shift_variants.RoundedShift(momentum=momentum),
-        ),
-    }[method]
-    return tf_regtopk.SparsifiedOptimizer(
-        inner_optimizer,
-        sparsifier,
-        codec=tf_regtopk.Codec(args.indices, args.values),
-        error_feedback=error_feedback,
     )
 
 

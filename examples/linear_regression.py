@@ -6,6 +6,10 @@ weights that fit all data best.  Plain gradient descent, full batches, float64.
     python examples/linear_regression.py
     python examples/linear_regression.py --density=0.4 --methods=topk,regtopk
 
+A reader learns how RegTop-k differs from Top-k, and how a Keras model is given
+one worker's data in each replica. `methods.py` tells how a method of your own
+is compared with them.
+
 Source: Bereyhi, Liang, Boudreau, Afana, "Regularized Top-k: A Bayesian
 Framework for Gradient Sparsification".
 """
@@ -14,6 +18,7 @@ from absl import app
 from absl import flags
 import example_utils
 import keras
+import methods
 import numpy as np
 
 
@@ -33,13 +38,13 @@ def define_problem_flags():
 def define_flags():
     define_problem_flags()
     example_utils.define_density_flag(0.6)
-    example_utils.define_method_flags(mu=4.0)
+    methods.define_method_flags(mu=4.0)
     flags.DEFINE_integer("seed", 0, "Seed of the data.", lower_bound=0)
     flags.DEFINE_string(
         "output_dir", "results/linear_regression", "Where the results go."
     )
     # So that --help lists those too.
-    flags.adopt_module_key_flags(example_utils)
+    flags.adopt_module_key_flags(methods)
 
 
 def make_problem(num_workers, dimension, points_per_worker, seed):
@@ -115,7 +120,7 @@ def main(argv):
     log_distances = {}
     for method in args.methods:
         distances = train(
-            lambda method=method: example_utils.make_optimizer(
+            lambda method=method: methods.make_optimizer(
                 method, args, args.learning_rate, args.density
             ),
             strategy,

@@ -10,8 +10,15 @@ import run_with_mock_data
 EXAMPLES = pathlib.Path(example_utils.__file__).parent
 
 
+def output_of(name, *args):
+    """What an example prints that runs to its end."""
+    result = fork_server.run_one(EXAMPLES / f"{name}.py", args)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
 def run_example(name, output_dir, num_mock_images=None, **flags):
-    """Runs an example to its end.
+    """Runs an example that writes results to its end.
 
     Args:
         name: Name of the script.

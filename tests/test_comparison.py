@@ -1,12 +1,18 @@
-"""The examples that compare methods on images, on images made up."""
+"""The studies, shortened, and on images made up."""
 
+import types
+
+import density_sweep
 import digits_study
 import example_runner
 import keras
+import linear_regression
 import numpy as np
 import pytest
+import reference
 import resnet
 import tensorflow as tf
+import toy_logistic
 import worker_data
 
 LABELS = np.random.default_rng(7).integers(10, size=5000)
@@ -33,7 +39,7 @@ def test_cifar10_script(tmp_path):
         shard_sizes="unequal",
     )
     summary, output = example_runner.run_example(
-        "cifar10_resnet", tmp_path, **settings
+        "studies/cifar10_resnet", tmp_path, **settings
     )
     assert summary["config"]["split"] == "dirichlet:1"
     methods = summary["methods"]
@@ -57,7 +63,7 @@ def test_cifar10_script(tmp_path):
     assert runs.count("\n") == 2 * (2 + 1)
     settings.update(methods="dense", learning_rates="0.01", seeds="0,5")
     again, output = example_runner.run_example(
-        "cifar10_resnet", tmp_path, **settings
+        "studies/cifar10_resnet", tmp_path, **settings
     )
     more = (tmp_path / "runs.jsonl").read_text("utf-8")
     assert more.startswith(runs)
@@ -70,7 +76,7 @@ def test_cifar10_script(tmp_path):
 @pytest.mark.slow
 def test_imagenette_script(tmp_path):
     summary, _ = example_runner.run_example(
-        "imagenette_finetune",
+        "studies/imagenette_finetune",
         tmp_path,
         **SMALL,
         model="MobileNet",
@@ -87,7 +93,7 @@ def test_imagenette_script(tmp_path):
 
 def test_digits_study_script(tmp_path):
     summary, _ = example_runner.run_example(
-        "digits_study",
+        "studies/digits_study",
         tmp_path,
         methods="dense,shift_regtopk_inner,shift_masked",
         density=0.02,
@@ -109,7 +115,7 @@ def test_digits_study_rounds_values(tmp_path):
     results = []
     for values in ("float32", "ternary"):
         summary, _ = example_runner.run_example(
-            "digits_study",
+            "studies/digits_study",
             tmp_path,
             methods="topk",
             values=values,
@@ -127,7 +133,7 @@ def test_digits_study_rounds_values(tmp_path):
 @pytest.mark.slow
 def test_digits_study_with_adam(tmp_path):
     summary, _ = example_runner.run_example(
-        "digits_study",
+        "studies/digits_study",
         tmp_path,
         methods="shift_regtopk",
         inner_optimizer="adam",
@@ -222,5 +228,75 @@ def test_batches():
 
 def test_bad_split():
     """Told before anything is loaded."""
-    message = example_runner.refusal_of("cifar10_resnet", "--split=dirichlet:0")
+    message = example_runner.refusal_of(
+        "studies/cifar10_resnet", "--split=dirichlet:0"
+    )
     assert "--split=dirichlet:0: must be" in message
+
+
+def test_density_sweep_follows_the_reference():
+    keras.config.set_floatx("float64")
+    args = types.SimpleNamespace(
+        mu=4.0,
+        denominator="previous",
+        indices="auto",
+        values="float32",
+        num_workers=3,
+        learning_rate=0.05,
+        rounds=30,
+    )
+    problem = linear_regression.make_problem(3, 7, 11, 5)
+    features, targets, optimum = problem
+    training = density_sweep.make_training("shift_regtopk", 0.4, args)
+    curve = density_sweep.train(*training, problem)
+
+    workers = reference.Workers(
+        "regtopk", 3, [7], 0.4, feedback=reference.LearnedShift()
+    )
+    w, expected = np.zeros(7), []
+    for _ in range(args.rounds):
+        residuals = features @ w - targets[..., 0]
+        gradients = 2 * np.einsum("nij,ni->nj", features, residuals) / 11
+        w = w - args.learning_rate * workers.step(gradients)
+        expected.append(np.sum((w - optimum) ** 2))
+    np.testing.assert_allclose(curve, np.log10(expected), rtol=1e-9)
+
+
+@pytest.mark.slow
+def test_density_sweep_script(tmp_path):
+    summary, output = example_runner.run_example(
+        "studies/density_sweep",
+        tmp_path,
+        num_workers=4,
+        dimension=20,
+        points_per_worker=200,
+        rounds=700,
+        learning_rate=0.05,
+        densities="0.05,0.6",
+        seeds="0,1",
+        methods="topk,regtopk,shift",
+    )
+    final = summary["final_log10_distance"]
+    assert np.max(final["shift"]) < -15
+    assert np.max(final["regtopk"][1]) < -15
+    assert np.min(final["topk"]) > -6
+    assert np.shape(final["topk"]) == (2, 2)
+    assert f"{np.min(final['shift'][0]):.1f} .." in output
+
+
+def test_toy_logistic_script(tmp_path):
+    summary, _ = example_runner.run_example("studies/toy_logistic", tmp_path)
+    methods = summary["methods"]
+    # Top-k stands still until the second entry's error is as large as the
+    # first entry, a hundred rounds.
+    assert methods["topk"]["rounds_without_progress"] == 100
+    assert methods["dense"]["rounds_without_progress"] == 0
+    assert methods["regtopk"]["rounds_without_progress"] <= 2
+    dense, regtopk = (methods[m]["final_loss"] for m in ("dense", "regtopk"))
+    np.testing.assert_allclose(regtopk, dense, rtol=0.05)
+
+
+def test_toy_logistic_loss():
+    np.testing.assert_allclose(
+        toy_logistic.loss(np.array([[0.0], [1.0]])), np.log1p(np.exp(-1.0))
+    )

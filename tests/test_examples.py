@@ -1,21 +1,68 @@
-"""The examples that simulate workers, shortened."""
+"""The examples, shortened, and the methods that they compare."""
 
+import re
 import types
 
-import density_sweep
+import comparison  # noqa: F401  It adds the methods of studies.
+import custom_error_feedback
 import example_runner
-import example_utils
 import keras
 import linear_regression
+import methods
 import numpy as np
 import pytest
 import reference
 import shift_variants
-import simulation
 import tensorflow as tf
-import toy_logistic
 
 import tf_regtopk
+
+
+def accuracies(output):
+    """Those of each epoch, on the images it trains on."""
+    return [float(a) for a in re.findall(r"- accuracy: ([0-9.]+)", output)]
+
+
+def test_quickstart():
+    output = example_runner.output_of("quickstart", "--epochs=2")
+    assert accuracies(output)[-1] > 0.5
+    assert "861 of 17,226, by each of 2 replicas" in output
+
+
+def test_custom_sparsifier():
+    """What is loaded goes on with the user's sparsifier."""
+    output = example_runner.output_of(
+        "custom_sparsifier", "--epochs=1", "--density=0.1", "--rest=0.25"
+    )
+    before, after = output.split("Loaded a model")
+    assert "RestingTopK(density=0.1, rest=0.25)" in after
+    assert accuracies(before) < accuracies(after)
+    assert accuracies(after)[0] > 0.5
+
+
+def test_custom_error_feedback():
+    output = example_runner.output_of("custom_error_feedback", "--epochs=2")
+    assert accuracies(output)[-1] > 0.5
+
+
+@pytest.mark.parametrize(
+    "decay, rule",
+    [(0.0, tf_regtopk.NoFeedback()), (1.0, tf_regtopk.Accumulate())],
+)
+def test_custom_error_feedback_between_the_librarys(decay, rule):
+    custom = custom_error_feedback.ForgetfulAccumulate(decay)
+    weights = []
+    for error_feedback in (custom, rule):
+        variable = keras.Variable(np.zeros(6), dtype="float64")
+        optimizer = tf_regtopk.SparsifiedOptimizer(
+            keras.optimizers.SGD(0.5),
+            tf_regtopk.TopK(0.4),
+            error_feedback=error_feedback,
+        )
+        for g in np.random.default_rng(0).standard_normal((5, 6)):
+            optimizer.apply([tf.constant(g)], [variable])
+        weights.append(variable.numpy())
+    np.testing.assert_array_equal(*weights)
 
 
 @pytest.mark.slow
@@ -89,9 +136,9 @@ def test_methods_are_what_their_flags_say():
             0.5,
         ),
     }
-    assert {"dense", *expected} == set(example_utils.METHODS)
+    assert {"dense", *expected} == set(methods.METHODS)
     for method, parts in expected.items():
-        made = example_utils.make_optimizer(
+        made = methods.make_optimizer(
             method, METHOD_ARGS, 0.5, density=0.25, momentum=0.75
         )
         inner = made.inner_optimizer
@@ -102,19 +149,17 @@ def test_methods_are_what_their_flags_say():
             float(inner.learning_rate),
         )
         assert made.codec == tf_regtopk.Codec("golomb", "natural")
-    dense = example_utils.make_optimizer("dense", METHOD_ARGS, 0.5, 0.25, 0.75)
+    dense = methods.make_optimizer("dense", METHOD_ARGS, 0.5, 0.25, 0.75)
     assert type(dense) is keras.optimizers.SGD
     assert dense.momentum == 0.75
-    made = example_utils.make_optimizer(
-        "topk", METHOD_ARGS, 0.5, 0.25, adam=True
-    )
+    made = methods.make_optimizer("topk", METHOD_ARGS, 0.5, 0.25, adam=True)
     assert type(made.inner_optimizer) is keras.optimizers.Adam
     assert float(made.inner_optimizer.learning_rate) == 0.5
 
 
 @pytest.mark.parametrize(
     "method",
-    sorted({*example_utils.METHODS} - {"dgc", "shift_masked", "shift_rounded"}),
+    sorted({*methods.METHODS} - {"dgc", "shift_masked", "shift_rounded"}),
 )
 def test_methods_agree_at_density_one(method):
     """Momentum where the method has it, and a learning rate to match."""
@@ -123,7 +168,7 @@ def test_methods_agree_at_density_one(method):
     )
     rng = np.random.default_rng(0)
     variable = keras.Variable(np.zeros(6), dtype="float64")
-    optimizer = example_utils.make_optimizer(method, args, 0.5, 1.0, 0.75)
+    optimizer = methods.make_optimizer(method, args, 0.5, 1.0, 0.75)
     weights, velocity = np.zeros(6), np.zeros(6)
     for g in rng.standard_normal((4, 6)):
         optimizer.apply([tf.constant(g)], [variable])
@@ -160,80 +205,6 @@ def test_linear_regression_follows_the_reference(mirrored):
         )
 
 
-@pytest.mark.parametrize(
-    "method, score, rule",
-    [
-        ("topk_no_feedback", "topk", reference.NoFeedback),
-        ("regtopk", "regtopk", reference.Accumulate),
-        ("ef21", "topk", reference.EF21),
-        ("shift_regtopk", "regtopk", reference.LearnedShift),
-    ],
-)
-def test_simulation_follows_the_reference(method, score, rule):
-    """Many workers in one program take the steps of as many replicas."""
-    args = types.SimpleNamespace(
-        mu=4.0,
-        denominator="previous",
-        indices="auto",
-        values="float32",
-        num_workers=3,
-        learning_rate=0.05,
-        rounds=30,
-    )
-    problem = linear_regression.make_problem(3, 7, 11, 5)
-    features, targets, optimum = problem
-    training = density_sweep.make_training(method, 0.4, args)
-    curve = density_sweep.train(training, problem, 0.05)
-
-    workers = reference.Workers(score, 3, [7], 0.4, feedback=rule())
-    w, expected = np.zeros(7), []
-    for _ in range(args.rounds):
-        residuals = features @ w - targets[..., 0]
-        gradients = 2 * np.einsum("nij,ni->nj", features, residuals) / 11
-        w = w - args.learning_rate * workers.step(gradients)
-        expected.append(np.sum((w - optimum) ** 2))
-    np.testing.assert_allclose(curve, np.log10(expected), rtol=1e-9)
-
-
-@pytest.mark.parametrize(
-    "inner, optimizer",
-    [
-        (simulation.MomentumSGD(0.75), keras.optimizers.SGD(0.5, 0.75)),
-        (simulation.Adam(), keras.optimizers.Adam(0.5)),
-    ],
-)
-def test_inner_optimizers_of_the_simulation(inner, optimizer):
-    variable = keras.Variable(np.zeros(6), dtype="float64")
-    w, arrays = np.zeros(6), (tf.zeros(6, tf.float64),) * inner.num_arrays
-    for t, g in enumerate(np.random.default_rng(0).standard_normal((5, 6))):
-        optimizer.apply([tf.constant(g)], [variable])
-        change, arrays = inner(arrays, tf.constant(g), tf.constant(t))
-        w -= 0.5 * change
-        np.testing.assert_allclose(variable.numpy(), w, rtol=1e-5)
-
-
-@pytest.mark.slow
-def test_density_sweep_script(tmp_path):
-    summary, output = example_runner.run_example(
-        "density_sweep",
-        tmp_path,
-        num_workers=4,
-        dimension=20,
-        points_per_worker=200,
-        rounds=700,
-        learning_rate=0.05,
-        densities="0.05,0.6",
-        seeds="0,1",
-        methods="topk,regtopk,shift",
-    )
-    final = summary["final_log10_distance"]
-    assert np.max(final["shift"]) < -15
-    assert np.max(final["regtopk"][1]) < -15
-    assert np.min(final["topk"]) > -6
-    assert np.shape(final["topk"]) == (2, 2)
-    assert f"{np.min(final['shift'][0]):.1f} .." in output
-
-
 def test_linear_regression_problem():
     features, targets, optimum = linear_regression.make_problem(4, 5, 100, 0)
     assert features.shape == (4, 100, 5)
@@ -247,25 +218,90 @@ def test_linear_regression_problem():
     assert np.any(targets != other[1])
 
 
-def test_toy_logistic_script(tmp_path):
-    summary, _ = example_runner.run_example("toy_logistic", tmp_path)
-    methods = summary["methods"]
-    # Top-k stands still until the second entry's error is as large as the
-    # first entry, a hundred rounds.
-    assert methods["topk"]["rounds_without_progress"] == 100
-    assert methods["dense"]["rounds_without_progress"] == 0
-    assert methods["regtopk"]["rounds_without_progress"] <= 2
-    dense, regtopk = (methods[m]["final_loss"] for m in ("dense", "regtopk"))
-    np.testing.assert_allclose(regtopk, dense, rtol=0.05)
+MINE = """
+import dataclasses
+
+import keras
+import tf_regtopk
 
 
-def test_toy_logistic_loss():
-    np.testing.assert_allclose(
-        toy_logistic.loss(np.array([[0.0], [1.0]])), np.log1p(np.exp(-1.0))
+@dataclasses.dataclass(frozen=True)
+class Mine(tf_regtopk.TopK):
+    pass
+
+
+def mine(hyper):
+    return hyper.sparsified(Mine(hyper.density), momentum=hyper.momentum)
+
+
+def number(hyper):
+    return hyper.density
+"""
+
+
+@pytest.fixture
+def mine(tmp_path):
+    path = tmp_path / "my_methods.py"
+    path.write_text(MINE, "utf-8")
+    return path
+
+
+def test_method_of_a_users_file(mine):
+    made = [
+        methods.make_optimizer(f"{mine}:mine", METHOD_ARGS, 0.5, 0.25, 0.75)
+        for _ in range(2)
+    ]
+    assert made[0].sparsifier == made[1].sparsifier
+    assert type(made[0].sparsifier).__name__ == "Mine"
+    assert made[0].sparsifier.density == 0.25
+    assert made[0].inner_optimizer.momentum == 0.75
+    assert made[0].codec == tf_regtopk.Codec("golomb", "natural")
+    with pytest.raises(
+        TypeError, match=":number` must return a Keras optimizer. Received: 0.2"
+    ):
+        methods.make_optimizer(f"{mine}:number", METHOD_ARGS, 0.5, 0.25)
+
+
+def test_versions_of_a_users_file(mine):
+    assert methods.version("topk") == {}
+    before = methods.version(f"{mine}:mine")
+    assert before == methods.version(f"{mine}:number")
+    mine.write_text(MINE + "# More.\n", "utf-8")
+    assert methods.version(f"{mine}:mine") != before
+
+
+def test_users_method_is_compared(mine, tmp_path):
+    """As the library's, because it is the same one."""
+    name = f"{mine}:mine"
+    summary, output = example_runner.run_example(
+        "studies/digits_study",
+        tmp_path,
+        methods=f"topk,{name}",
+        density=0.02,
+        learning_rates=0.02,
+        rounds=30,
     )
+    topk, mine = (summary["methods"][n]["runs"]["0"] for n in ("topk", name))
+    assert topk == mine
+    assert f"\n{name} " in output
 
 
-def test_unknown_method():
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("top", "must be among dense, topk_no_feedback, topk"),
+        ("{mine}:other", "must define a function `other`. Received: "),
+        ("no_file.py:mine", "`no_file.py` must be a file. Received: "),
+    ],
+)
+def test_unknown_method(mine, name, message):
     """Told before anything is trained."""
-    message = example_runner.refusal_of("toy_logistic", "--methods=dense,top")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        methods.find(name.format(mine=mine))
+
+
+def test_unknown_method_of_a_flag():
+    message = example_runner.refusal_of(
+        "linear_regression", "--methods=dense,top"
+    )
     assert "must be among dense, topk_no_feedback, topk" in message

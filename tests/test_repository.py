@@ -58,7 +58,7 @@ LAYERS = (
     ("error_feedback", "planning"),
     ("steps",),
     ("optimizers",),
-    ("callbacks",),
+    ("callbacks", "simulation"),
     ("__init__", "advise"),
     ("selftest",),
 )
@@ -186,10 +186,11 @@ def test_build_has_the_imports(part):
     assert deps == {label(other) for other in imported}
 
 
-def test_build_names_examples():
-    """Every example script is a program of BUILD's."""
-    text = (ROOT / "examples" / "BUILD").read_text(encoding="utf-8")
-    for path in (ROOT / "examples").glob("*.py"):
+@pytest.mark.parametrize("folder", ["examples", "examples/studies"])
+def test_build_names_examples(folder):
+    """Every script of the folder is a program of its BUILD."""
+    text = (ROOT / folder / "BUILD").read_text(encoding="utf-8")
+    for path in (ROOT / folder).glob("*.py"):
         is_script = "__main__" in path.read_text(encoding="utf-8")
         assert is_script == (f'        "{path.stem}",' in text), path
 

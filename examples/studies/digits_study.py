@@ -3,26 +3,31 @@ r"""Digits: methods compared over many seeds, in seconds a run.
 A small network learns 1,797 images of digits, all workers in one compiled
 program. Learning rates are compared, and runs kept, as in `cifar10_resnet.py`.
 
-    python examples/digits_study.py --split=by_label --density=0.001
+    python examples/studies/digits_study.py --split=by_label --density=0.001
 
 Source: the images ship with scikit-learn.
 """
 
 import functools
 import itertools
+import pathlib
+import sys
 
 from absl import app
 from absl import flags
-import comparison
-import example_utils
 import keras
-import multi_worker
 import numpy as np
-import simulation
 import tensorflow as tf
-import worker_data
 
 import tf_regtopk
+from tf_regtopk import simulation
+
+sys.path.append(str(pathlib.Path(__file__).parent.parent))
+
+import comparison
+import methods
+import multi_worker
+import worker_data
 
 # Of the network: pixels, hidden units, classes.
 LAYERS = (64, 64, 10)
@@ -117,37 +122,23 @@ def train(args, trainings, is_tuning, method, learning_rate, seed):
     numbers = worker_data.batches(parts, args.batch_size, args.rounds, seed)
     weights = start_weights(seed)
     is_adam = args.inner_optimizer == "adam"
-    optimizer = example_utils.make_optimizer(
+    optimizer = methods.make_optimizer(
         method, args, learning_rate, args.density, args.momentum, is_adam
     )
-    inner, num_bytes = optimizer, 2 * 4 * len(weights) / args.num_workers
-    compression = (
-        tf_regtopk.Dense(),
-        tf_regtopk.Accumulate(),
-        tf_regtopk.Codec(),
-    )
+    num_bytes = 2 * 4 * len(weights) / args.num_workers
     if isinstance(optimizer, tf_regtopk.SparsifiedOptimizer):
-        inner = optimizer.inner_optimizer
-        compression = (
-            optimizer.sparsifier,
-            optimizer.error_feedback,
-            optimizer.codec,
-        )
         optimizer.build([keras.Variable(weights)])
         num_bytes = optimizer.wire_report().payload_bytes
     if method not in trainings:  # Compiled once for all seeds.
         trainings[method] = simulation.gradient_descent(
+            simulation.descent_of(optimizer, args.num_workers),
             gradients_of,
             accuracy,
-            *compression,
-            args.num_workers,
             args.rounds,
-            simulation.Adam()
-            if is_adam
-            else simulation.MomentumSGD(inner.momentum),
         )
     data = tuple(tf.constant(part) for part in (x[numbers], y[numbers], *test))
-    curve = trainings[method](weights, inner.learning_rate.value, data).numpy()
+    rate = float(optimizer.learning_rate)
+    curve = trainings[method](weights, rate, data).numpy()
     every = args.evaluate_every
     rounds = sorted({*range(every, args.rounds, every), args.rounds})
     return {

@@ -1,7 +1,4 @@
-"""Variations on `tf_regtopk.LearnedShift`, to learn what matters in it.
-
-They also show how a rule of error feedback of one's own is written.
-"""
+"""Variations on `tf_regtopk.LearnedShift`, to learn what matters in it."""
 
 import dataclasses
 
@@ -40,3 +37,15 @@ class RoundedShift(tf_regtopk.LearnedShift):
         )
         bits = (bits + tf.bitcast(noise, tf.uint32)) & 0xFFFF0000
         return (e, tf.cast(tf.bitcast(bits, tf.float32), h.dtype), *u)
+
+
+# As those of `methods.py`. At density 1 they take other steps than these: the
+# first has no momentum then, and the second rounds.
+METHODS = {
+    "shift_masked": lambda h: h.sparsified(
+        h.regtopk(), MaskedShift(momentum=h.momentum)
+    ),
+    "shift_rounded": lambda h: h.sparsified(
+        h.regtopk(), RoundedShift(momentum=h.momentum)
+    ),
+}

@@ -1,19 +1,50 @@
-"""Sparsified gradient descent of many workers in one compiled program.
+r"""Many workers of sparsified gradient descent in one compiled program.
 
-The same functions that `tf_regtopk.SparsifiedOptimizer` compiles for each
-replica, called for one worker after the other: for small problems, of which the
-exchange between replicas would take all the time.
+For research on small problems, of which the exchange between replicas would
+take all the time: all steps of all workers are one call, on one device, without
+a strategy. The step itself is the one of `SparsifiedOptimizer`
+(`steps/round.py`), taken for one worker after the other.
+
+    optimizer = tf_regtopk.SparsifiedOptimizer(
+        keras.optimizers.SGD(0.01), tf_regtopk.RegTopK(density=0.1))
+    run = simulation.gradient_descent(
+        simulation.descent_of(optimizer, num_workers=20),
+        gradients_of, measure, num_steps=2500)
+    curve = run(weights, 0.01, data)
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
+import keras
 import tensorflow as tf
 
-import tf_regtopk
+from tf_regtopk import codecs
 from tf_regtopk import error_feedback as error_feedback_lib
 from tf_regtopk import selection
+from tf_regtopk import sparsifiers
+from tf_regtopk import validation
 from tf_regtopk.kernels import scatter_sum
+from tf_regtopk.optimizers import sparsified
 from tf_regtopk.steps import round as round_lib
+
+# What one vector of weights on one device has no counterpart of.
+_SPARSIFIED = {
+    "scope": "global",
+    "dense_below": 0,
+    "exchange": "sparse",
+    "hierarchical": False,
+}
+# What Keras adds to the equations of an optimizer.
+_INNER = {
+    "weight_decay": None,
+    "clipnorm": None,
+    "clipvalue": None,
+    "global_clipnorm": None,
+    "use_ema": False,
+    "gradient_accumulation_steps": None,
+    "loss_scale_factor": None,
+}
 
 
 class MomentumSGD(NamedTuple):
@@ -26,7 +57,9 @@ class MomentumSGD(NamedTuple):
     momentum: float = 0.0
     num_arrays = 1  # Of the weights' size, that it keeps.
 
-    def __call__(self, arrays, g, t):
+    def __call__(
+        self, arrays: tuple, g: tf.Tensor, t: tf.Tensor
+    ) -> tuple[tf.Tensor, tuple]:
         """What to subtract from the weights, in units of the learning rate.
 
         Args:
@@ -59,7 +92,10 @@ class Adam(NamedTuple):
     epsilon: float = 1e-7
     num_arrays = 2
 
-    def __call__(self, arrays, g, t):
+    def __call__(
+        self, arrays: tuple, g: tf.Tensor, t: tf.Tensor
+    ) -> tuple[tf.Tensor, tuple]:
+        """What to subtract from the weights, as of `MomentumSGD`."""
         m, v = arrays
         m = self.beta_1 * m + (1 - self.beta_1) * g
         v = self.beta_2 * v + (1 - self.beta_2) * g**2
@@ -88,14 +124,22 @@ class State(NamedTuple):
 
 
 class DenseDescent(NamedTuple):
-    """Steps with the mean of the workers' gradients, as `SparseDescent`."""
+    """Steps with the mean of the workers' gradients.
+
+    Args:
+        inner: `MomentumSGD` or `Adam`.
+    """
 
     inner: MomentumSGD | Adam
 
-    def initial_state(self, weights):
+    def initial_state(self, weights: tf.Tensor) -> State:
+        """`State` before the first step, with these weights `[J]`."""
         return State(weights, (tf.zeros_like(weights),) * self.inner.num_arrays)
 
-    def step(self, state, gradients, t, rate):
+    def step(
+        self, state: State, gradients: tf.Tensor, t: tf.Tensor, rate: tf.Tensor
+    ) -> State:
+        """The state after a step, as of `SparseDescent`."""
         aggregate = tf.reduce_mean(gradients, axis=0)
         change, arrays = self.inner(state.arrays, aggregate, t)
         return State(state.weights - rate * change, arrays)
@@ -112,13 +156,13 @@ class SparseDescent(NamedTuple):
         inner: `MomentumSGD` or `Adam`.
     """
 
-    sparsifier: tf_regtopk.Sparsifier
-    error_feedback: tf_regtopk.ErrorFeedback
-    codec: tf_regtopk.Codec
+    sparsifier: sparsifiers.Sparsifier
+    error_feedback: error_feedback_lib.ErrorFeedback
+    codec: codecs.Codec
     num_workers: int
     inner: MomentumSGD | Adam
 
-    def initial_state(self, weights):
+    def initial_state(self, weights: tf.Tensor) -> State:
         """`State` before the first step, with these weights `[J]`."""
         size, dtype = weights.shape[0], weights.dtype
         k = self.sparsifier.num_selected(size)
@@ -136,7 +180,9 @@ class SparseDescent(NamedTuple):
             for_each_worker(self.sparsifier.initial_memory(k, size, dtype)),
         )
 
-    def step(self, state, gradients, t, rate):
+    def step(
+        self, state: State, gradients: tf.Tensor, t: tf.Tensor, rate: tf.Tensor
+    ) -> State:
         """The state after a step.
 
         Args:
@@ -144,6 +190,9 @@ class SparseDescent(NamedTuple):
             gradients: Float tensor `[N, J]`, those of the workers' own losses.
             t: Scalar int32 tensor, the number of steps before.
             rate: Scalar float tensor, the learning rate.
+
+        Returns:
+            `State`.
         """
         size, dtype = state.weights.shape[0], state.weights.dtype
         k = self.sparsifier.num_selected(size)
@@ -196,38 +245,82 @@ class SparseDescent(NamedTuple):
         return State(weights, arrays, local, shared, memory)
 
 
-def gradient_descent(
-    gradients_of,
-    measure,
-    sparsifier,
-    error_feedback,
-    codec,
-    num_workers,
-    num_steps,
-    inner,
-):
-    """A function that takes steps of an inner optimizer with the aggregate.
+def descent_of(
+    optimizer: keras.optimizers.Optimizer, num_workers: int
+) -> DenseDescent | SparseDescent:
+    """The steps that an optimizer takes under a strategy of N replicas.
 
     Args:
+        optimizer: `keras.optimizers.SGD` or `keras.optimizers.Adam`, or
+            `SparsifiedOptimizer` around one of them. Its learning rate is left
+            out, because every step is given one.
+        num_workers: N.
+
+    Returns:
+        `DenseDescent`, or `SparseDescent` of a `SparsifiedOptimizer`.
+
+    Raises:
+        TypeError: If the optimizer is another one.
+        ValueError: If it has an option that is not simulated.
+
+    Example:
+
+    >>> descent_of(keras.optimizers.SGD(momentum=0.5), num_workers=20)
+    DenseDescent(inner=MomentumSGD(momentum=0.5))
+    """
+    validation.check_integer("num_workers", num_workers, minimum=1)
+    if not isinstance(optimizer, sparsified.SparsifiedOptimizer):
+        return DenseDescent(_inner(optimizer))
+    _check_options(optimizer, _SPARSIFIED)
+    return SparseDescent(
+        optimizer.sparsifier,
+        optimizer.error_feedback,
+        optimizer.codec,
+        num_workers,
+        _inner(optimizer.inner_optimizer),
+    )
+
+
+def gradient_descent(
+    descent: DenseDescent | SparseDescent,
+    gradients_of: Callable[[tf.Tensor, tuple, tf.Tensor], tf.Tensor],
+    measure: Callable[[tf.Tensor, tuple], tf.Tensor],
+    num_steps: int,
+) -> Callable[[tf.Tensor, float | tf.Tensor, tuple], tf.Tensor]:
+    """Makes a function that takes all steps, compiled by XLA.
+
+    It is compiled once, and serves any start, learning rate and data of the
+    same shapes, such as those of many seeds.
+
+    Args:
+        descent: What `descent_of` returns.
         gradients_of: Function of the weights `[J]`, the data and the number of
             the step that returns the gradients `[N, J]` of the workers' own
             losses.
         measure: Function of the weights and the data that returns a scalar.
-        sparsifier: As of `SparseDescent`, and so the next three.
-        error_feedback: See above.
-        codec: See above.
-        num_workers: See above.
         num_steps: Number of steps.
-        inner: `MomentumSGD` or `Adam`.
 
     Returns:
         Function of the weights `[J]` to start with, the learning rate, and the
         data, a tuple of tensors. It returns `measure` of the weights after each
         step, a float tensor `[num_steps]`.
+
+    Example:
+
+    >>> # The worker n has the loss ||w - c_n||^2 / 2, and sends one of two
+    >>> # entries.
+    >>> import tf_regtopk
+    >>> optimizer = tf_regtopk.SparsifiedOptimizer(
+    ...     keras.optimizers.SGD(), tf_regtopk.TopK(density=0.5))
+    >>> run = gradient_descent(
+    ...     descent_of(optimizer, num_workers=2),
+    ...     gradients_of=lambda w, data, t: w - data[0],
+    ...     measure=lambda w, data: tf.norm(w - tf.reduce_mean(data[0], 0)),
+    ...     num_steps=3)
+    >>> centres = tf.constant([[3.0, 0.0], [1.0, 2.0]])
+    >>> run(tf.zeros([2]), 0.5, (centres,)).numpy().round(2)
+    array([1.35, 0.7 , 0.31], dtype=float32)
     """
-    descent = SparseDescent(
-        sparsifier, error_feedback, codec, num_workers, inner
-    )
 
     def step(t, state, measured, rate, data):
         gradients = gradients_of(state.weights, data, t)
@@ -238,8 +331,7 @@ def gradient_descent(
         return t + 1, state, measured
 
     @tf.function(jit_compile=True, autograph=False)
-    def run(weights, learning_rate, data):
-        rate = tf.cast(learning_rate, weights.dtype)
+    def take_steps(weights, rate, data):
         return tf.while_loop(
             lambda t, *_: t < num_steps,
             lambda *loop: step(*loop, rate, data),
@@ -250,7 +342,41 @@ def gradient_descent(
             ),
         )[-1]
 
+    def run(weights, learning_rate, data):
+        weights = tf.convert_to_tensor(weights)
+        if tf.is_tensor(learning_rate):
+            rate = tf.cast(learning_rate, weights.dtype)
+        else:  # A cast would round it to float32 before.
+            rate = tf.constant(learning_rate, weights.dtype)
+        return take_steps(weights, rate, data)
+
     return run
+
+
+def _inner(optimizer):
+    """The equations of a Keras optimizer."""
+    # A subclass may have other equations.
+    if type(optimizer) is keras.optimizers.SGD:
+        _check_options(optimizer, {**_INNER, "nesterov": False})
+        return MomentumSGD(optimizer.momentum)
+    if type(optimizer) is keras.optimizers.Adam:
+        _check_options(optimizer, {**_INNER, "amsgrad": False})
+        return Adam(optimizer.beta_1, optimizer.beta_2, optimizer.epsilon)
+    raise TypeError(
+        "`optimizer` must be `keras.optimizers.SGD`, `keras.optimizers.Adam`, "
+        "or `SparsifiedOptimizer` around one of them. "
+        f"Received: optimizer={optimizer!r}"
+    )
+
+
+def _check_options(optimizer, expected):
+    for name, value in expected.items():
+        received = getattr(optimizer, name)
+        if received != value:
+            raise ValueError(
+                f"`{name}` must be {value!r} in a simulation. "
+                f"Received: {name}={received!r}"
+            )
 
 
 def _specs(values):

@@ -3,17 +3,22 @@
 from collections.abc import Callable
 import dataclasses
 import functools
+import pathlib
+import sys
 from typing import Any
 
-import comparison
-import example_utils
 import keras
 import numpy as np
 import tensorflow as tf
 import tqdm
-import worker_data
 
 import tf_regtopk
+
+sys.path.append(str(pathlib.Path(__file__).parent.parent))
+
+import comparison
+import methods
+import worker_data
 
 
 def compare(train_data, test_data, build_model, held_out, strategy, args):
@@ -74,7 +79,7 @@ def train(task, strategy, args, is_tuning, method, learning_rate, seed):
     start = task.build_model()
     with strategy.scope():
         model = task.build_model()
-        optimizer = example_utils.make_optimizer(
+        optimizer = methods.make_optimizer(
             method,
             args,
             learning_rate,

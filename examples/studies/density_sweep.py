@@ -3,18 +3,29 @@ r"""Linear regression at many densities: which methods reach the optimum?
 The problem of `linear_regression.py`, for several seeds and densities, with all
 workers in one compiled program.
 
-    python examples/density_sweep.py --densities=0.01,0.1,0.6 --seeds=0,1,2
+    python examples/studies/density_sweep.py --densities=0.01,0.6 --seeds=0,1
 """
+
+import pathlib
+import sys
 
 from absl import app
 from absl import flags
-import example_utils
 import keras
-import linear_regression
 import numpy as np
-import simulation
 import tensorflow as tf
 import tqdm
+
+from tf_regtopk import simulation
+
+sys.path.append(str(pathlib.Path(__file__).parent.parent))
+
+import example_utils
+import linear_regression
+import methods
+import shift_variants
+
+methods.METHODS.update(shift_variants.METHODS)
 
 _METHODS = (
     "topk_no_feedback",
@@ -34,18 +45,22 @@ def define_flags():
         "Shares of the gradient entries that are sent.",
     )
     flags.DEFINE_list("seeds", ["0", "1", "2", "3", "4"], "Seeds of the data.")
-    example_utils.define_method_flags(mu=4.0, methods=_METHODS)
+    methods.define_method_flags(mu=4.0, methods=_METHODS)
     flags.DEFINE_string(
         "output_dir", "results/density_sweep", "Where the results go."
     )
     # So that --help lists those too.
     flags.adopt_module_key_flags(linear_regression)
-    flags.adopt_module_key_flags(example_utils)
+    flags.adopt_module_key_flags(methods)
 
 
 def make_training(method, density, args):
-    """Compiles what `train` runs on the data of one seed."""
-    optimizer = example_utils.make_optimizer(
+    """Compiles a training that serves the data of all seeds.
+
+    Returns:
+        `(training, learning_rate)`, for `train`.
+    """
+    optimizer = methods.make_optimizer(
         method, args, args.learning_rate, density
     )
 
@@ -57,19 +72,16 @@ def make_training(method, density, args):
     def distance(w, data):
         return tf.reduce_sum((w - data[-1]) ** 2)
 
-    return simulation.gradient_descent(
+    training = simulation.gradient_descent(
+        simulation.descent_of(optimizer, args.num_workers),
         gradients_of,
         distance,
-        optimizer.sparsifier,
-        optimizer.error_feedback,
-        optimizer.codec,
-        args.num_workers,
         args.rounds,
-        simulation.MomentumSGD(),
     )
+    return training, float(optimizer.learning_rate)
 
 
-def train(training, problem, learning_rate):
+def train(training, learning_rate, problem):
     """Returns log10 ||w - w*||^2 after each step."""
     features, targets, optimum = problem
     num_points, dimension = features.shape[1:]
@@ -78,8 +90,7 @@ def train(training, problem, learning_rate):
     moment = np.einsum("nij,nio->nj", features, targets) / num_points
     data = tuple(tf.constant(part) for part in (gram, moment, optimum))
     start = tf.zeros([dimension], tf.float64)
-    rate = tf.constant(learning_rate, tf.float64)
-    return np.log10(training(start, rate, data).numpy())
+    return np.log10(training(start, learning_rate, data).numpy())
 
 
 def main(argv):
@@ -105,9 +116,7 @@ def main(argv):
         final = []
         for density in tqdm.tqdm(densities, desc=method):
             training = make_training(method, density, args)
-            final.append(
-                [train(training, p, args.learning_rate)[-1] for p in problems]
-            )
+            final.append([train(*training, p)[-1] for p in problems])
         finals[method] = np.array(final)
 
     print("\nfinal log10 ||w - w*||^2: median (min .. max)")

@@ -4,7 +4,7 @@ Ten easy classes of ImageNet, and any model of `keras.applications`, of which
 the last layer is new. Every method starts from the same weights and sees the
 same batches; N simulated workers exchange their entries in every step.
 
-    python examples/imagenette_finetune.py --model=MobileNetV2 --trainable=head
+    python examples/studies/imagenette_finetune.py --trainable=head
 
 The first run loads the images and the weights. Several learning rates are
 compared, and runs kept, as in `cifar10_resnet.py`.
@@ -12,15 +12,19 @@ compared, and runs kept, as in `cifar10_resnet.py`.
 Source: the images are those of https://github.com/fastai/imagenette.
 """
 
+import pathlib
 import sys
 
 from absl import app
 from absl import flags
+import keras
+import tensorflow as tf
+
+sys.path.append(str(pathlib.Path(__file__).parent.parent))
+
 import comparison
 import example_utils
 import image_training
-import keras
-import tensorflow as tf
 import worker_data
 
 HELD_OUT = 1000

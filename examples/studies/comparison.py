@@ -2,11 +2,20 @@
 
 import json
 import os
+import pathlib
+import sys
 
 from absl import flags
-import example_utils
 import numpy as np
+
+sys.path.append(str(pathlib.Path(__file__).parent.parent))
+
+import example_utils
+import methods
+import shift_variants
 import worker_data
+
+methods.METHODS.update(shift_variants.METHODS)
 
 # Flags that say which runs there are, and nothing about each.
 _NOT_OF_A_RUN = (
@@ -68,11 +77,11 @@ def define_flags(output_dir, learning_rates, batch_size, rounds):
         "tuning_seeds", ["1000"], "Seeds of the runs that compare these rates."
     )
     example_utils.define_density_flag(0.001)
-    example_utils.define_method_flags(mu=4.0, methods=_METHODS)
+    methods.define_method_flags(mu=4.0, methods=_METHODS)
     flags.DEFINE_string("output_dir", output_dir, "Where the results go.")
     # So that who adopts these flags adopts those too.
     flags.adopt_module_key_flags(worker_data)
-    flags.adopt_module_key_flags(example_utils)
+    flags.adopt_module_key_flags(methods)
 
 
 def run(train, args):
@@ -95,7 +104,7 @@ def run(train, args):
     def run_once(method, rate, seed, is_tuning):
         setting = {"method": method, "learning_rate": rate, "seed": seed}
         return _cached(
-            {"is_tuning": is_tuning, **setting},
+            {"is_tuning": is_tuning, **setting, **methods.version(method)},
             args,
             lambda: train(is_tuning=is_tuning, **setting),
         )

@@ -7,17 +7,24 @@ that at once, a step a hundred times too long.  RegTop-k sees that nothing
 remains of the first entries in the sum, sends the second one, and follows the
 dense curve.
 
-    python examples/toy_logistic.py
+    python examples/studies/toy_logistic.py
 
 Source: Bereyhi, Liang, Boudreau, Afana, "Regularized Top-k: A Bayesian
 Framework for Gradient Sparsification".
 """
 
+import pathlib
+import sys
+
 from absl import app
 from absl import flags
-import example_utils
 import keras
 import numpy as np
+
+sys.path.append(str(pathlib.Path(__file__).parent.parent))
+
+import example_utils
+import methods
 
 
 def define_flags():
@@ -25,12 +32,12 @@ def define_flags():
         "rounds", 150, "Number of training steps.", lower_bound=1
     )
     flags.DEFINE_float("learning_rate", 0.9, "Learning rate.")
-    example_utils.define_method_flags(mu=1.0)
+    methods.define_method_flags(mu=1.0)
     flags.DEFINE_string(
         "output_dir", "results/toy_logistic", "Where the results go."
     )
     # So that --help lists those too.
-    flags.adopt_module_key_flags(example_utils)
+    flags.adopt_module_key_flags(methods)
 
 
 # One data point a worker, both of class 1.
@@ -82,7 +89,7 @@ def main(argv):
     losses = {}
     for method in args.methods:
         losses[method] = train(
-            lambda method=method: example_utils.make_optimizer(
+            lambda method=method: methods.make_optimizer(
                 method,
                 args,
                 args.learning_rate,

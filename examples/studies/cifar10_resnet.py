@@ -3,7 +3,7 @@ r"""CIFAR-10: what each way to send fewer gradient entries costs in accuracy.
 Every method trains a residual network from the same weights on the same batches
 with the same simulated workers, each of which draws from images of its own.
 
-    python examples/cifar10_resnet.py --split=dirichlet:0.1 --seeds=0,1,2
+    python examples/studies/cifar10_resnet.py --split=by_label --seeds=0,1,2
 
 Given several learning rates, each method first trains once with each of them,
 with a seed of its own, and keeps the one that is best on 5,000 images held out
@@ -14,12 +14,18 @@ Source: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images"
 (2009).
 """
 
+import pathlib
+import sys
+
 from absl import app
 from absl import flags
+import keras
+
+sys.path.append(str(pathlib.Path(__file__).parent.parent))
+
 import comparison
 import example_utils
 import image_training
-import keras
 import resnet
 import worker_data
 
