@@ -1,8 +1,10 @@
 """Index and value codecs: round trips, bounds, rounding, hostile payloads."""
 
+import dataclasses
 import functools
 import math
 
+import flat_gradients
 import fuzz_payloads
 from hypothesis import given
 from hypothesis import settings
@@ -615,3 +617,49 @@ def test_codec_is_saved(codec):
 def test_bad_arguments(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+@keras.saving.register_keras_serializable(package="tests")
+@dataclasses.dataclass(frozen=True)
+class Complement(tf_regtopk.IndexCodec):
+    """Indices whose bits are all turned."""
+
+    @property
+    def num_words(self):
+        return self.k
+
+    def encode(self, indices):
+        return ~tf.bitcast(indices, tf.uint32)
+
+    def decode(self, words):
+        return tf.bitcast(~words, tf.int32), tf.constant(True)
+
+
+def test_an_index_codec_of_the_user(mirrored):
+    weights = []
+    for indices in ("int32", Complement):
+        codec = tf_regtopk.Codec(indices)
+        assert tf_regtopk.Codec.from_config(codec.get_config()) == codec
+        strategy = mirrored(2)
+        with strategy.scope():
+            variable = keras.Variable(np.zeros(30), dtype="float32")
+            optimizer = tf_regtopk.SparsifiedOptimizer(
+                keras.optimizers.SGD(0.1), tf_regtopk.TopK(0.2), codec=codec
+            )
+        step = flat_gradients.step_function(strategy, optimizer, [variable])
+        for seed in range(2):
+            g = np.random.default_rng(seed).standard_normal((2, 30))
+            step(g.astype(np.float32))
+        weights.append(variable.numpy())
+    np.testing.assert_array_equal(*weights)
+    assert optimizer.wire_report().index_code == "Complement"
+
+
+def test_index_codecs_that_cannot_be_saved():
+    class Unknown(Complement):
+        pass
+
+    with pytest.raises(ValueError, match="must be registered with"):
+        tf_regtopk.Codec(Unknown)
+    with pytest.raises(TypeError, match="a subclass of `IndexCodec`"):
+        tf_regtopk.Codec(int)

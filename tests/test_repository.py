@@ -31,6 +31,7 @@ PUBLIC = {
     "ErrorFeedback",
     "Float16",
     "Float32",
+    "IndexCodec",
     "LearnedShift",
     "LossScaleOptimizer",
     "MultiWorkerMirroredStrategy",

@@ -3,6 +3,7 @@
 from tf_regtopk.callbacks.backup import Backup
 from tf_regtopk.callbacks.density_warmup import DensityWarmup
 from tf_regtopk.callbacks.load_scope import load_scope
+from tf_regtopk.codecs.index_codecs import IndexCodec
 from tf_regtopk.codecs.payload import Codec
 from tf_regtopk.codecs.value_codecs import BFloat16
 from tf_regtopk.codecs.value_codecs import Float16
@@ -52,6 +53,7 @@ __all__ = [
     "Float16",
     "Float32",
     "Hierarchical",
+    "IndexCodec",
     "LearnedShift",
     "LossScaleOptimizer",
     "MultiWorkerMirroredStrategy",

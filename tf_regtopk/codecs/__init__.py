@@ -1,5 +1,6 @@
 """Codecs: the form in which entries are written into a payload."""
 
+from tf_regtopk.codecs.index_codecs import IndexCodec
 from tf_regtopk.codecs.payload import Codec
 from tf_regtopk.codecs.payload import PayloadCodec
 from tf_regtopk.codecs.value_codecs import BFloat16
@@ -16,6 +17,7 @@ __all__ = [
     "Codec",
     "Float16",
     "Float32",
+    "IndexCodec",
     "Natural",
     "PayloadCodec",
     "ScaledSign",

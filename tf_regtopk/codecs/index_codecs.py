@@ -18,6 +18,7 @@ from typing import Literal
 
 import tensorflow as tf
 
+from tf_regtopk import hyper_parameters
 from tf_regtopk.codecs import bit_packing
 from tf_regtopk.kernels import bitmap
 from tf_regtopk.kernels import ranges
@@ -41,7 +42,7 @@ def entropy_bits(k: int, size: int) -> float:
 
 
 @dataclasses.dataclass(frozen=True)
-class IndexCodec(abc.ABC):
+class IndexCodec(hyper_parameters.HyperParameters, abc.ABC):
     """Base class of index codecs: rising indices of k entries as words.
 
     Args:
@@ -301,12 +302,14 @@ CODECS: dict[str, type[IndexCodec]] = {
 }
 
 
-def choose(name: IndexCodecName, k: int, size: int) -> IndexCodec:
+def choose(
+    name: IndexCodecName | type[IndexCodec], k: int, size: int
+) -> IndexCodec:
     """Makes the index codec of a name for k of J = `size` entries.
 
     Args:
         name: Key of `CODECS`, or `"auto"` for the shortest index codec of fixed
-            length.
+            length; or a subclass of `IndexCodec`.
         k: Number of indices.
         size: J, the number of entries of the gradient.
 
@@ -320,6 +323,8 @@ def choose(name: IndexCodecName, k: int, size: int) -> IndexCodec:
     """
     if k == size:
         return Every(k, size)
+    if isinstance(name, type):
+        return name(k, size)
     if name == "elias_fano" and size + k >= 2**31 and 2 * k > size:
         raise ValueError(
             "`indices` must be another code for so many entries, as "

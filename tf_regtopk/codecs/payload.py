@@ -32,7 +32,9 @@ class Codec:
         indices: `"int32"`, `"elias_fano"`, `"golomb"`, `"bitmap"`, or `"auto"`:
             the shortest index codec of fixed length. `"golomb"` saves 4 to 9 %
             of the indices' bits over `"elias_fano"` if the indices are spread
-            evenly, but replicas must first exchange the length.
+            evenly, but replicas must first exchange the length. Or a class of
+            yours, a subclass of `IndexCodec` that is registered with
+            `keras.saving.register_keras_serializable`.
         values: `"float32"` (plain values, of 64 bits if any variable has
             float64), `"bfloat16"`, `"float16"`, `"natural"` (8 bits),
             `"uniform"` (4 bits), `"sign"`, `"ternary"` (1 bit); or a value
@@ -49,13 +51,18 @@ class Codec:
     9
     """
 
-    indices: index_codecs.IndexCodecName = "auto"
+    indices: index_codecs.IndexCodecName | type[index_codecs.IndexCodec] = (
+        "auto"
+    )
     values: value_codecs.ValueCodecName | value_codecs.ValueCodec = "float32"
 
     def __post_init__(self) -> None:
-        validation.check_choice(
-            "indices", self.indices, ("auto", *index_codecs.CODECS)
-        )
+        if isinstance(self.indices, type):
+            _check_index_codec(self.indices)
+        else:
+            validation.check_choice(
+                "indices", self.indices, ("auto", *index_codecs.CODECS)
+            )
         if not isinstance(self.values, value_codecs.ValueCodec):
             validation.check_choice(
                 "values", self.values, tuple(value_codecs.CODECS)
@@ -76,14 +83,36 @@ class Codec:
         values = self.values
         if not isinstance(values, str):
             values = keras.saving.serialize_keras_object(values)
-        return {"indices": self.indices, "values": values}
+        indices = self.indices
+        if isinstance(indices, type):
+            indices = keras.saving.get_registered_name(indices)
+        return {"indices": indices, "values": values}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
         values = config["values"]
         if not isinstance(values, str):
             values = keras.saving.deserialize_keras_object(values)
-        return cls(config["indices"], values)
+        indices = config["indices"]
+        # Only registered names have the mark.
+        if ">" in indices:
+            indices = keras.saving.get_registered_object(indices)
+        return cls(indices, values)
+
+
+def _check_index_codec(indices: type) -> None:
+    """Raises unless a class is an index codec that Keras can save."""
+    if not issubclass(indices, index_codecs.IndexCodec):
+        raise TypeError(
+            "`indices` must be a name or a subclass of `IndexCodec`. "
+            f"Received: indices={indices!r}"
+        )
+    if keras.saving.get_registered_name(indices) == indices.__name__:
+        raise ValueError(
+            "`indices` must be registered with "
+            "`keras.saving.register_keras_serializable`, because it is saved "
+            f"with the model. Received: indices={indices!r}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
