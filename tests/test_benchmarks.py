@@ -106,3 +106,10 @@ def test_bytes_on_a_socket(tmp_path):
     assert counted > r["reported_bytes"]
     if summary["has_own_network"]:
         assert counted < 1.05 * r["reported_bytes"]
+
+
+def test_fit(tmp_path):
+    run("fit.py", tmp_path, "--epochs=1", "--units=5")
+    results = json.loads((tmp_path / "summary.json").read_text("utf-8"))
+    assert set(results) == {"SGD", "RegTopK", "dense"}
+    assert all(r["milliseconds"] > 0 for r in results.values())
