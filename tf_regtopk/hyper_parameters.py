@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import dataclasses
 import inspect
+from types import FunctionType
 from typing import Any
 from typing import Self
 
@@ -17,8 +18,9 @@ class HyperParameters:
     so that a record equals the loaded record.
 
     Raises:
-        TypeError: When a subclass is defined whose methods take other arguments
-            than those they override, as one written for an older version does.
+        TypeError: If a subclass is defined whose methods take other arguments
+            than the methods that they override, as a subclass written for an
+            older version does.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -52,10 +54,12 @@ class HyperParameters:
         return cls(**config)
 
 
-def _check_arguments(cls, method, overridden):
-    """Raises unless a method can be called as the one that it overrides."""
-    expected = inspect.signature(overridden)
-    received = inspect.signature(method)
+def _check_arguments(
+    cls: type, method: FunctionType, overridden: FunctionType
+) -> None:
+    """Raises unless a method takes the arguments of the overridden one."""
+    expected = _signature_without_types(overridden)
+    received = _signature_without_types(method)
     try:
         received.bind(*expected.parameters)
     except TypeError:
@@ -66,3 +70,13 @@ def _check_arguments(cls, method, overridden):
             f"`def {method.__name__}{expected}`. "
             f"Received: `def {method.__name__}{received}`"
         ) from None
+
+
+def _signature_without_types(method: FunctionType) -> inspect.Signature:
+    signature = inspect.signature(method)
+    return inspect.Signature(
+        [
+            parameter.replace(annotation=inspect.Parameter.empty)
+            for parameter in signature.parameters.values()
+        ]
+    )

@@ -232,7 +232,8 @@ def _sparse(
 
 
 def _hierarchical(job: Job, network: network_lib.Network) -> Prediction:
-    # `topology.Hierarchical` sends what an all-gather of single devices does.
+    # A single device per worker is assumed, because `topology.Hierarchical`
+    # sends as many bytes as an all-gather of single devices.
     sparse = _sparse(dataclasses.replace(job, devices_per_worker=1), network)
     local_seconds, local_passes = _local_sum(job, network)
     # The entries that a worker has received are gathered once more, because

@@ -102,7 +102,7 @@ class Sparsifier(hyper_parameters.HyperParameters, abc.ABC):
 
         Args:
             a: Float tensor `[J]`, the accumulated gradient.
-            memory: As for `score`.
+            memory: Tuple of tensors that `score` was given.
             indices: int32 tensor `[k]`, the selected entries.
 
         Returns:
@@ -119,7 +119,7 @@ class Sparsifier(hyper_parameters.HyperParameters, abc.ABC):
         aggregate: tf.Tensor,
         step: tf.Tensor,
     ) -> tuple[tf.Tensor, ...]:
-        """Makes the memory of a step for the next step.
+        """Returns the memory for the next step.
 
         Args:
             memory: Tuple of tensors, the memory of this step.
@@ -131,7 +131,7 @@ class Sparsifier(hyper_parameters.HyperParameters, abc.ABC):
 
         Returns:
             Tuple of tensors of the shapes and dtypes of `initial_memory`, the
-            same object where a tensor stays as it is.
+            same object if a tensor is unchanged.
         """
         del indices, sent, aggregate, step
         return memory

@@ -123,8 +123,10 @@ class RegTopK(base.Sparsifier):
         one_plus_delta = self._one_plus_delta(a, memory)
         return reg_top_k_score(a, indices, one_plus_delta, self.mu, self.q)
 
-    def _one_plus_delta(self, a, memory):
-        """1 + Delta at the entries sent at t-1, NaN where not defined."""
+    def _one_plus_delta(
+        self, a: tf.Tensor, memory: tuple[tf.Tensor, tf.Tensor]
+    ) -> tf.Tensor:
+        """Computes 1 + Delta of the entries sent at t-1, NaN if not defined."""
         indices, one_plus_delta = memory
         if self.denominator == "current":
             difference = one_plus_delta
@@ -153,10 +155,11 @@ class RegTopK(base.Sparsifier):
         memory: tuple[tf.Tensor, tf.Tensor],
         indices: tf.Tensor,
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Returns two numbers of the entries that were sent at t-1.
+        """Counts the damped and the selected entries of those sent at t-1.
 
-        Damped are those with |1 + Delta| < 1/2, of which the others cancelled
-        more than half; selected again are those in `indices`.
+        An entry with |1 + Delta| < 1/2 counts as damped, because the others
+        cancelled more than half of it; an entry of `indices` counts as selected
+        again.
         """
         before, _ = memory
         is_damped = tf.abs(self._one_plus_delta(a, memory)) < 0.5
@@ -166,7 +169,8 @@ class RegTopK(base.Sparsifier):
         damped = tf.reduce_sum(tf.cast(is_damped, tf.int32))
         is_first = tf.reduce_all(tf.math.is_nan(memory[1]))
         again = tf.reduce_sum(tf.gather(mask, before))
-        # Before the first step the memory holds no entries that were sent.
+        # Nothing is selected again in the first step, because its memory holds
+        # no entries that were sent.
         return damped, tf.where(is_first, 0, again)
 
     def remember(
