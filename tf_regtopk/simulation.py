@@ -60,7 +60,7 @@ class MomentumSGD(NamedTuple):
     def __call__(
         self, arrays: tuple, g: tf.Tensor, t: tf.Tensor
     ) -> tuple[tf.Tensor, tuple]:
-        """What to subtract from the weights, in units of the learning rate.
+        """Returns the change to subtract, in units of the learning rate.
 
         Args:
             arrays: Tuple of what it keeps; zeros at first.
@@ -76,7 +76,7 @@ class MomentumSGD(NamedTuple):
 
 
 class Adam(NamedTuple):
-    """As `keras.optimizers.Adam`, and called as `MomentumSGD`.
+    """The descent of `keras.optimizers.Adam`, called like `MomentumSGD`.
 
         m = beta_1 m + (1 - beta_1) g,      v = beta_2 v + (1 - beta_2) g^2
         change = sqrt(1 - beta_2^(t+1)) / (1 - beta_1^(t+1)) m / (sqrt(v) + eps)
@@ -95,7 +95,7 @@ class Adam(NamedTuple):
     def __call__(
         self, arrays: tuple, g: tf.Tensor, t: tf.Tensor
     ) -> tuple[tf.Tensor, tuple]:
-        """What to subtract from the weights, as of `MomentumSGD`."""
+        """Returns the change to subtract, see `MomentumSGD`."""
         m, v = arrays
         m = self.beta_1 * m + (1 - self.beta_1) * g
         v = self.beta_2 * v + (1 - self.beta_2) * g**2
@@ -105,7 +105,7 @@ class Adam(NamedTuple):
 
 
 class State(NamedTuple):
-    """What a step changes.
+    """The values that a step changes.
 
     Args:
         weights: Float tensor `[J]`.
@@ -380,5 +380,5 @@ def _check_options(optimizer, expected):
 
 
 def _specs(values):
-    """What each worker has of tensors `[N, ...]`."""
+    """Returns the specs of one worker's part of tensors `[N, ...]`."""
     return tuple(tf.TensorSpec(v.shape[1:], v.dtype) for v in values)
