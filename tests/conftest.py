@@ -14,6 +14,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 import keras
 import pytest
 import tensorflow as tf
+from tensorflow.python.data.ops import multi_device_iterator_ops
 
 NUM_DEVICES = 8
 
@@ -55,6 +56,30 @@ def _cheap_garbage_collection():
     """
     gc.collect()
     gc.freeze()
+
+
+_iterators = []
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _iterators_stay():
+    """Keeps what `fit` reads from under a strategy until the process ends.
+
+    TensorFlow 2.21 may free such an iterator while its thread still reads, and
+    the process ends: once in about thirty calls of `fit` on a single device
+    that is not the first, far less often on several devices.
+    """
+    init = multi_device_iterator_ops.OwnedMultiDeviceIterator.__init__
+
+    def keep(self, *args, **kwargs):
+        _iterators.append(self)
+        init(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(
+            multi_device_iterator_ops.OwnedMultiDeviceIterator, "__init__", keep
+        )
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -165,15 +165,6 @@ def fit(kwargs, model=None, epochs=2):
             loss="mse",
             jit_compile=False,
         )
-    if isinstance(
-        tf.distribute.get_strategy(), tf.distribute.OneDeviceStrategy
-    ):
-        # Not `fit`, because TensorFlow 2.21 may free the dataset's iterator of
-        # a single device that is not the first while its thread reads, which
-        # ends the process (once in ten of these tests).
-        for start in (*range(0, 24, 8),) * epochs:
-            model.train_on_batch(x[start : start + 8], y[start : start + 8])
-        return model
     model.fit(x, y, batch_size=8, epochs=epochs, shuffle=False, verbose=0)
     return model
 
