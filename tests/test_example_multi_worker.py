@@ -129,6 +129,7 @@ def test_natural_compression_learns_as_well(trained):
     assert natural >= as_it_is - 0.03
 
 
+@pytest.mark.slow
 def test_a_kill_costs_nothing(started, tmp_path, trained):
     """The launcher ends with a worker; the same command goes on as if not.
 

@@ -49,7 +49,7 @@ def test_no_array_of_the_gradients_size_is_copied(sparsifier):
     args = ([tf.zeros([size])], values, moment, tf.constant(0), has_gradient)
     sparse_step = exchange.sparse_step
     assert not copies(sparse_step.send, size, *args)
-    payload, _, sent = sparse_step.send(*args)
+    payload, _, sent, _ = sparse_step.send(*args)
     entries, _ = sparse_step.decode(payload[tf.newaxis], moment.number)
     args = (entries, sent[:2], state, moment, has_gradient)
     assert not copies(sparse_step.settle, size, *args)

@@ -175,8 +175,8 @@ def fit(kwargs, model=None, epochs=2):
         ("none", "regtopk"),
         ("one", "regtopk, current"),
         ("mirrored", "regtopk"),
-        ("mirrored", "indices golomb"),
-        ("mirrored", "hierarchical"),
+        pytest.param("mirrored", "indices golomb", marks=pytest.mark.slow),
+        pytest.param("mirrored", "hierarchical", marks=pytest.mark.slow),
     ],
 )
 def test_training_is_saved_and_goes_on(where, case, gpus, tmp_path):

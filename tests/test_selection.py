@@ -171,7 +171,17 @@ def draw_large_scores(data, size, dtype=np.float32):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("k", [1, 131, 13107, LARGE // 2, LARGE - 1])
+@pytest.mark.parametrize(
+    "k",
+    [
+        131,
+        LARGE // 2,
+        *(
+            pytest.param(k, marks=pytest.mark.slow)
+            for k in (1, 13107, LARGE - 1)
+        ),
+    ],
+)
 @settings(max_examples=8, deadline=None)
 @given(data=st.data())
 def test_sampling_never_changes_the_result(k, mode, data):
@@ -251,7 +261,9 @@ def large_groups(density):
         ("as on GPUs", np.float32),
     ],
 )
-@pytest.mark.parametrize("density", [0.0005, 0.01])
+@pytest.mark.parametrize(
+    "density", [0.0005, pytest.param(0.01, marks=pytest.mark.slow)]
+)
 @settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_sampling_of_groups_never_changes_the_result(
