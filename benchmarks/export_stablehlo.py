@@ -184,6 +184,7 @@ def step_for(size, density, args):
             round_lib.State(tuple(variables[:1]), (), tuple(variables[1:])),
             moment_at(number),
             has_gradient,
+            (),
         )
         return *(variable.read_value() for variable in variables), aggregate
 

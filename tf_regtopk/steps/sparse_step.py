@@ -145,7 +145,7 @@ class SparseStep:
         return (words.hold(indices), values), flags
 
     @tf.function(jit_compile=True, autograph=False)
-    def settle(self, entries, sent, state, moment, has_gradient, measured=()):
+    def settle(self, entries, sent, state, moment, has_gradient, measured):
         """The aggregate; assigns the state after the step.
 
         Args:
