@@ -1,6 +1,5 @@
 """The training of cifar10_resnet.py as functions that can be exported."""
 
-import dataclasses
 import pathlib
 import sys
 
@@ -107,9 +106,14 @@ class Method:
         self._descent = simulation.descent_of(optimizer, args.num_workers)
         if isinstance(optimizer, tf_regtopk.SparsifiedOptimizer):
             optimizer.build(model.trainable_variables)
-            self.bytes_a_step = dataclasses.replace(
-                optimizer.wire_report(), num_replicas=args.num_workers
-            ).sent_bytes
+            report = optimizer.wire_report()
+            cluster = tf_regtopk.Cluster(args.num_workers)
+            self.bytes_a_step = round(
+                tf_regtopk.AllGather().sent_bytes(report.payload_bytes, cluster)
+                + tf_regtopk.AllReduce().sent_bytes(
+                    report.dense_below_bytes, cluster
+                )
+            )
         else:
             self.bytes_a_step = image_training.bytes_a_step(
                 optimizer, model, args.num_workers
