@@ -1,4 +1,4 @@
-"""Code as users write it, for a type checker: it is not run.
+"""Code as users write it, for a type checker: nothing calls it.
 
 Every `# type: ignore` stands where the checker must refuse the line; one that
 is not needed is an error as well.
@@ -11,34 +11,37 @@ import tensorflow as tf
 
 import tf_regtopk
 
-optimizer = tf_regtopk.SparsifiedOptimizer(
-    keras.optimizers.SGD(0.1),
-    tf_regtopk.RegTopK(density=0.01, mu=2.0, denominator="current"),
-    codec=tf_regtopk.Codec(indices="golomb", values="bfloat16"),
-    error_feedback=tf_regtopk.Accumulate(momentum=0.9, factor_masking=True),
-    scope="per_variable",
-    dense_below=100,
-    exchange="auto",
-    telemetry=True,
-)
-density: float = optimizer.density
-optimizer.set_density(0.1)
-sent_bytes: int = optimizer.wire_report().sent_bytes
-norms: list[float] = [n["gradient"] for n in optimizer.telemetry()]
 
-tf_regtopk.SparsifiedOptimizer(
-    keras.optimizers.SGD(),
-    nonsense=1,  # type: ignore[arg-type]
-)
-tf_regtopk.SparsifiedOptimizer(
-    keras.optimizers.SGD(),
-    scope="layer",  # type: ignore[arg-type]
-)
-tf_regtopk.SparsifiedOptimizer(
-    keras.optimizers.SGD(),
-    tf_regtopk.Accumulate(),  # type: ignore[arg-type]
-)
-tf_regtopk.Accumulate(momentum="0.9")  # type: ignore[arg-type]
+def use_the_library() -> tuple[float, int, list[float]]:
+    optimizer = tf_regtopk.SparsifiedOptimizer(
+        keras.optimizers.SGD(0.1),
+        tf_regtopk.RegTopK(density=0.01, mu=2.0, denominator="current"),
+        codec=tf_regtopk.Codec(indices="golomb", values="bfloat16"),
+        error_feedback=tf_regtopk.Accumulate(momentum=0.9, factor_masking=True),
+        scope="per_variable",
+        dense_below=100,
+        exchange="auto",
+        telemetry=True,
+    )
+    density: float = optimizer.density
+    optimizer.set_density(0.1)
+    sent_bytes: int = optimizer.wire_report().sent_bytes
+    norms: list[float] = [n["gradient"] for n in optimizer.telemetry()]
+
+    tf_regtopk.SparsifiedOptimizer(
+        keras.optimizers.SGD(),
+        nonsense=1,  # type: ignore[arg-type]
+    )
+    tf_regtopk.SparsifiedOptimizer(
+        keras.optimizers.SGD(),
+        scope="layer",  # type: ignore[arg-type]
+    )
+    tf_regtopk.SparsifiedOptimizer(
+        keras.optimizers.SGD(),
+        tf_regtopk.Accumulate(),  # type: ignore[arg-type]
+    )
+    tf_regtopk.Accumulate(momentum="0.9")  # type: ignore[arg-type]
+    return density, sent_bytes, norms
 
 
 @dataclasses.dataclass(frozen=True)
