@@ -8,10 +8,10 @@ def regtopk_test(name):
         name = name,
         srcs = [
             name + ".py",
-            "run_pytest.py",
+            "support/run_pytest.py",
         ],
         args = ["$(location {}.py)".format(name)],
         data = ["//:repository"],
-        main = "run_pytest.py",
+        main = "support/run_pytest.py",
         deps = [":support"],
     )

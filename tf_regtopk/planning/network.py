@@ -1,7 +1,7 @@
 r"""The seconds that gradients and entries take from worker to worker.
 
 Each worker has a link, with both directions at once, to a switch that never
-blocks. `tests/network_simulation.py` sends every packet instead.
+blocks. `tests/support/network_simulation.py` sends every packet instead.
 """
 
 import dataclasses

@@ -1,0 +1,345 @@
+"""`Backup`: which epoch the workers go on with, and writes cut short."""
+
+import os
+import pathlib
+import signal
+
+import fork_server
+import keras
+import numpy as np
+import paths
+import pytest
+import resume_program
+import tensorflow as tf
+
+import tf_regtopk
+from tf_regtopk.distribute import collectives
+from tf_regtopk.distribute import strategy as strategy_lib
+
+
+def make(strategy):
+    with strategy.scope():
+        model = keras.Sequential(
+            [
+                keras.Input((4,)),
+                keras.layers.Dense(3),
+                keras.layers.BatchNormalization(),
+                keras.layers.Dropout(0.5),
+                keras.layers.Dense(1),
+            ]
+        )
+        model.compile(
+            tf_regtopk.SparsifiedOptimizer(
+                keras.optimizers.SGD(0.1, momentum=0.9),
+                tf_regtopk.RegTopK(0.2),
+            ),
+            "mse",
+        )
+    return model
+
+
+def change(model, seed):
+    """As if it had been trained, which takes longer."""
+    rng = np.random.default_rng(seed)
+    for v in [*model.variables, *model.optimizer.variables]:
+        v.assign(rng.integers(1, 99, v.shape))
+    state = model.optimizer.save_state()
+    for arrays in state.replicas.values():
+        arrays[0] = rng.standard_normal(arrays[0].shape).astype("float32")
+    model.optimizer.load_state(state)
+
+
+def back_up(backup, model, num_epochs):
+    """What `fit` calls; gives what was saved after each epoch."""
+    backup.set_model(model)
+    backup.on_train_begin()
+    saved = []
+    for epoch in range(num_epochs):
+        backup.on_epoch_begin(epoch)
+        change(model, epoch)
+        backup.on_epoch_end(epoch)
+        saved.append(resume_program.fingerprint(model))
+    return saved
+
+
+def test_the_last_two_epochs_are_kept(mirrored, tmp_path):
+    model = make(mirrored(2))
+    backup = tf_regtopk.Backup(tmp_path / "backup")
+    assert backup.restore(model) == 0
+    saved = back_up(backup, model, 4)
+    names = sorted(os.listdir(tmp_path / "backup"))
+    assert names == [f"epoch-00000{i}.weights.h5" for i in (3, 4)]
+    for epoch in (4, 3):
+        other = make(mirrored(2))
+        assert tf_regtopk.Backup(tmp_path / "backup").restore(other) == epoch
+        assert resume_program.fingerprint(other) == saved[epoch - 1]
+        os.remove(tmp_path / "backup" / names.pop())
+    backup.delete()
+    assert os.listdir(tmp_path) == []
+
+
+def test_restore_comes_first(mirrored, tmp_path):
+    model, backup = make(mirrored(2)), tf_regtopk.Backup(tmp_path)
+    with pytest.raises(ValueError, match="must be called before `fit`"):
+        model.fit(np.ones((8, 4)), np.ones((8, 1)), callbacks=[backup])
+
+
+def test_goes_on_where_it_was(mirrored, tmp_path):
+    model, backup = make(mirrored(0)), tf_regtopk.Backup(tmp_path)
+    backup.restore(model)
+    back_up(backup, model, 2)
+    backup = tf_regtopk.Backup(tmp_path)
+    assert backup.restore(model) == 2
+    with pytest.raises(ValueError, match="2. Received: initial_epoch=0"):
+        model.fit(np.ones((8, 4)), np.ones((8, 1)), callbacks=[backup])
+
+
+def test_what_not_all_workers_have_is_removed(mirrored, tmp_path, monkeypatch):
+    """Else another attempt at that epoch might be mixed with it."""
+    model, backup = make(mirrored(0)), tf_regtopk.Backup(tmp_path)
+    backup.restore(model)
+    saved = back_up(backup, model, 3)
+    # As if another worker had epoch 2 only.
+    monkeypatch.setattr(tf_regtopk.Backup, "_newest_of_all", lambda *_: 2)
+    assert tf_regtopk.Backup(tmp_path).restore(model) == 2
+    assert resume_program.fingerprint(model) == saved[1]
+    assert os.listdir(tmp_path) == ["epoch-000002.weights.h5"]
+
+
+def test_workers_with_different_weights_are_refused(
+    mirrored, tmp_path, monkeypatch
+):
+    model = make(mirrored(0))
+    backup = tf_regtopk.Backup(tmp_path)
+    backup.restore(model)
+    back_up(backup, model, 1)
+
+    def gather(numbers, _):
+        other = list(numbers)
+        if len(numbers) == 2:
+            other[1] += 1
+        return np.array([numbers, other])
+
+    monkeypatch.setattr(collectives, "gather_from_workers", gather)
+    with pytest.raises(ValueError, match="must be of the same run"):
+        tf_regtopk.Backup(tmp_path).restore(model)
+
+
+def test_delete_needs_a_restore_and_cleans_up(mirrored, tmp_path):
+    backup = tf_regtopk.Backup(tmp_path / "backup")
+    with pytest.raises(ValueError, match="must be called first"):
+        backup.delete()
+    # A run that was ended while it deleted.
+    os.makedirs(tmp_path / "backup.deleted-x" / "backup")
+    backup.restore(make(mirrored(0)))
+    backup.delete()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_write_that_is_cut_short(mirrored, tmp_path, monkeypatch):
+    model, backup = make(mirrored(2)), tf_regtopk.Backup(tmp_path)
+    backup.restore(model)
+    saved = back_up(backup, model, 2)
+    change(model, 7)
+    # The moment before the file would have got its name.
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        patch.setattr(os, "replace", interrupt)
+        backup.on_epoch_end(2)
+    [partial] = [name for name in os.listdir(tmp_path) if "partial" in name]
+    with open(tmp_path / partial, "r+b") as file:
+        file.truncate(1000)
+    other = make(mirrored(2))
+    assert tf_regtopk.Backup(tmp_path).restore(other) == 2
+    assert resume_program.fingerprint(other) == saved[1]
+    assert not any("partial" in name for name in os.listdir(tmp_path))
+
+
+KILLED = f"""
+import os, signal, sys
+sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})
+sys.path.append({str(paths.TESTS / "support")!r})
+import logical_devices, test_backup, tf_regtopk
+from tf_regtopk.callbacks import backup as backup_lib
+
+calls = 0
+write = backup_lib._save_rest
+
+def kill(*args):
+    global calls
+    calls += 1
+    if calls == 3:  # The file is there, and not yet complete.
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(*args)
+
+backup_lib._save_rest = kill
+model = test_backup.make(logical_devices.mirrored_strategy(0))
+backup = tf_regtopk.Backup(sys.argv[1])
+backup.restore(model)
+test_backup.back_up(backup, model, 5)
+"""
+
+
+def test_kill_in_the_middle_of_a_write(mirrored, tmp_path):
+    path = tmp_path / "killed.py"
+    path.write_text(KILLED, encoding="utf-8")
+    backup = tmp_path / "backup"
+    process = fork_server.run_one(path, [backup], timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    assert any("partial" in name for name in os.listdir(backup))
+    assert tf_regtopk.Backup(backup).restore(make(mirrored(0))) == 2
+
+
+@pytest.mark.parametrize("what", ["moving_mean", "seed", "kernel"])
+def test_one_bit(what, mirrored, tmp_path):
+    model, backup = make(mirrored(0)), tf_regtopk.Backup(tmp_path)
+    backup.restore(model)
+    back_up(backup, model, 1)
+    [value] = [v.numpy() for v in model.variables if what in v.path][:1]
+    change(model, 5)
+    before = resume_program.fingerprint(model)
+    path = tmp_path / "epoch-000001.weights.h5"
+    data = bytearray(path.read_bytes())
+    start = data.find(value.tobytes())
+    assert start >= 0
+    data[start] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="checksum|those that were saved"):
+        tf_regtopk.Backup(tmp_path).restore(model)
+    assert resume_program.fingerprint(model) == before
+
+
+# ----- Several workers -----
+
+
+def write(directory, epochs, number, num_workers):
+    os.makedirs(directory, exist_ok=True)
+    for epoch in epochs:
+        world = f".worker-{number}-of-{num_workers}" if num_workers > 1 else ""
+        path = directory / f"epoch-{epoch:06d}{world}.weights.h5"
+        path.write_bytes(b"")
+
+
+def newest(directories, monkeypatch):
+    """What each of the workers, with a folder each, goes on with."""
+    rows, results = [], []
+
+    def gather(row, _):
+        if len(rows) < len(directories):
+            rows.append(row)
+            raise InterruptedError
+        return np.array(rows)
+
+    monkeypatch.setattr(collectives, "gather_from_workers", gather)
+    for _ in range(2):
+        for number, directory in enumerate(directories):
+            monkeypatch.setattr(
+                strategy_lib,
+                "worker_number",
+                lambda _, n=number: (n, len(directories)),
+            )
+            try:
+                results.append(
+                    tf_regtopk.Backup(directory)._newest_of_all(None)
+                )
+            except InterruptedError:
+                pass
+            except FileNotFoundError as e:
+                assert "backups must be there of every worker" in str(e)
+                results.append(FileNotFoundError)
+    assert len(set(results)) == 1  # They all agree.
+    return results[0]
+
+
+CASES = {
+    # Epochs that workers 0, 1, ... have; the epoch to go on with.
+    "nothing": ([[], []], 0),
+    "the same": ([[3, 4], [3, 4]], 4),
+    "one was slower": ([[3, 4], [2, 3]], 3),
+    "one more, not yet cleaned": ([[3, 4, 5], [3, 4]], 4),
+    "the first was cut short": ([[1], []], 0),
+    "the second was cut short": ([[1, 2], [1]], 1),
+    "one has lost its own": ([[3, 4], []], FileNotFoundError),
+    "three": ([[3, 4], [3], [3, 4]], 3),
+}
+
+
+@pytest.mark.parametrize("shares_disk", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_workers_agree(case, shares_disk, tmp_path, monkeypatch):
+    epochs_of, expected = CASES[case]
+    directories = [
+        tmp_path / ("all" if shares_disk else str(number))
+        for number in range(len(epochs_of))
+    ]
+    for number, epochs in enumerate(epochs_of):
+        write(directories[number], epochs, number, len(epochs_of))
+    assert newest(directories, monkeypatch) == expected
+
+
+@pytest.mark.parametrize(
+    "old, new, expected",
+    [
+        # The first backup of the new world was cut short.
+        ({0: [4, 5], 1: [4, 5], 2: [4, 5]}, {0: [6]}, 5),
+        ({0: [4, 5], 1: [4, 5], 2: [4, 5]}, {0: [6], 1: [6]}, 6),
+        ({0: [4, 5], 1: [4, 5], 2: [4]}, {}, 4),
+        ({0: [4, 5], 1: [], 2: [4, 5]}, {}, FileNotFoundError),
+    ],
+)
+def test_workers_agree_after_a_change(
+    old, new, expected, tmp_path, monkeypatch
+):
+    for world, size in ((old, 3), (new, 2)):
+        for number, epochs in world.items():
+            write(tmp_path, epochs, number, size)
+    assert newest([tmp_path] * 2, monkeypatch) == expected
+
+
+def test_gather_from_workers(mirrored):
+    for num_replicas in (0, 2):
+        rows = collectives.gather_from_workers([7, 8], mirrored(num_replicas))
+        assert rows.tolist() == [[7, 8]] * max(1, num_replicas)
+
+
+def test_a_run_with_loss_scaling(mirrored, tmp_path):
+    def make_mixed():
+        with mirrored(2).scope():
+            model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+            model.compile(
+                tf_regtopk.LossScaleOptimizer(
+                    tf_regtopk.SparsifiedOptimizer(
+                        keras.optimizers.SGD(0.1, momentum=0.9),
+                        tf_regtopk.RegTopK(0.2),
+                    )
+                ),
+                "mse",
+            )
+        return model
+
+    def everything(model):
+        optimizer = model.optimizer
+        return [
+            *(v.numpy() for v in [*model.variables, *optimizer.variables]),
+            *optimizer.inner_optimizer.save_state().replicas[1],
+        ]
+
+    model, backup = make_mixed(), tf_regtopk.Backup(tmp_path)
+    backup.restore(model)
+    backup.set_model(model)
+    model.fit(
+        tf.fill([8, 4], np.inf),
+        tf.ones([8, 1]),
+        epochs=2,
+        verbose=0,
+        callbacks=[backup],
+    )
+    assert model.optimizer.dynamic_scale.numpy() == 2.0**13
+    other = make_mixed()
+    assert tf_regtopk.Backup(tmp_path).restore(other) == 2
+    assert other.optimizer.dynamic_scale.numpy() == 2.0**13
+    for a, b in zip(everything(other), everything(model), strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -1,0 +1,79 @@
+"""Saved state: arrays, several workers, another number of replicas."""
+
+import numpy as np
+import pytest
+
+from tf_regtopk.saving import saved_state
+
+
+def state(replicas, num_replicas=3, step=1):
+    return saved_state.SavedState(
+        {"scope": "global"},
+        {"step": step},
+        num_replicas,
+        {n: [np.full(2, n, "float32"), np.arange(3)] for n in replicas},
+    )
+
+
+def test_state_round_trip():
+    saved = state([0, 2])
+    arrays = saved_state.to_arrays(saved, [np.ones(3), np.float32(2)])
+    back, variables = saved_state.from_arrays(arrays)
+    assert back[:3] == saved[:3] and list(back.replicas) == [0, 2]
+    for n in (0, 2):
+        for a, b in zip(back.replicas[n], saved.replicas[n], strict=True):
+            np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(variables[0], np.ones(3))
+    assert variables[1] == 2
+    assert saved_state.from_bytes(saved_state.to_bytes(saved))[:3] == saved[:3]
+
+
+@pytest.mark.parametrize("name", ["replica_2_part_1", "1", "replica_state"])
+def test_state_with_a_missing_or_changed_array(name):
+    arrays = saved_state.to_arrays(state([0, 2]), [np.ones(3), np.ones(2)])
+    changed = arrays | {name: arrays[name].copy()}
+    if name == "replica_state":
+        # Still JSON, with another number of replicas.
+        text = changed[name].tobytes().replace(b'as": 3', b'as": 4')
+        changed[name] = np.frombuffer(text, np.uint8)
+    changed[name] = changed[name] + (name != "replica_state")
+    assert not np.array_equal(changed[name], arrays[name])
+    del arrays[name]
+    for bad in (arrays, changed):
+        with pytest.raises(ValueError, match="must (be|have been)"):
+            saved_state.from_arrays(bad)
+
+
+def test_combining_workers():
+    other_step = state([0, 1, 2], step=2)
+    combined = saved_state.combine(state([1]), [other_step, state([2, 0])])
+    assert combined.moment == {"step": 1} and set(combined.replicas) == {
+        0,
+        1,
+        2,
+    }
+    with pytest.raises(ValueError, match=r"at step 1.*replicas \[0\]"):
+        saved_state.combine(state([1]), [other_step, state([2])])
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2, 4, 7])
+def test_total_is_spread_evenly(num_replicas):
+    rng = np.random.default_rng(num_replicas)
+    errors = rng.standard_normal((3, 50)).astype("float32")
+    errors[:, 0] = [3e38, 3e38, -3e38]  # The sum of two is too large.
+    saved = state([])._replace(replicas={n: [e] for n, e in enumerate(errors)})
+    with pytest.warns(UserWarning, match="spread evenly") as caught:
+        parts = saved_state.state_of_replicas(
+            saved,
+            range(num_replicas),
+            num_replicas,
+            [np.zeros(50)],
+            [],
+            ["fresh"],
+        )
+    assert len(caught) == 1
+    assert all(memory == "fresh" for _, memory in parts)
+    total = np.sum([error for error, _ in parts], axis=0, dtype="float64")
+    expected = errors.astype("float64").sum(axis=0)
+    np.testing.assert_allclose(total, expected, rtol=1e-6)
+    assert parts[0][0].dtype == np.float32

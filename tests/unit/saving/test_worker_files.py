@@ -1,0 +1,74 @@
+"""Files of several workers."""
+
+import types
+
+import pytest
+import tensorflow as tf
+
+import tf_regtopk
+from tf_regtopk.saving import worker_files
+
+
+def cluster(number, num_workers, chief=False):
+    """What looks like the strategy of one worker."""
+    names = {"worker": [f"host{i}:1" for i in range(num_workers - chief)]}
+    if chief:
+        names["chief"] = ["host:1"]
+    task = ("worker", number - chief) if number or not chief else ("chief", 0)
+    return types.SimpleNamespace(
+        cluster_resolver=tf.distribute.cluster_resolver.SimpleClusterResolver(
+            tf.train.ClusterSpec(names), task_type=task[0], task_id=task[1]
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    "path, expected",
+    [
+        ("a.b/m.keras", "a.b/m.worker-1-of-3.keras"),
+        ("m.weights.h5", "m.worker-1-of-3.weights.h5"),
+        ("m-{epoch:02d}.h5", "m-{epoch:02d}.worker-1-of-3.h5"),
+        ("folder/ckpt.1", "folder/ckpt.1.worker-1-of-3"),
+    ],
+)
+def test_worker_path(path, expected, mirrored):
+    assert tf_regtopk.worker_path(path, cluster(1, 3)) == expected
+    assert tf_regtopk.worker_path(path, cluster(1, 3, chief=True)) == expected
+    first = tf_regtopk.worker_path(path, cluster(0, 3, chief=True))
+    assert first == expected.replace("-1-", "-0-")
+    for strategy in (mirrored(0), mirrored(2), cluster(0, 1)):
+        assert tf_regtopk.worker_path(path, strategy) == path
+
+
+def test_the_newest_run_counts(tmp_path):
+    def touch(seconds, number, num_workers):
+        path = tf_regtopk.worker_path(
+            tmp_path / "m.keras", cluster(number, num_workers)
+        )
+        with open(path, "w"):
+            pass
+        worker_files.os.utime(path, (seconds, seconds))
+
+    def find(number, num_workers):
+        files = worker_files.find_files(
+            tmp_path / "m.keras", cluster(number, num_workers)
+        )
+        return [worker_files.os.path.basename(file) for file in files]
+
+    assert find(0, 2) == []
+    touch(1, 0, 3)
+    touch(2, 2, 3)
+    # Not all, but this worker's own; the others' may be elsewhere.
+    assert find(0, 2) == [] and find(1, 3) == []
+    assert len(find(0, 3)) == len(find(2, 3)) == 3
+    touch(3, 1, 3)
+    assert (
+        find(0, 2)
+        == find(4, 5)
+        == [f"m.worker-{i}-of-3.keras" for i in range(3)]
+    )
+    touch(4, 0, 1)
+    assert find(0, 2) == find(0, 3) == ["m.keras"]
+    touch(5, 0, 2)
+    touch(5, 1, 2)
+    assert find(0, 3) == [f"m.worker-{i}-of-2.keras" for i in range(2)]

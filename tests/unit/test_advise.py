@@ -1,0 +1,160 @@
+"""`python -m tf_regtopk.advise`."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+
+from absl import flags
+import fork_server
+import paths
+import planning_jobs
+import pytest
+
+from tf_regtopk import advise
+from tf_regtopk.planning import network as network_lib
+
+
+def test_wrong_arguments():
+    def make_network(**kwargs):
+        return network_lib.Network(
+            **({"bandwidth": 1e9, "latency": 0.0} | kwargs)
+        )
+
+    for make, argument, value in (
+        (planning_jobs.make_job, "parameters", 0),
+        (planning_jobs.make_job, "parameters", 1.5),
+        (planning_jobs.make_job, "parameters", 2**31),
+        (planning_jobs.make_job, "workers", 1),
+        (planning_jobs.make_job, "step_seconds", -1.0),
+        (planning_jobs.make_job, "step_seconds", math.nan),
+        (planning_jobs.make_job, "density", 0),
+        (planning_jobs.make_job, "density", 1.1),
+        (planning_jobs.make_job, "values", "float8"),
+        (planning_jobs.make_job, "devices_per_worker", 0),
+        (planning_jobs.make_job, "overlap", 1.5),
+        (planning_jobs.make_job, "memory_bandwidth", 0),
+        (make_network, "bandwidth", 0.0),
+        (make_network, "latency", -1.0),
+        (make_network, "latency", "5ms"),
+        (make_network, "local_bandwidth", math.inf),
+        (make_network, "local_latency", -1e-9),
+    ):
+        message = f"`{argument}` must be .* Received: {argument}="
+        with pytest.raises((TypeError, ValueError), match=message):
+            make(**{argument: value})
+
+
+def test_import_defines_no_flags():
+    assert "step_time" not in flags.FLAGS
+
+
+def run(is_forked=True, **arguments):
+    args = [f"--{name}={value}" for name, value in arguments.items()]
+    if is_forked:
+        return fork_server.run_one("tf_regtopk.advise", args)
+    return subprocess.run(
+        [sys.executable, "-m", "tf_regtopk.advise", *args],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_command_advises_to_compress():
+    result = run(
+        is_forked=False,
+        parameters="11.2e6",
+        workers=4,
+        bandwidth="100Mbit",
+        latency="100us",
+        step_time="180ms",
+        devices_per_worker=2,
+        sweep=True,
+    )
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert {line.split("  ")[0] for line in lines} >= set(planning_jobs.METHODS)
+    [header] = [i for i, line in enumerate(lines) if line[:7] == "workers"]
+    swept = [int(line.split()[0]) for line in lines[header + 1 : header + 13]]
+    assert swept == [2**i for i in range(1, 13)]
+    assert "\nCompress: " in result.stdout
+    assert max(len(line) for line in lines[header + 14 :]) <= 80
+
+
+def test_command_advises_not_to():
+    result = run(
+        parameters="1e5",
+        workers=4,
+        bandwidth="25Gbit",
+        latency="10us",
+        step_time="20ms",
+    )
+    assert result.returncode == 0, result.stderr
+    assert "\nDo not compress: " in result.stdout
+    assert "hierarchical" not in result.stdout
+
+
+def test_command_refuses_bananas():
+    result = run(
+        parameters="1e5",
+        workers=4,
+        bandwidth="10 bananas",
+        latency="10us",
+        step_time="20ms",
+    )
+    assert result.returncode != 0
+    assert (
+        "`bandwidth` must be a positive rate such as 10Gbit. Received: 10 "
+        "bananas" in result.stdout + result.stderr
+    )
+
+
+def test_the_validation_compares_with_measurements(tmp_path):
+    """Of times that are the model's own but one, which is twice as long."""
+    network = {"bulk_bits_per_second": 1e8, "round_trip_milliseconds": 0.2}
+    job = advise.Job(
+        parameters=10**6,
+        workers=3,
+        step_seconds=0.02,
+        density=0.01,
+        memory_bandwidth=8e9,
+    )
+    predicted = advise.predict(job, advise.Network(12.5e6, latency=1e-4))
+    methods = {
+        "local": 0.02,
+        "dense": predicted["dense"].step_seconds,
+        "sparse:0.01:int32+float32": predicted["sparse"].step_seconds,
+        "sparse:0.01:auto": 2 * predicted["coded"].step_seconds,
+        "sparse:0.01:auto+natural": predicted["natural"].step_seconds,
+        "ddp": 1.0,  # The model does not know it.
+    }
+    summary = {
+        "config": {"num_workers": 3},
+        "networks": {"100mbit": network},
+        "results": [
+            {
+                "network": "100mbit",
+                "size": 10**6,
+                "parameters": 10**6,
+                "method": method,
+                "milliseconds": 1e3 * seconds,
+            }
+            for method, seconds in methods.items()
+        ],
+    }
+    path = tmp_path / "summary.json"
+    path.write_text(json.dumps(summary))
+    benchmark = paths.ROOT / "benchmarks" / "advise_validation.py"
+    output = subprocess.run(
+        [sys.executable, benchmark, f"--summary={path}"],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    ).stdout
+    errors = re.findall(r"([+-]\d+) % \|", output)
+    assert [int(error) for error in errors] == [0, 0, -50, 0]
+    assert "Median error 0 %, the largest 50 %, of 4 predictions." in output
