@@ -34,7 +34,7 @@ def test_density_one_is_the_unwrapped_optimizer(inner, num_replicas, mirrored):
         for optimizer, variables in sides:
             optimizer.build(variables)
 
-    @tf.function
+    @tf.function(autograph=False)
     def step():
         for optimizer, variables in sides:
             small_models.custom_loop_step(

@@ -116,7 +116,7 @@ def bytes_a_step(strategy, num_steps=5, size=1_000_000, **kwargs):
         )
         optimizer.build([variable])
 
-    @tf.function
+    @tf.function(autograph=False)
     def step(seed):
         def replica_step():
             replica = tf.distribute.get_replica_context()

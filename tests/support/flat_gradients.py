@@ -16,7 +16,7 @@ def step_function(strategy, optimizer, variables):
     sizes = [int(np.prod(shape)) for shape in shapes]
     dtype = variables[0].dtype
 
-    @tf.function
+    @tf.function(autograph=False)
     def step(flat):
         def replica_step(flat):
             parts = tf.split(flat, sizes)

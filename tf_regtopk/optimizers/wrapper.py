@@ -106,6 +106,9 @@ class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
         """
         self.apply_if_finite(grads, trainable_variables)
 
+    # No control flow of the library depends on tensors, so AutoGraph would
+    # translate all of it in vain, in half of the time of a loop's first trace.
+    @tf.autograph.experimental.do_not_convert
     def apply_if_finite(self, grads, trainable_variables=None):
         """Applies gradients, and returns whether the step was taken.
 

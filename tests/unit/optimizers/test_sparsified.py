@@ -22,7 +22,7 @@ def test_one_all_gather_a_step(dense_below, reduces, mirrored):
         )
         optimizer.build(variables)
 
-    @tf.function
+    @tf.function(autograph=False)
     def step():
         def replica_step():
             optimizer.apply([tf.ones(v.shape) for v in variables], variables)
