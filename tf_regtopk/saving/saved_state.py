@@ -157,7 +157,9 @@ def _check_format(description: dict[str, Any]) -> None:
 def to_bytes(saved: SavedState) -> bytes:
     """Converts a `SavedState` to the bytes of an .npz file."""
     file = io.BytesIO()
-    np.savez(file, **to_arrays(saved))
+    # Any, because a checker would take an array for `allow_pickle`.
+    arrays: dict[str, Any] = to_arrays(saved)
+    np.savez(file, **arrays)
     return file.getvalue()
 
 
@@ -203,13 +205,13 @@ def canonical_names(names: Sequence[str]) -> list[str]:
     """
     names = ["/".join(name.split("/")[-2:]) for name in names]
     word = re.compile(r"([^/]*?)(?:_(\d+))?(?=/|$)")
-    numbers = {}
+    numbers: dict[str, set[int]] = {}
     for name in names:
         for base, number in word.findall(name):
             numbers.setdefault(base, set()).add(int(number or 0))
     rank = {base: sorted(found) for base, found in numbers.items()}
 
-    def renumber(match):
+    def renumber(match: re.Match[str]) -> str:
         base, number = match.groups()
         return base and f"{base}_{rank[base].index(int(number or 0))}"
 
@@ -311,7 +313,7 @@ def state_of_replicas(
         return [saved.replicas.get(n, initial) for n in replicas]
     parts = list(zip(*saved.replicas.values(), strict=True))
 
-    def share(values):
+    def share(values: Sequence[np.ndarray]) -> np.ndarray:
         total = np.sum(values, axis=0, dtype=np.float64)
         return (total / num_replicas).astype(values[0].dtype)
 
