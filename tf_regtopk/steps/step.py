@@ -18,7 +18,7 @@ def take_step(
     gradients: Sequence[flat_buffer.Gradient],
     moment: Moment,
     is_current: tf.Tensor,
-    apply: Callable[[list[flat_buffer.Gradient]], None],
+    apply: Callable[[Sequence[flat_buffer.Gradient]], None],
     skip: Callable[[], None],
 ) -> tf.Tensor:
     """Exchanges gradients, and applies their sum on all replicas or on none.
