@@ -1,4 +1,4 @@
-"""Types of the public interface, as a checker sees them."""
+"""Types of the package, and of its public interface as users see it."""
 
 import pathlib
 import subprocess
@@ -21,4 +21,9 @@ def check_types(path, folder):
 
 def test_user_code(tmp_path):
     result = check_types(TESTS / "typed_user_code.py", tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_package(tmp_path):
+    result = check_types(TESTS.parent / "tf_regtopk", tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
