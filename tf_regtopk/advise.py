@@ -27,6 +27,8 @@ from tf_regtopk.planning.network import Network
 # than the fastest, because a small gain is not worth a complex method.
 TOLERANCE = 0.1
 
+Kind = Literal["number", "rate", "time"]
+
 _PREFIXES = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 _RATES = {
     f"{prefix}{unit}{second}": factor * num_bytes
@@ -43,7 +45,7 @@ _QUANTITIES = {
 
 
 # The flags that are quantities have a kind, a default and a meaning.
-_FLAGS = {
+_FLAGS: dict[str, tuple[Kind, str | None, str]] = {
     "parameters": ("number", None, "Of the model."),
     "bandwidth": ("rate", None, "Of a worker's link, each way."),
     "latency": ("time", None, "From worker to worker, one way."),
@@ -60,9 +62,7 @@ _FLAGS = {
 }
 
 
-def parse(
-    name: str, text: str, kind: Literal["number", "rate", "time"]
-) -> float:
+def parse(name: str, text: str, kind: Kind) -> float:
     """Reads a quantity with its unit.
 
     Args:
@@ -163,7 +163,8 @@ def sweep(job: Job, network: Network) -> str:
         trial = dataclasses.replace(job, workers=num_workers)
         steps = {n: p.step_seconds for n, p in predict(trial, network).items()}
         times = "".join(f"{_seconds(steps[name]):>17}" for name in names)
-        lines.append(f"{num_workers:7}{times}  {min(steps, key=steps.get)}")
+        fastest = min(steps, key=steps.__getitem__)
+        lines.append(f"{num_workers:7}{times}  {fastest}")
     return "\n".join(lines)
 
 

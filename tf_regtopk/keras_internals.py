@@ -214,7 +214,15 @@ def _launcher() -> "cross_device_utils.CollectiveReplicaLauncher":
 
 # Keys start far from TensorFlow's, because TensorFlow counts up from 1.
 _FIRST_GROUP_KEY = 1 << 20
-_launchers_of_workers = weakref.WeakKeyDictionary()
+_launchers_of_workers: weakref.WeakKeyDictionary[
+    tf.distribute.Strategy,
+    list[
+        tuple[
+            "cross_device_utils.CollectiveReplicaLauncher",
+            "cross_device_utils.CollectiveReplicaLauncher",
+        ]
+    ],
+] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
 

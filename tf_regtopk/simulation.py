@@ -14,7 +14,11 @@ a strategy. The step itself is the one of `SparsifiedOptimizer`
 """
 
 from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Mapping
+from typing import Any
 from typing import NamedTuple
+from typing import TypeAlias
 
 import keras
 import tensorflow as tf
@@ -25,6 +29,7 @@ from tf_regtopk import selection
 from tf_regtopk import sparsifiers
 from tf_regtopk import validation
 from tf_regtopk.kernels import scatter_sum
+from tf_regtopk.kernels import tracing
 from tf_regtopk.optimizers import sparsified
 from tf_regtopk.steps import round as round_lib
 
@@ -46,6 +51,9 @@ _INNER = {
     "loss_scale_factor": None,
 }
 
+# What the gradients are of, such as the workers' data sets.
+Data: TypeAlias = tuple[tf.Tensor, ...]
+
 
 class MomentumSGD(NamedTuple):
     """`v = momentum v + g`, and the weights follow v.
@@ -55,11 +63,15 @@ class MomentumSGD(NamedTuple):
     """
 
     momentum: float = 0.0
-    num_arrays = 1  # Of the weights' size, that it keeps.
+
+    @property
+    def num_arrays(self) -> int:
+        """Number of arrays of the weights' size that it keeps."""
+        return 1
 
     def __call__(
-        self, arrays: tuple, g: tf.Tensor, t: tf.Tensor
-    ) -> tuple[tf.Tensor, tuple]:
+        self, arrays: tuple[tf.Tensor, ...], g: tf.Tensor, t: tf.Tensor
+    ) -> tuple[tf.Tensor, tuple[tf.Tensor, ...]]:
         """Returns the change to subtract, in units of the learning rate.
 
         Args:
@@ -90,11 +102,15 @@ class Adam(NamedTuple):
     beta_1: float = 0.9
     beta_2: float = 0.999
     epsilon: float = 1e-7
-    num_arrays = 2
+
+    @property
+    def num_arrays(self) -> int:
+        """As of `MomentumSGD`."""
+        return 2
 
     def __call__(
-        self, arrays: tuple, g: tf.Tensor, t: tf.Tensor
-    ) -> tuple[tf.Tensor, tuple]:
+        self, arrays: tuple[tf.Tensor, ...], g: tf.Tensor, t: tf.Tensor
+    ) -> tuple[tf.Tensor, tuple[tf.Tensor, ...]]:
         """Returns the change to subtract, see `MomentumSGD`."""
         m, v = arrays
         m = self.beta_1 * m + (1 - self.beta_1) * g
@@ -117,10 +133,10 @@ class State(NamedTuple):
     """
 
     weights: tf.Tensor
-    arrays: tuple
-    local: tuple = ()
-    shared: tuple = ()
-    memory: tuple = ()
+    arrays: tuple[tf.Tensor, ...]
+    local: tuple[tf.Tensor, ...] = ()
+    shared: tuple[tf.Tensor, ...] = ()
+    memory: tuple[tf.Tensor, ...] = ()
 
 
 class DenseDescent(NamedTuple):
@@ -167,7 +183,9 @@ class SparseDescent(NamedTuple):
         size, dtype = weights.shape[0], weights.dtype
         k = self.sparsifier.num_selected(size)
 
-        def for_each_worker(values):
+        def for_each_worker(
+            values: tuple[tf.Tensor, ...],
+        ) -> tuple[tf.Tensor, ...]:
             return tuple(
                 tf.stack([value] * self.num_workers) for value in values
             )
@@ -204,7 +222,7 @@ class SparseDescent(NamedTuple):
         )
         context = error_feedback_lib.Step(self.num_workers, k / size, rate, t)
 
-        def send(of_worker):
+        def send(of_worker: tuple[Any, ...]) -> round_lib.Sent:
             rank, gradient, local, memory = of_worker
             before = round_lib.State(local, state.shared, memory)
             return round_lib.send(method, gradient, before, context, rank)[1]
@@ -230,7 +248,9 @@ class SparseDescent(NamedTuple):
         local, memory, _ = tf.map_fn(
             # With something to return where nothing is kept.
             lambda of_worker: (
-                *round_lib.settle(method, *of_worker, total, context),
+                *round_lib.settle(
+                    method, of_worker[0], of_worker[1], total, context
+                ),
                 of_worker[0].indices,
             ),
             (sent, state.memory),
@@ -283,10 +303,10 @@ def descent_of(
 
 def gradient_descent(
     descent: DenseDescent | SparseDescent,
-    gradients_of: Callable[[tf.Tensor, tuple, tf.Tensor], tf.Tensor],
-    measure: Callable[[tf.Tensor, tuple], tf.Tensor],
+    gradients_of: Callable[[tf.Tensor, Data, tf.Tensor], tf.Tensor],
+    measure: Callable[[tf.Tensor, Data], tf.Tensor],
     num_steps: int,
-) -> Callable[[tf.Tensor, float | tf.Tensor, tuple], tf.Tensor]:
+) -> Callable[[tf.Tensor, float | tf.Tensor, Data], tf.Tensor]:
     """Makes a function that takes all steps, compiled by XLA.
 
     It is compiled once, and serves any start, learning rate and data of the
@@ -322,7 +342,13 @@ def gradient_descent(
     array([1.35, 0.7 , 0.31], dtype=float32)
     """
 
-    def step(t, state, measured, rate, data):
+    def step(
+        t: tf.Tensor,
+        state: State,
+        measured: tf.Tensor,
+        rate: tf.Tensor,
+        data: Data,
+    ) -> tuple[tf.Tensor, State, tf.Tensor]:
         gradients = gradients_of(state.weights, data, t)
         state = descent.step(state, gradients, t, rate)
         measured = tf.tensor_scatter_nd_update(
@@ -330,11 +356,13 @@ def gradient_descent(
         )
         return t + 1, state, measured
 
-    @tf.function(jit_compile=True, autograph=False)
-    def take_steps(weights, rate, data):
+    @tracing.compiled
+    def take_steps(
+        weights: tf.Tensor, rate: tf.Tensor, data: Data
+    ) -> tf.Tensor:
         return tf.while_loop(
             lambda t, *_: t < num_steps,
-            lambda *loop: step(*loop, rate, data),
+            lambda t, state, measured: step(t, state, measured, rate, data),
             (
                 tf.constant(0),
                 descent.initial_state(weights),
@@ -342,7 +370,9 @@ def gradient_descent(
             ),
         )[-1]
 
-    def run(weights, learning_rate, data):
+    def run(
+        weights: tf.Tensor, learning_rate: float | tf.Tensor, data: Data
+    ) -> tf.Tensor:
         weights = tf.convert_to_tensor(weights)
         if tf.is_tensor(learning_rate):
             rate = tf.cast(learning_rate, weights.dtype)
@@ -353,7 +383,7 @@ def gradient_descent(
     return run
 
 
-def _inner(optimizer):
+def _inner(optimizer: keras.optimizers.Optimizer) -> MomentumSGD | Adam:
     """The equations of a Keras optimizer."""
     # A subclass may have other equations.
     if type(optimizer) is keras.optimizers.SGD:
@@ -369,7 +399,9 @@ def _inner(optimizer):
     )
 
 
-def _check_options(optimizer, expected):
+def _check_options(
+    optimizer: keras.optimizers.Optimizer, expected: Mapping[str, Any]
+) -> None:
     for name, value in expected.items():
         received = getattr(optimizer, name)
         if received != value:
@@ -379,6 +411,6 @@ def _check_options(optimizer, expected):
             )
 
 
-def _specs(values):
+def _specs(values: Iterable[tf.Tensor]) -> tuple[tf.TensorSpec, ...]:
     """Returns the specs of one worker's part of tensors `[N, ...]`."""
     return tuple(tf.TensorSpec(v.shape[1:], v.dtype) for v in values)

@@ -48,7 +48,8 @@ def check_number(
         ValueError: If `value` is NaN, infinite or breaks the rule.
     """
     message = f"`{name}` must be {rule}. Received: {name}={value!r}"
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_real:
         raise TypeError(message)
     if not math.isfinite(value) or not is_valid(value):
         raise ValueError(message)

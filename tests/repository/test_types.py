@@ -1,4 +1,4 @@
-"""Types of the public interface, as a checker sees them."""
+"""Types of the package, and of its public interface as users see it."""
 
 import subprocess
 import sys
@@ -22,4 +22,9 @@ def test_user_code(tmp_path):
     result = check_types(
         paths.TESTS / "support" / "typed_user_code.py", tmp_path
     )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_package(tmp_path):
+    result = check_types(paths.ROOT / "tf_regtopk", tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -1,16 +1,19 @@
 """Saving a run so that it can be stopped, resumed and resized."""
 
+from collections.abc import Iterator
 import contextlib
 import glob
 import os
 import re
 import shutil
 import tempfile
+from typing import Any
 
 from absl import logging
 import h5py
 import keras
 import numpy as np
+import tensorflow as tf
 
 from tf_regtopk.callbacks import load_scope
 from tf_regtopk.distribute import collectives
@@ -58,8 +61,8 @@ class Backup(keras.callbacks.Callback):
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         super().__init__()
         self.directory = os.fspath(directory)
-        self._restored = None
-        self._next_epoch = None
+        self._restored: keras.Model | None = None
+        self._next_epoch: int | None = None
 
     def restore(self, model: keras.Model) -> int:
         """Loads the newest backup, if there is any. To be called before `fit`.
@@ -94,14 +97,16 @@ class Backup(keras.callbacks.Callback):
         self._restored, self._next_epoch = model, epoch
         return epoch
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         if self._restored is not self.model:
             raise ValueError(
                 "`Backup.restore(model)` must be called before `fit`, and its "
                 "result be given as `initial_epoch`"
             )
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(
+        self, epoch: int, logs: dict[str, Any] | None = None
+    ) -> None:
         if epoch != self._next_epoch:
             raise ValueError(
                 "`initial_epoch` must be what `Backup.restore` has returned, "
@@ -109,7 +114,9 @@ class Backup(keras.callbacks.Callback):
                 f"Received: initial_epoch={epoch}"
             )
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(
+        self, epoch: int, logs: dict[str, Any] | None = None
+    ) -> None:
         path = worker_files.worker_path(
             self._path(epoch + 1), self.model.distribute_strategy
         )
@@ -142,7 +149,7 @@ class Backup(keras.callbacks.Callback):
             os.rename(self.directory, os.path.join(away, "backup"))
         shutil.rmtree(away)
 
-    def _clean_up(self):
+    def _clean_up(self) -> None:
         """Removes what an earlier run was about to write or to delete."""
         os.makedirs(self.directory, exist_ok=True)
         for name in os.listdir(self.directory):
@@ -151,17 +158,17 @@ class Backup(keras.callbacks.Callback):
         for folder in glob.glob(f"{glob.escape(self.directory)}{_DELETED}*"):
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _path(self, epoch):
+    def _path(self, epoch: int) -> str:
         return os.path.join(self.directory, f"epoch-{epoch:06d}.weights.h5")
 
-    def _files(self):
+    def _files(self) -> Iterator[tuple[int, str]]:
         """Epoch and path of every backup here, of any worker."""
         for name in os.listdir(self.directory):
             match = re.match(r"epoch-(\d+)\.", name)
             if match:
                 yield int(match.group(1)), os.path.join(self.directory, name)
 
-    def _newest_of_all(self, strategy):
+    def _newest_of_all(self, strategy: tf.distribute.Strategy) -> int:
         """The newest epoch that every worker can load, the same on each."""
         here = sorted({epoch for epoch, _ in self._files()})
         loadable = [
@@ -188,7 +195,7 @@ class Backup(keras.callbacks.Callback):
         return epoch
 
 
-def _check_workers_agree(model):
+def _check_workers_agree(model: keras.Model) -> None:
     """Raises unless all workers go on from the same step and weights."""
     moment = wrapper.of_model(model).moment
     # An int32 takes 31 of the checksum's bits.
@@ -202,7 +209,7 @@ def _check_workers_agree(model):
         )
 
 
-def _save_rest(model, path):
+def _save_rest(model: keras.Model, path: str) -> None:
     """Adds to a file what Keras leaves out: random states, and a checksum."""
     with h5py.File(path, "a") as file:
         group = file.create_group(_REST)
@@ -211,7 +218,7 @@ def _save_rest(model, path):
         group.attrs["checksum"] = _checksum(model)
 
 
-def _load_rest(model, path):
+def _load_rest(model: keras.Model, path: str) -> None:
     with h5py.File(path, "r") as file:
         group = file[_REST]
         states = _random_states(model)
@@ -229,22 +236,22 @@ def _load_rest(model, path):
             )
 
 
-def _random_states(model):
+def _random_states(model: keras.Model) -> list[keras.Variable]:
     """The states of the model's `keras.random.SeedGenerator`s."""
     weights = {id(variable) for variable in model.weights}
     return [v for v in model.variables if id(v) not in weights]
 
 
-def _checksum(model):
+def _checksum(model: keras.Model) -> int:
     return saved_state.checksum(v.numpy() for v in model.variables)
 
 
-def _remove(path):
+def _remove(path: str) -> None:
     with contextlib.suppress(FileNotFoundError):  # A shared folder.
         os.remove(path)
 
 
-def _flush(path):
+def _flush(path: str) -> None:
     """Makes sure that a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

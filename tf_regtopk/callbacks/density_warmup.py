@@ -1,6 +1,7 @@
 """Warm-up of the density under `model.fit`."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import keras
 
@@ -52,9 +53,12 @@ class DensityWarmup(keras.callbacks.Callback):
             validation.check_number(
                 "densities", density, "all in (0, 1]", lambda d: 0 < d <= 1
             )
-        self._traced = None
+        # The training function, and the number of changes when it was traced.
+        self._traced: tuple[Any, int] | None = None
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(
+        self, epoch: int, logs: dict[str, Any] | None = None
+    ) -> None:
         optimizer = wrapper.of_model(self.model)
         density = optimizer.sparsifier.density
         if epoch < len(self.densities):

@@ -1,6 +1,7 @@
 """Loading what all workers have saved, all or nothing."""
 
 from collections.abc import Iterator
+from collections.abc import Sequence
 import contextlib
 import os
 
@@ -9,6 +10,7 @@ import tensorflow as tf
 
 from tf_regtopk.distribute import strategy as strategy_lib
 from tf_regtopk.optimizers import wrapper
+from tf_regtopk.saving import saved_state
 from tf_regtopk.saving import worker_files
 
 # Errors that TensorFlow raises in a collective that a worker has left.
@@ -73,7 +75,9 @@ def load_scope(
         ) from e
 
 
-def _check_loaded(loaded, model):
+def _check_loaded(
+    loaded: Sequence[saved_state.SavedState], model: keras.Model | None
+) -> None:
     if not loaded:
         raise ValueError(
             "The residual errors must be loaded within `load_scope`. Received: "
@@ -90,7 +94,7 @@ def _check_loaded(loaded, model):
 
 
 @contextlib.contextmanager
-def put_back_on_error(model):
+def put_back_on_error(model: keras.Model | None) -> Iterator[None]:
     """Puts a model and its optimizer back if the block raises."""
     if model is None:
         yield

@@ -249,7 +249,7 @@ class Golomb(IndexCodec):
     def _num_low(self) -> int:
         none_before = 1 - self.k / self.size
 
-        def mean_bits(low):
+        def mean_bits(low: int) -> float:
             return low + 1 / (1 - none_before ** (1 << low))
 
         return min(range(31), key=mean_bits)

@@ -70,7 +70,7 @@ class WireReport:
         return self.dense_bytes / max(num_bytes, 1)
 
     def __str__(self) -> str:
-        exchange = self.exchange
+        exchange: str = self.exchange
         if self.exchange_seconds:
             measured = [
                 f"{name} {1e3 * seconds:.1f} ms"

@@ -1,9 +1,18 @@
 """Branches that all replicas take together."""
 
+from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
+
 import tensorflow as tf
 
 
-def call_on_all_replicas(condition, if_true, if_false, args):
+def call_on_all_replicas(
+    condition: tf.Tensor,
+    if_true: Callable[..., None],
+    if_false: Callable[[], None],
+    args: tuple[Any, ...],
+) -> None:
     """Calls one of two functions on every replica, in its replica context.
 
     To be called in a replica context. The branch is taken outside of it,
@@ -17,15 +26,21 @@ def call_on_all_replicas(condition, if_true, if_false, args):
         args: Tuple of structures of tensors of this replica.
     """
 
-    def branch(strategy, condition, tensors):
+    def branch(
+        strategy: tf.distribute.Strategy,
+        condition: tf.Tensor,
+        tensors: tuple[tf.Tensor, ...],
+    ) -> None:
         condition = strategy.experimental_local_results(condition)[0]
 
-        def call_if_true(*tensors):
+        def call_if_true(*tensors: tf.Tensor) -> None:
             if_true(
                 *tf.nest.pack_sequence_as(args, tensors, expand_composites=True)
             )
 
-        def call(function, tensors=()):
+        def call(
+            function: Callable[..., None], tensors: Sequence[tf.Tensor] = ()
+        ) -> None:
             strategy.extended.call_for_each_replica(function, args=tensors)
 
         tf.cond(

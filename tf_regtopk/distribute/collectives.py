@@ -1,5 +1,9 @@
 """The collectives of payloads and of gradients."""
 
+from collections.abc import Sequence
+import functools
+
+import numpy as np
 import tensorflow as tf
 
 from tf_regtopk import keras_internals
@@ -7,7 +11,9 @@ from tf_regtopk.distribute import watchdog
 from tf_regtopk.kernels import words
 
 
-def all_gather(payload, num_used=None):
+def all_gather(
+    payload: tf.Tensor, num_used: tf.Tensor | None = None
+) -> tf.Tensor:
     """Gives every replica the payloads of all replicas, by one all-gather.
 
     To be called in a replica context.
@@ -39,7 +45,7 @@ def all_gather(payload, num_used=None):
     return tf.ensure_shape(gathered, [num_replicas, length])
 
 
-def _largest(num_used, length):
+def _largest(num_used: tf.Tensor, length: int) -> tf.Tensor:
     """The largest `num_used` of all replicas, in [1, `length`]."""
     numbers = _gather(words.hold(num_used)[tf.newaxis])
     numbers = words.release(numbers, tf.int32)
@@ -47,7 +53,7 @@ def _largest(num_used, length):
     return tf.clip_by_value(tf.reduce_max(numbers), 1, length)
 
 
-def _gather(payload):
+def _gather(payload: tf.Tensor) -> tf.Tensor:
     """The payloads of all replicas, `[N length]`, all of the same length."""
     if keras_internals.can_gather_at_once():
         return watchdog.watched(lambda: keras_internals.gather_at_once(payload))
@@ -59,7 +65,9 @@ def _gather(payload):
     return words.hold(gathered)
 
 
-def gather_from_workers(numbers, strategy):
+def gather_from_workers(
+    numbers: Sequence[int], strategy: tf.distribute.Strategy
+) -> np.ndarray:
     """Gives every worker what all workers say, and so waits for all of them.
 
     Args:
@@ -70,7 +78,7 @@ def gather_from_workers(numbers, strategy):
         Array `[number of replicas, number of integers]`.
     """
 
-    def gather():
+    def gather() -> tf.Tensor:
         held = all_gather(words.hold(tf.constant(numbers, tf.int32)))
         return words.release(held, tf.int32)
 
@@ -78,7 +86,9 @@ def gather_from_workers(numbers, strategy):
     return strategy.experimental_local_results(gathered)[0].numpy()
 
 
-def all_reduce_sum(gradients):
+def all_reduce_sum(
+    gradients: Sequence[tf.Tensor | tf.IndexedSlices],
+) -> list[tf.Tensor | tf.IndexedSlices]:
     """Sums whole gradients over the replicas, as Keras itself does.
 
     Args:
@@ -94,8 +104,8 @@ def all_reduce_sum(gradients):
         places = [i for i, g in enumerate(gradients) if g.dtype == dtype]
         of_dtype = [gradients[i] for i in places]
         totals = watchdog.watched(
-            lambda of_dtype=of_dtype: replica.all_reduce(
-                tf.distribute.ReduceOp.SUM, of_dtype
+            functools.partial(
+                replica.all_reduce, tf.distribute.ReduceOp.SUM, of_dtype
             )
         )
         for i, total in zip(places, totals, strict=True):

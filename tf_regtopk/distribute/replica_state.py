@@ -1,5 +1,11 @@
 """The state of each replica, which differs from that of the others."""
 
+from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 import tensorflow as tf
 
 from tf_regtopk import keras_internals
@@ -29,7 +35,11 @@ class ReplicaState:
     array([1., 2.], dtype=float32)
     """
 
-    def __init__(self, initial, participants=None):
+    def __init__(
+        self,
+        initial: Callable[[], Any],
+        participants: topology.Participants | None = None,
+    ) -> None:
         self._strategy = tf.distribute.get_strategy()
         self._participants = participants or topology.Participants()
         self._initial = initial
@@ -50,10 +60,10 @@ class ReplicaState:
                 values,
             )
 
-    def variables(self):
+    def variables(self) -> Any:
         """This replica's structure of `tf.Variable`s."""
 
-        def local_variable(variable):
+        def local_variable(variable: tf.Variable) -> tf.Variable:
             # `handle` is that of this replica's part in a replica context.
             [local] = [
                 part
@@ -65,23 +75,23 @@ class ReplicaState:
         return tf.nest.map_structure(local_variable, self._variables)
 
     @property
-    def replicas(self):
+    def replicas(self) -> range:
         """The ranks of this process's participants."""
         return self._participants.local_ranks
 
     @property
-    def num_replicas(self):
+    def num_replicas(self) -> int:
         """Number of participants, on all workers."""
         return self._participants.count
 
-    def initial_arrays(self):
+    def initial_arrays(self) -> list[list[np.ndarray]]:
         """For each part of the structure the list of its NumPy arrays."""
         return [
             [value.numpy() for value in tf.nest.flatten(part)]
             for part in self._initial()
         ]
 
-    def local_arrays(self):
+    def local_arrays(self) -> list[list[np.ndarray]]:
         """For each replica of this process its list of arrays."""
         copies = self._participants.copies
         return [
@@ -92,7 +102,7 @@ class ReplicaState:
             for i in range(len(self.replicas))
         ]
 
-    def assign_local(self, values):
+    def assign_local(self, values: Sequence[Sequence[npt.ArrayLike]]) -> None:
         """Sets the state of the replicas of this process.
 
         Args:
@@ -107,7 +117,7 @@ class ReplicaState:
                 for part in parts[i * copies : (i + 1) * copies]:
                     part.assign(held)
 
-    def _parts(self):
+    def _parts(self) -> list[tuple[tuple[tf.Variable, ...], tf.DType]]:
         """For each variable its parts in this process, and its dtype."""
         return [
             (self._strategy.experimental_local_results(variable), dtype)

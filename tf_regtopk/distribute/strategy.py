@@ -1,5 +1,7 @@
 """A multi-worker strategy under which Keras 3 can train."""
 
+from typing import Any
+
 import tensorflow as tf
 
 from tf_regtopk import validation
@@ -22,7 +24,7 @@ def worker_number(strategy: tf.distribute.Strategy) -> tuple[int, int]:
     spec = resolver.cluster_spec().as_dict() if resolver else {}
     # The chief, if there is one by that name, is the first replica.
     counts = {job: len(spec.get(job, ())) for job in ("chief", "worker")}
-    if sum(counts.values()) < 2:
+    if resolver is None or sum(counts.values()) < 2:
         return 0, 1
     before = counts["chief"] if resolver.task_type == "worker" else 0
     return before + resolver.task_id, sum(counts.values())
@@ -99,7 +101,12 @@ class MultiWorkerMirroredStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         if timeout_seconds is not None and worker_number(self)[1] > 1:
             self.watchdog = watchdog.Watchdog(timeout_seconds)
 
-    def reduce(self, reduce_op, value, axis):
+    def reduce(
+        self,
+        reduce_op: tf.distribute.ReduceOp | str,
+        value: Any,
+        axis: int | None,
+    ) -> Any:
         """Reduces `value` across replicas, as upstream does and beyond.
 
         Args:
@@ -126,12 +133,20 @@ class MultiWorkerMirroredStrategy(tf.distribute.MultiWorkerMirroredStrategy):
             )
         return self._reduce_leaf(reduce_op, value, axis)
 
-    def gather(self, value, axis):
+    def gather(
+        self, value: tf.distribute.DistributedValues, axis: int
+    ) -> tf.Tensor:
         """Gathers `value` across replicas, as upstream does."""
         gather = super().gather
         return watchdog.watched(lambda: gather(value, axis), self)
 
-    def _reduce_leaf(self, reduce_op, value, axis, keep_dtype=False):
+    def _reduce_leaf(
+        self,
+        reduce_op: tf.distribute.ReduceOp,
+        value: Any,
+        axis: int | None,
+        keep_dtype: bool = False,
+    ) -> tf.Tensor:
         local = self.experimental_local_results(value)[0]
         if not hasattr(local, "dtype"):
             local = tf.convert_to_tensor(local)

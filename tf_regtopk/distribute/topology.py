@@ -148,7 +148,9 @@ class AllReduce(Topology):
     1500.0
     """
 
-    def sum(self, gradients):
+    def sum(
+        self, gradients: Sequence[tf.Tensor | tf.IndexedSlices]
+    ) -> list[tf.Tensor | tf.IndexedSlices]:
         """Sums gradients over all replicas, as Keras itself does.
 
         Args:
@@ -182,7 +184,12 @@ class AllGather(EntryTopology):
 
     can_vary_length: ClassVar[bool] = True
 
-    def exchange(self, payload, num_used, cluster):
+    def exchange(
+        self,
+        payload: tf.Tensor,
+        num_used: tf.Tensor | None,
+        cluster: Cluster,
+    ) -> tf.Tensor:
         del cluster
         return collectives.all_gather(payload, num_used)
 
@@ -215,7 +222,9 @@ class Hierarchical(EntryTopology):
     def replicas_per_participant(self, cluster: Cluster) -> int:
         return cluster.replicas_per_worker
 
-    def sum_within(self, gradients, cluster):
+    def sum_within(
+        self, gradients: Sequence[tf.Tensor | None], cluster: Cluster
+    ) -> Sequence[tf.Tensor | None]:
         if cluster.replicas_per_worker == 1:
             return gradients
         present = [g for g in gradients if g is not None]
@@ -227,10 +236,15 @@ class Hierarchical(EntryTopology):
                     present, cluster.worker, cluster.num_workers
                 )
             )
-        sums = iter(sums)
-        return [None if g is None else next(sums) for g in gradients]
+        remaining = iter(sums)
+        return [None if g is None else next(remaining) for g in gradients]
 
-    def exchange(self, payload, num_used, cluster):
+    def exchange(
+        self,
+        payload: tf.Tensor,
+        num_used: tf.Tensor | None,
+        cluster: Cluster,
+    ) -> tf.Tensor:
         del num_used
         if cluster.num_workers == 1:
             return payload[tf.newaxis]
@@ -292,10 +306,16 @@ class Participants:
         rank = tf.convert_to_tensor(replica.replica_id_in_sync_group)
         return rank // self.copies if self.copies > 1 else rank
 
-    def sum_within(self, gradients):
+    def sum_within(
+        self, gradients: Sequence[tf.Tensor | None]
+    ) -> Sequence[tf.Tensor | None]:
         """Sums gradients over the replicas of this participant."""
+        assert isinstance(self.topology, EntryTopology)
         return self.topology.sum_within(gradients, self.cluster)
 
-    def exchange(self, payload, num_used=None):
+    def exchange(
+        self, payload: tf.Tensor, num_used: tf.Tensor | None = None
+    ) -> tf.Tensor:
         """Gives every participant the payloads of all, `[N, length]`."""
+        assert isinstance(self.topology, EntryTopology)
         return self.topology.exchange(payload, num_used, self.cluster)

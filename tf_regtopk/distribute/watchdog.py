@@ -1,11 +1,16 @@
 """A watchdog that terminates a worker which waits for another in vain."""
 
+from collections.abc import Callable
 import threading
 import time
+from typing import TypeVar
 
 import tensorflow as tf
 
 from tf_regtopk import keras_internals
+
+# What a watched function returns: a structure of tensors.
+_Result = TypeVar("_Result")
 
 
 class Watchdog:
@@ -20,7 +25,7 @@ class Watchdog:
         timeout_seconds: Positive float.
     """
 
-    def __init__(self, timeout_seconds):
+    def __init__(self, timeout_seconds: float) -> None:
         self._timeout = timeout_seconds
         with tf.device("CPU:0"):
             self._entered, self._left = (
@@ -29,7 +34,7 @@ class Watchdog:
             )
         threading.Thread(target=self._watch, daemon=True).start()
 
-    def watched(self, function):
+    def watched(self, function: Callable[[], _Result]) -> _Result:
         """Calls a function whose collectives are not to wait for ever.
 
         Args:
@@ -46,7 +51,7 @@ class Watchdog:
             _add_one(self._left)
         return result
 
-    def _watch(self):
+    def _watch(self) -> None:
         last, since = None, time.monotonic()
         while True:
             time.sleep(min(self._timeout / 10, 5.0))
@@ -61,7 +66,10 @@ class Watchdog:
                 return
 
 
-def watched(function, strategy=None):
+def watched(
+    function: Callable[[], _Result],
+    strategy: tf.distribute.Strategy | None = None,
+) -> _Result:
     """Calls `Watchdog.watched` if the strategy has a watchdog.
 
     Args:
@@ -73,7 +81,7 @@ def watched(function, strategy=None):
     return watchdog.watched(function) if watchdog else function()
 
 
-def _add_one(counter):
+def _add_one(counter: tf.Variable) -> tf.Tensor:
     """Counts, now or when the graph runs."""
     if tf.executing_eagerly():
         return counter.assign_add(1)

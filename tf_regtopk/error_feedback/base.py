@@ -2,7 +2,6 @@
 
 import abc
 import dataclasses
-from typing import ClassVar
 from typing import NamedTuple
 from typing import TypeAlias
 
@@ -56,10 +55,15 @@ class ErrorFeedback(hyper_parameters.HyperParameters, abc.ABC):
     local ones are kept and spread evenly.
     """
 
-    # The place of the residual error in the local tensors, None without one.
-    residual_place: ClassVar[int | None] = None
-    # True if the rule reads `Step.learning_rate`.
-    needs_learning_rate = False
+    @property
+    def residual_place(self) -> int | None:
+        """Place of the residual error in the local tensors; None without."""
+        return None
+
+    @property
+    def needs_learning_rate(self) -> bool:
+        """True if the rule reads `Step.learning_rate`."""
+        return False
 
     @property
     @abc.abstractmethod

@@ -129,7 +129,7 @@ class Accumulate(base.ErrorFeedback):
         )
 
 
-def _ratio(previous, current):
+def _ratio(previous: tf.Tensor, current: tf.Tensor) -> tf.Tensor:
     """`previous / current`, 1 where either is 0."""
     is_defined = (previous > 0) & (current > 0)
     one = tf.ones_like(current)

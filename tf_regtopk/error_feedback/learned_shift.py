@@ -99,6 +99,6 @@ class LearnedShift(base.ErrorFeedback):
     def when_dense(self) -> base.ErrorFeedback:
         return momentum_of_sum.momentum_of_sum(self.momentum)
 
-    def _rate(self, step):
+    def _rate(self, step: base.Step) -> float:
         rate = step.density if self.rate is None else self.rate
         return rate * (1 - self.momentum)

@@ -43,8 +43,12 @@ def sum_entries(indices: tf.Tensor, values: tf.Tensor, size: int) -> tf.Tensor:
     if k == size:  # Every replica has sent all entries, in their order.
         return tf.reduce_sum(values, axis=0)
 
-    def add_runs(aggregate, first, length, num_runs):
-        def add_run(i, aggregate):
+    def add_runs(
+        aggregate: tf.Tensor, first: int, length: int, num_runs: int
+    ) -> tf.Tensor:
+        def add_run(
+            i: tf.Tensor, aggregate: tf.Tensor
+        ) -> tuple[tf.Tensor, tf.Tensor]:
             corner = [i % num_replicas, first + i // num_replicas * length]
             run = [1, length]
             return i + 1, tf.tensor_scatter_nd_add(

@@ -1,5 +1,6 @@
 """Loss scaling for `mixed_float16` that all replicas agree on."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -7,6 +8,7 @@ import tensorflow as tf
 
 from tf_regtopk import validation
 from tf_regtopk.optimizers import wrapper
+from tf_regtopk.steps import flat_buffer
 
 
 @keras.saving.register_keras_serializable(package="tf_regtopk")
@@ -78,7 +80,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         )
         inner_optimizer.is_scaled_locally = False
 
-    def build(self, var_list):
+    def build(self, var_list: Sequence[keras.Variable]) -> None:
         """Creates the variables of this and of the inner optimizer.
 
         Args:
@@ -90,7 +92,11 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             self, lambda: super(LossScaleOptimizer, self).build(var_list)
         )
 
-    def apply(self, grads, trainable_variables=None):
+    def apply(
+        self,
+        grads: Sequence[flat_buffer.Gradient],
+        trainable_variables: Sequence[keras.Variable] | None = None,
+    ) -> None:
         """Divides the gradients by the scale, applies them, adapts the scale.
 
         Args:
@@ -98,12 +104,14 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             trainable_variables: List of the variables that they belong to.
         """
         if not self.built:
-            self.build(trainable_variables)
+            # None reaches Keras, because it is Keras that refuses it.
+            self.build(trainable_variables)  # type: ignore[arg-type]
         scale = self.dynamic_scale.value
         variables = trainable_variables or self._trainable_variables
         unscaled = [
             grad
-            if grad is None or getattr(variable, "overwrite_with_gradient", 0)
+            if grad is None
+            or getattr(variable, "overwrite_with_gradient", False)
             else _divide(grad, scale)
             for grad, variable in zip(grads, variables, strict=True)
         ]
@@ -120,7 +128,9 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         self.step_counter.assign(tf.where(taken & ~grows, counter + 1, 0))
 
 
-def _divide(grad, scale):
+def _divide(
+    grad: tf.Tensor | tf.IndexedSlices, scale: tf.Tensor
+) -> tf.Tensor | tf.IndexedSlices:
     if isinstance(grad, tf.IndexedSlices):
         return tf.IndexedSlices(
             _divide(grad.values, scale), grad.indices, grad.dense_shape

@@ -1,5 +1,7 @@
 """The optimizer wrapper: its arguments, choices and reports."""
 
+from collections.abc import Callable
+from collections.abc import Sequence
 import dataclasses
 import itertools
 from typing import Any
@@ -23,6 +25,7 @@ from tf_regtopk.saving import saved_config
 from tf_regtopk.saving import saved_state
 from tf_regtopk.saving import worker_files
 from tf_regtopk.steps import auto_exchange
+from tf_regtopk.steps import flat_buffer
 from tf_regtopk.steps import partition as partition_lib
 from tf_regtopk.steps import step
 
@@ -183,7 +186,12 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         self.topology = topology
         self.has_telemetry = telemetry
 
-    def _step(self, gradients, apply, skip):
+    def _step(
+        self,
+        gradients: Sequence[flat_buffer.Gradient],
+        apply: Callable[[Sequence[flat_buffer.Gradient]], None],
+        skip: Callable[[], None],
+    ) -> tf.Tensor:
         return step.take_step(
             self._partition,
             gradients,
@@ -193,7 +201,7 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
             skip,
         )
 
-    def _read_moment(self):
+    def _read_moment(self) -> error_feedback_lib.Moment:
         rate = tf.zeros([])  # Where the rule of error feedback needs none.
         if self.error_feedback.needs_learning_rate:
             rate = tf.convert_to_tensor(self.learning_rate)
@@ -201,20 +209,22 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
             tf.cast(rate, tf.float32), self._iterations.value.read_value()
         )
 
-    def _create_state(self, variables):
+    def _create_state(self, variables: Sequence[keras.Variable]) -> None:
         self._participants = topology_lib.Participants(self.topology)
         # Functions that were traced before a change are to know of it.
         self.changes = 0
         self._changes = replica_state.ReplicaState(
             lambda: tf.constant(0, tf.int64)
         )
-        self._exchange_seconds = None
+        self._exchange_seconds: dict[str, float] | None = None
         kind = self.exchange
         if kind == "auto":
             kind = self._choose_exchange(variables)
         self._partition = self._new_partition(kind, variables)
 
-    def _new_partition(self, kind, variables):
+    def _new_partition(
+        self, kind: partition_lib.Exchange, variables: Sequence[keras.Variable]
+    ) -> partition_lib.Partition:
         return partition_lib.Partition(
             kind,
             variables,
@@ -230,7 +240,9 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
             ),
         )
 
-    def _choose_exchange(self, variables):
+    def _choose_exchange(
+        self, variables: Sequence[keras.Variable]
+    ) -> partition_lib.Exchange:
         """The faster exchange, of gradients that are random numbers."""
         if self._participants.count == 1:
             return "dense"
@@ -301,7 +313,7 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
             lambda: self._partition.start_with(density),
         )
 
-    def _change(self, change):
+    def _change(self, change: Callable[[], None]) -> None:
         """Changes what a step does, for functions that are traced anew."""
         with tf.init_scope(), keras_internals.strategy_of(self).scope():
             change()
@@ -330,7 +342,7 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         validation.check_built(self, "wire_report")
         return dataclasses.replace(
             self._partition.wire_report(),
-            exchange=self.chosen_exchange,
+            exchange=self._partition.kind,
             exchange_seconds=self.exchange_seconds,
         )
 
@@ -417,8 +429,8 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         state = exchange.feedback_state
         # Older ones could not have another than the sparsifier's.
         density = saved.moment.get("density", self.sparsifier.density)
-        local, *shared = state.initial_arrays()
-        shared = [*itertools.chain(*shared)]
+        local, *other_parts = state.initial_arrays()
+        shared = [*itertools.chain(*other_parts)]
         replicas = saved_state.state_of_replicas(
             worker_files.complete(saved, state.replicas, state.num_replicas),
             state.replicas,
@@ -436,11 +448,15 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         state.assign_local([parts[:split] for parts in replicas])
         memory.assign_local([parts[split:] for parts in replicas])
 
-    def _states(self):
+    def _states(
+        self,
+    ) -> tuple[replica_state.ReplicaState, replica_state.ReplicaState]:
         exchange = self._partition
         return exchange.feedback_state, exchange.memory
 
-    def _partition_for(self, saved):
+    def _partition_for(
+        self, saved: saved_state.SavedState
+    ) -> partition_lib.Partition:
         """The exchange by which the saved run went, and is to go on."""
         kind = saved.moment.get("exchange", "sparse")
         if kind == self.chosen_exchange:
@@ -465,7 +481,7 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
             ),
         }
 
-    def _layout_of(self, exchange):
+    def _layout_of(self, exchange: partition_lib.Partition) -> dict[str, Any]:
         """Returns the facts in which a saved state must agree to fit."""
         return {
             **exchange.layout(),
@@ -475,7 +491,7 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
             },
         }
 
-    def _completed(self, layout):
+    def _completed(self, layout: dict[str, Any]) -> dict[str, Any]:
         """The layout of a file of any version, to compare with one's own."""
         return {
             **layout,
@@ -486,7 +502,7 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
             },
         }
 
-    def _compared_records(self):
+    def _compared_records(self) -> dict[str, Any]:
         return {
             "sparsifier": self.sparsifier,
             "error_feedback": self.error_feedback,
@@ -508,7 +524,9 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         }
 
 
-def _choose_topology(topology, hierarchical):
+def _choose_topology(
+    topology: topology_lib.Topology | None, hierarchical: bool
+) -> topology_lib.Topology:
     """The topology that the two arguments ask for."""
     if topology is None:
         if hierarchical:
@@ -525,7 +543,9 @@ def _choose_topology(topology, hierarchical):
     return topology
 
 
-def _check_topology(topology, codec, exchange):
+def _check_topology(
+    topology: topology_lib.Topology, codec: codecs.Codec, exchange: str
+) -> None:
     """Raises where the other arguments do not fit the topology."""
     if not topology.sends_entries:
         if exchange == "auto":
@@ -535,7 +555,9 @@ def _check_topology(topology, codec, exchange):
                 'exchange="auto"'
             )
     elif (
-        codec.payload(k=1, size=2).is_variable and not topology.can_vary_length
+        isinstance(topology, topology_lib.EntryTopology)
+        and codec.payload(k=1, size=2).is_variable
+        and not topology.can_vary_length
     ):
         raise ValueError(
             "`codec` must write indices in a fixed length with a topology "

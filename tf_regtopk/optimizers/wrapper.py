@@ -1,17 +1,27 @@
 """A Keras optimizer around another one: all but the aggregation itself."""
 
 import abc
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import MutableMapping
+from collections.abc import Sequence
 import copy
+from typing import Any
+from typing import Self
 import warnings
 
 import keras
 import numpy as np
+import numpy.typing as npt
 import tensorflow as tf
 
 from tf_regtopk import keras_internals
 from tf_regtopk import validation
+from tf_regtopk.kernels import tracing
 from tf_regtopk.saving import saved_state
 from tf_regtopk.saving import worker_files
+from tf_regtopk.steps import flat_buffer
 
 
 class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
@@ -26,7 +36,11 @@ class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
         name: String. The name of the optimizer.
     """
 
-    def __init__(self, inner_optimizer, name=None):
+    def __init__(
+        self,
+        inner_optimizer: keras.optimizers.Optimizer,
+        name: str | None = None,
+    ) -> None:
         validation.check_keras()
         validation.check_inner_optimizer(inner_optimizer, OptimizerWrapper)
         validation.check_strategy()
@@ -38,19 +52,24 @@ class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
         self.is_scaled_locally = False
 
     @abc.abstractmethod
-    def _create_state(self, variables):
+    def _create_state(self, variables: Sequence[keras.Variable]) -> None:
         """Creates what the aggregation keeps between steps, in the scope."""
 
     @abc.abstractmethod
-    def save_state(self):
+    def save_state(self) -> saved_state.SavedState:
         """Returns the aggregation's state, a `saved_state.SavedState`."""
 
     @abc.abstractmethod
-    def load_state(self, saved):
+    def load_state(self, saved: saved_state.SavedState) -> None:
         """Loads a `saved_state.SavedState`, or raises and changes nothing."""
 
     @abc.abstractmethod
-    def _step(self, gradients, apply, skip):
+    def _step(
+        self,
+        gradients: Sequence[flat_buffer.Gradient],
+        apply: Callable[[Sequence[flat_buffer.Gradient]], None],
+        skip: Callable[[], None],
+    ) -> tf.Tensor:
         """Takes a step on all replicas or on none, see `steps.step.take_step`.
 
         Args:
@@ -63,7 +82,7 @@ class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
             Scalar bool tensor, True if the step was taken.
         """
 
-    def build(self, variables):
+    def build(self, variables: Sequence[keras.Variable]) -> None:
         """Creates the variables of this and of the inner optimizer.
 
         Args:
@@ -77,7 +96,7 @@ class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
             )
         build_once_for_all_replicas(self, lambda: self._build(variables))
 
-    def _build(self, variables):
+    def _build(self, variables: Sequence[keras.Variable]) -> None:
         self.inner_optimizer.build(variables)
         _leave_saving_to_wrapper(self.inner_optimizer)
         keras_internals.take_aggregated_gradients(self.inner_optimizer)
@@ -92,7 +111,11 @@ class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
         # `tf.train.Checkpoint` tracks it, and restores at once what it has.
         setattr(self, worker_files.CHECKPOINT_KEY, _CheckpointedState(self))
 
-    def apply(self, grads, trainable_variables=None):
+    def apply(
+        self,
+        grads: Iterable[flat_buffer.Gradient],
+        trainable_variables: Iterable[keras.Variable] | None = None,
+    ) -> None:
         """Aggregates the gradients and lets the inner optimizer apply them.
 
         If a gradient of any replica holds NaN or infinity, no replica applies
@@ -108,8 +131,12 @@ class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
 
     # No control flow of the library depends on tensors, so AutoGraph would
     # translate all of it in vain, in half of the time of a loop's first trace.
-    @tf.autograph.experimental.do_not_convert
-    def apply_if_finite(self, grads, trainable_variables=None):
+    @tracing.untranslated
+    def apply_if_finite(
+        self,
+        grads: Iterable[flat_buffer.Gradient],
+        trainable_variables: Iterable[keras.Variable] | None = None,
+    ) -> tf.Tensor:
         """Applies gradients, and returns whether the step was taken.
 
         Returns:
@@ -135,22 +162,28 @@ class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
             )
         if all(grad is None for grad in grads):
             self.inner_optimizer.apply(grads, variables)  # Says so.
-        gradients = [None] * len(self._trainable_variables)
+        gradients: list[flat_buffer.Gradient] = [None] * len(
+            self._trainable_variables
+        )
         for slot, grad in zip(slots, grads, strict=True):
             gradients[slot] = grad
 
-        def apply(aggregate):
+        def apply(aggregate: Sequence[flat_buffer.Gradient]) -> None:
             self.inner_optimizer.apply(
                 [aggregate[slot] for slot in slots], variables
             )
             self._iterations.assign_add(1)
 
-        def skip():
+        def skip() -> None:
             self._skipped_steps.assign_add(1)
 
         return self._step(gradients, apply, skip)
 
-    def _variables_of(self, grads, trainable_variables):
+    def _variables_of(
+        self,
+        grads: Sequence[flat_buffer.Gradient],
+        trainable_variables: Iterable[keras.Variable] | None,
+    ) -> list[keras.Variable]:
         """The variables of `grads`; builds the optimizer on the first call."""
         if trainable_variables is not None:
             variables = list(trainable_variables)
@@ -169,7 +202,7 @@ class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
             )
         return variables
 
-    def _slot_of(self, variable):
+    def _slot_of(self, variable: keras.Variable) -> int:
         """The place of a variable in the list the optimizer was built with."""
         try:
             return self._get_variable_index(variable)
@@ -179,68 +212,84 @@ class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
                 f"with. Received the unknown variable: {variable}"
             ) from None
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: Any) -> None:
         # The base class sets its own before there is an inner optimizer.
         if hasattr(self, "inner_optimizer"):
             validation.check_no_base_setting(name, value)
         super().__setattr__(name, value)
 
     @property
-    def variables(self):
+    def variables(self) -> list[keras.Variable]:
         return self._variables + self.inner_optimizer.variables
 
     @property
-    def learning_rate(self):
+    def learning_rate(self) -> keras.Variable | tf.Tensor:
         return self.inner_optimizer.learning_rate
 
     @learning_rate.setter
-    def learning_rate(self, learning_rate):
+    def learning_rate(
+        self,
+        learning_rate: (
+            float | tf.Tensor | keras.optimizers.schedules.LearningRateSchedule
+        ),
+    ) -> None:
         self.inner_optimizer.learning_rate = learning_rate
 
     @property
-    def iterations(self):
+    def iterations(self) -> keras.Variable:
         return self.inner_optimizer.iterations
 
     @property
-    def skipped_steps(self):
+    def skipped_steps(self) -> keras.Variable:
         """Number of steps not taken, because some gradient was not finite."""
         return self._skipped_steps
 
     @property
-    def loss_scale_factor(self):
+    def loss_scale_factor(self) -> float:
         # Never None: Keras does not set an attribute to what it already is, and
         # the setter is to know.
         factor = self.inner_optimizer.loss_scale_factor
         return 1.0 if factor is None else factor
 
     @loss_scale_factor.setter
-    def loss_scale_factor(self, factor):
+    def loss_scale_factor(self, factor: float | None) -> None:
         if hasattr(self, "inner_optimizer"):
             # Keras's LossScaleOptimizer sets None on the optimizer it wraps.
             self.is_scaled_locally = factor is None
             self.inner_optimizer.loss_scale_factor = factor
 
-    def scale_loss(self, loss):
+    def scale_loss(self, loss: tf.Tensor) -> tf.Tensor:
         return self.inner_optimizer.scale_loss(loss)
 
-    def apply_gradients(self, grads_and_vars):
+    def apply_gradients(
+        self,
+        grads_and_vars: Iterable[tuple[flat_buffer.Gradient, keras.Variable]],
+    ) -> keras.Variable:
         super().apply_gradients(grads_and_vars)
         return self.iterations
 
-    def exclude_from_weight_decay(self, var_list=None, var_names=None):
+    def exclude_from_weight_decay(
+        self,
+        var_list: Iterable[keras.Variable] | None = None,
+        var_names: Iterable[str] | None = None,
+    ) -> None:
         self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
 
-    def finalize_variable_values(self, var_list):
+    def finalize_variable_values(
+        self, var_list: Sequence[keras.Variable]
+    ) -> None:
         self.inner_optimizer.finalize_variable_values(var_list)
 
-    def set_weights(self, weights):
+    def set_weights(self, weights: Iterable[npt.ArrayLike]) -> None:
         # The base class knows only the wrapper's own.
         values = [np.asarray(weight) for weight in weights]
         validation.check_shapes("`weights`", self.variables, values)
         for variable, value in zip(self.variables, values, strict=True):
             variable.assign(value)
 
-    def save_own_variables(self, store):
+    def save_own_variables(
+        self, store: MutableMapping[str, np.ndarray]
+    ) -> None:
         if self.built:
             arrays = saved_state.to_arrays(
                 self.save_state(), [v.numpy() for v in self.variables]
@@ -248,7 +297,7 @@ class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
             for name, array in arrays.items():
                 store[name] = array
 
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: Mapping[str, np.ndarray]) -> None:
         arrays = {name: store[name] for name in store.keys()}  # noqa: SIM118
         if not self.built:
             numbered = {n: a for n, a in arrays.items() if n.isdigit()}
@@ -268,7 +317,7 @@ class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
         for variable, value in zip(self.variables, values, strict=True):
             variable.assign(value)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         # The base class's config is left out, because its arguments belong to
         # the inner optimizer.
         return {
@@ -279,7 +328,11 @@ class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
         }
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(
+        cls,
+        config: dict[str, Any],
+        custom_objects: Mapping[str, Any] | None = None,
+    ) -> Self:
         config = copy.deepcopy(config)  # Keras writes into nested ones.
         for name, value in config.items():
             if isinstance(value, dict):
@@ -292,17 +345,19 @@ class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
 class _CheckpointedState(tf.train.experimental.PythonState):
     """Saves and restores a wrapper's state with `tf.train.Checkpoint`."""
 
-    def __init__(self, wrapper):
+    def __init__(self, wrapper: OptimizerWrapper) -> None:
         self._wrapper = wrapper
 
-    def serialize(self):
+    def serialize(self) -> bytes:
         return saved_state.to_bytes(self._wrapper.save_state())
 
-    def deserialize(self, string_value):
+    def deserialize(self, string_value: bytes) -> None:
         self._wrapper.load_state(saved_state.from_bytes(string_value))
 
 
-def _leave_saving_to_wrapper(inner_optimizer):
+def _leave_saving_to_wrapper(
+    inner_optimizer: keras.optimizers.Optimizer,
+) -> None:
     """Makes Keras pass over the variables, which the wrapper saves and loads.
 
     Else it would store them twice, and load them even where the wrapper has
@@ -332,7 +387,9 @@ def of_model(model: keras.Model) -> "OptimizerWrapper":
     return optimizer
 
 
-def build_once_for_all_replicas(optimizer, build):
+def build_once_for_all_replicas(
+    optimizer: keras.optimizers.Optimizer, build: Callable[[], None]
+) -> None:
     """Calls `build` in the scope of the optimizer's strategy.
 
     Args:
@@ -340,7 +397,7 @@ def build_once_for_all_replicas(optimizer, build):
         build: Function of no arguments, which creates the variables.
     """
 
-    def build_in_scope(_=None):
+    def build_in_scope(_: tf.distribute.Strategy | None = None) -> None:
         # Variables are lifted out of any graph, because the first step may be
         # taken anywhere.
         with tf.init_scope(), keras_internals.strategy_of(optimizer).scope():

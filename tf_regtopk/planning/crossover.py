@@ -33,7 +33,7 @@ def last_workers(
         end before.
     """
 
-    def wins(num_workers):
+    def wins(num_workers: int) -> bool:
         trial = dataclasses.replace(job, workers=num_workers)
         return _wins(method, trial, network)
 
@@ -56,7 +56,7 @@ def last_density(
         which is another method.
     """
 
-    def wins(k):
+    def wins(k: int) -> bool:
         trial = dataclasses.replace(job, density=k / job.parameters)
         return _wins(method, trial, network)
 

@@ -12,7 +12,7 @@ from typing import Any
 import keras
 
 
-def describe(record: Any) -> list:
+def describe(record: Any) -> list[Any]:
     """Returns a record's registered name and its configuration.
 
     Args:
@@ -31,7 +31,7 @@ def describe(record: Any) -> list:
     return _describe(keras.saving.serialize_keras_object(record))
 
 
-def complete(saved: Any, record: Any) -> list:
+def complete(saved: Any, record: Any) -> list[Any]:
     """Completes a description from a file, to compare it with `record`'s.
 
     Args:
@@ -59,7 +59,7 @@ def complete(saved: Any, record: Any) -> list:
     return [name, config]
 
 
-def _default_of(field: dataclasses.Field) -> Any:
+def _default_of(field: dataclasses.Field[Any]) -> Any:
     default = field.default
     if field.default_factory is not dataclasses.MISSING:
         default = field.default_factory()

@@ -177,7 +177,9 @@ def _check_format(description: dict[str, Any]) -> None:
 def to_bytes(saved: SavedState) -> bytes:
     """Converts a `SavedState` to the bytes of an .npz file."""
     file = io.BytesIO()
-    np.savez(file, **to_arrays(saved))
+    # Any, because a checker would take an array for `allow_pickle`.
+    arrays: dict[str, Any] = to_arrays(saved)
+    np.savez(file, **arrays)
     return file.getvalue()
 
 
@@ -223,13 +225,13 @@ def canonical_names(names: Sequence[str]) -> list[str]:
     """
     names = ["/".join(name.split("/")[-2:]) for name in names]
     word = re.compile(r"([^/]*?)(?:_(\d+))?(?=/|$)")
-    numbers = {}
+    numbers: dict[str, set[int]] = {}
     for name in names:
         for base, number in word.findall(name):
             numbers.setdefault(base, set()).add(int(number or 0))
     rank = {base: sorted(found) for base, found in numbers.items()}
 
-    def renumber(match):
+    def renumber(match: re.Match[str]) -> str:
         base, number = match.groups()
         return base and f"{base}_{rank[base].index(int(number or 0))}"
 
@@ -311,8 +313,7 @@ def state_of_replicas(
     >>> state_of_replicas(saved, [0], num_replicas=1, local=[np.zeros(2)])
     [[array([1., 2.])]]
     """
-    if saved.shared is None:
-        saved = _separate(saved, len(local), len(shared))
+    own, common = _separate(saved, len(local), len(shared))
     missing = sorted(set(range(saved.num_replicas)) - set(saved.replicas))
     if needs_others(saved, replicas, num_replicas):
         if shared:
@@ -329,14 +330,14 @@ def state_of_replicas(
             stacklevel=2,
         )
     if num_replicas == saved.num_replicas:
-        own = [saved.replicas.get(n, [*local, *memory]) for n in replicas]
+        found = [own.get(n, [*local, *memory]) for n in replicas]
         return [
-            [*parts[: len(local)], *saved.shared, *parts[len(local) :]]
-            for parts in own
+            [*parts[: len(local)], *common, *parts[len(local) :]]
+            for parts in found
         ]
-    parts = list(zip(*saved.replicas.values(), strict=True))
+    parts = list(zip(*own.values(), strict=True))
 
-    def share(values):
+    def share(values: Sequence[np.ndarray]) -> np.ndarray:
         total = np.sum(values, axis=0, dtype=np.float64)
         return (total / num_replicas).astype(values[0].dtype)
 
@@ -349,20 +350,22 @@ def state_of_replicas(
             "dropped.",
             stacklevel=2,
         )
-    return [[*state, *saved.shared, *memory] for _ in replicas]
+    return [[*state, *common, *memory] for _ in replicas]
 
 
-def _separate(saved: SavedState, num_local: int, num_shared: int) -> SavedState:
-    """Takes what is shared out of the replicas' lists of format 1."""
+def _separate(
+    saved: SavedState, num_local: int, num_shared: int
+) -> tuple[dict[int, list[np.ndarray]], Sequence[np.ndarray]]:
+    """Returns the replicas' own arrays, and those that all of them share."""
+    if saved.shared is not None:
+        return saved.replicas, saved.shared
     end = num_local + num_shared
-    parts = next(iter(saved.replicas.values()), [])
-    return saved._replace(
-        replicas={
-            n: [*parts[:num_local], *parts[end:]]
-            for n, parts in saved.replicas.items()
-        },
-        shared=parts[num_local:end],
-    )
+    own = {
+        n: [*parts[:num_local], *parts[end:]]
+        for n, parts in saved.replicas.items()
+    }
+    of_first = next(iter(saved.replicas.values()), [])
+    return own, of_first[num_local:end]
 
 
 def _name(replica: int, part: int) -> str:

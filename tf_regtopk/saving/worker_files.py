@@ -28,11 +28,14 @@ _SUFFIXES = (".weights.h5", ".h5", ".keras")
 # The state of the wrapper has this name in a `tf.train.Checkpoint`.
 CHECKPOINT_KEY = "_checkpointed_state"
 
-_scope = contextvars.ContextVar("scope", default=None)
+# The files of all workers, and the list of what has been loaded.
+_scope: contextvars.ContextVar[
+    tuple[Sequence[str], list[saved_state.SavedState]] | None
+] = contextvars.ContextVar("scope", default=None)
 
 
 def worker_path(
-    path: str | os.PathLike, strategy: tf.distribute.Strategy
+    path: str | os.PathLike[str], strategy: tf.distribute.Strategy
 ) -> str:
     """Returns the path at which this worker saves its part of `path`.
 
@@ -55,21 +58,23 @@ def worker_path(
     return _path_of(path, number, num_workers)
 
 
-def _path_of(path: str | os.PathLike, number: int, num_workers: int) -> str:
+def _path_of(
+    path: str | os.PathLike[str], number: int, num_workers: int
+) -> str:
     root, suffix = _split(path)
     if num_workers == 1:
         return root + suffix
     return f"{root}.worker-{number}-of-{num_workers}{suffix}"
 
 
-def _split(path: str | os.PathLike) -> tuple[str, str]:
+def _split(path: str | os.PathLike[str]) -> tuple[str, str]:
     path = os.fspath(path)
     suffix = next((s for s in _SUFFIXES if path.endswith(s)), "")
     return path[: len(path) - len(suffix)], suffix
 
 
 def find_files(
-    path: str | os.PathLike, strategy: tf.distribute.Strategy
+    path: str | os.PathLike[str], strategy: tf.distribute.Strategy
 ) -> list[str]:
     """Finds the newest files that a run has saved for `path`.
 
@@ -94,7 +99,7 @@ def find_files(
     return max(runs)[1] if runs else []
 
 
-def _numbers_of_workers(path: str | os.PathLike) -> list[int]:
+def _numbers_of_workers(path: str | os.PathLike[str]) -> list[int]:
     root, suffix = _split(path)
     # The pattern ends with `*` because a checkpoint has several files.
     pattern = f"{glob.escape(root)}.worker-0-of-*{suffix or '*'}"
@@ -116,7 +121,7 @@ def reading(files: Sequence[str]) -> Iterator[list[saved_state.SavedState]]:
     Yields:
         List to which every `SavedState` that is loaded is added.
     """
-    loaded = []
+    loaded: list[saved_state.SavedState] = []
     token = _scope.set((files, loaded))
     try:
         yield loaded
@@ -177,7 +182,7 @@ def read_states(path: str) -> list[saved_state.SavedState]:
 def _read_h5(file: str | BinaryIO) -> list[saved_state.SavedState]:
     states = []
 
-    def visit(_, group):
+    def visit(_: str, group: h5py.Group | h5py.Dataset) -> None:
         if isinstance(group, h5py.Group) and saved_state.is_saved_in(group):
             arrays = {name: group[name][()] for name in group}
             states.append(saved_state.from_arrays(arrays)[0])

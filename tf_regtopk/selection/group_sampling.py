@@ -113,6 +113,7 @@ def candidates(
         `Candidates`.
     """
     p = plan(groups)
+    assert p is not None
     starts = _starts([group.size for group in groups])
     bounds = _bounds(scores, groups, p.samples, step)
     words = _pack_at_least(

@@ -37,7 +37,9 @@ def kth_largest(
         and the number of keys equal to it that belong to the k largest.
     """
 
-    def next_digit(shift, prefix, remaining):
+    def next_digit(
+        shift: tf.Tensor, prefix: tf.Tensor, remaining: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         histogram = histogram_of(shift, prefix)
         up_to = tf.reshape(
             bitmap.cumulative_sum(tf.reshape(histogram, [-1])), histogram.shape

@@ -72,9 +72,9 @@ def select_largest(
             select = _select_many if plan.upper_rank else _select_few
             candidates = sampling.candidates(scores, group, step)
             return select(scores, group.k, candidates, plan.room)
-    elif plan := group_sampling.plan(groups):
-        candidates = group_sampling.candidates(scores, groups, step)
-        return _select_few_of_each(scores, groups, candidates, plan.room)
+    elif of_each := group_sampling.plan(groups):
+        few = group_sampling.candidates(scores, groups, step)
+        return _select_few_of_each(scores, groups, few, of_each.room)
     return _select(keys_lib.order_preserving(scores), groups)
 
 
@@ -115,7 +115,7 @@ def _select_many(
 ) -> tf.Tensor:
     """Selects all sure candidates, and the largest of the undecided ones."""
 
-    def mark_largest_candidates():
+    def mark_largest_candidates() -> tf.Tensor:
         positions, keys = _keys_at(
             scores, candidates.undecided, candidates.num_undecided, room
         )
@@ -228,8 +228,10 @@ def _kth_largest_by_chunks(
     chunk = min(size, _CHUNK)
     digit_bits = keys_lib.WIDE_DIGIT
 
-    def histogram_of(shift, prefix):
-        def add_chunk(start, histogram):
+    def histogram_of(shift: tf.Tensor, prefix: tf.Tensor) -> tf.Tensor:
+        def add_chunk(
+            start: tf.Tensor, histogram: tf.Tensor
+        ) -> tuple[tf.Tensor, tf.Tensor]:
             # Only new keys count, because the last chunk begins within the
             # chunk before.
             first = tf.minimum(start, size - chunk)

@@ -97,6 +97,7 @@ def candidates(
         `Candidates`.
     """
     p = plan(*group)
+    assert p is not None
     lower, upper = _bounds(scores, p, step)
     if p.upper_rank:
         sure, undecided = keys_lib.pack_where(
@@ -139,7 +140,7 @@ def _bounds(
     # bound. (Scores that all have the same upper half are all searched.)
     num_bits = 4 * keys.rows.dtype.size + 2
 
-    def bound(rank):
+    def bound(rank: int) -> tf.Tensor:
         return keys_lib.kth_largest(keys, [rank], num_bits)[0][0]
 
     return bound(p.lower_rank), bound(p.upper_rank) if p.upper_rank else None

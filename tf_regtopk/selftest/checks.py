@@ -38,10 +38,12 @@ from tf_regtopk.selftest.trial import Trial
 
 # A case of a check: its name, and the function that runs it.
 Case = tuple[str, Callable[[], str | None]]
+# A comparison: the name, the actual and the expected array, and of what it is.
+Expect = Callable[[str, np.ndarray, np.ndarray, str], None]
 
 DENSITY = 0.01
 # The second of the two variables is exchanged densely with these arguments.
-_SOME_DENSE = {"dense_below": 2000}
+_SOME_DENSE: dict[str, Any] = {"dense_below": 2000}
 
 SPARSIFIERS = {
     "RegTopK": tf_regtopk.RegTopK(DENSITY),
@@ -53,7 +55,13 @@ SPARSIFIERS = {
     "Dense": tf_regtopk.Dense(),
 }
 # The codecs are in pairs, without the index codec and value codec of `Codec()`.
-CODECS = (
+CODECS: tuple[
+    tuple[
+        Literal["int32", "elias_fano", "golomb", "bitmap"],
+        Literal["bfloat16", "float16", "natural", "uniform", "sign", "ternary"],
+    ],
+    ...,
+] = (
     ("int32", "bfloat16"),
     ("elias_fano", "float16"),
     ("golomb", "natural"),
@@ -90,19 +98,15 @@ def run_case(strategy: tf.distribute.Strategy, **kwargs: Any) -> None:
 def environment(devices: trial_lib.Devices) -> Iterator[Case]:
     """Checks TensorFlow's devices, and that XLA compiles for each device."""
 
-    def versions():
-        found = describe_software()
+    def versions() -> str:
+        found: dict[str, str | None] = {**describe_software()}
         if devices.kind == "GPU":
             found["driver"] = gpus_lib.driver_version()
         return ", ".join(f"{name} {value}" for name, value in found.items())
 
-    def compiles(device):
+    def compiles(device: str) -> None:
         numbers = np.arange(1000, dtype=np.float32)
-
-        @tf.function(jit_compile=True, autograph=False)
-        def double(x):
-            return 2 * x
-
+        double = tf.function(lambda x: 2 * x, jit_compile=True, autograph=False)
         with tf.device(f"/{device}"):
             result = double(tf.identity(tf.constant(numbers)))
         place = trial_lib.device_name(result.device)
@@ -335,7 +339,7 @@ def change_density(strategy: tf.distribute.Strategy) -> None:
 
 def placement(devices: trial_lib.Devices) -> Iterator[Case]:
     """Checks that the state of a replica lies on its device."""
-    rules = {
+    rules: dict[str, dict[str, Any]] = {
         "RegTopK, Accumulate(momentum)": {
             "error_feedback": tf_regtopk.Accumulate(momentum=0.5)
         },
@@ -364,7 +368,7 @@ def expect_places(devices: trial_lib.Devices, **kwargs: Any) -> None:
 
 def same_as_cpu(devices: trial_lib.Devices) -> Iterator[Case]:
     """Checks that all devices compute the same results as CPUs."""
-    forms = {
+    forms: dict[str, tuple[Expect, dict[str, Any]]] = {
         "TopK, to the bit": (
             trial_lib.expect_same,
             {"sparsifier": SPARSIFIERS["TopK"]},
@@ -401,7 +405,7 @@ def same_as_cpu(devices: trial_lib.Devices) -> Iterator[Case]:
 
 def compare_with_cpu(
     devices: trial_lib.Devices,
-    expect: Callable[[str, np.ndarray, np.ndarray, str], None],
+    expect: Expect,
     form: dict[str, Any],
 ) -> None:
     """Raises `CheckError` if weights or state differ from the CPUs' results."""
@@ -552,9 +556,8 @@ def overflow(strategy: tf.distribute.Strategy) -> None:
         optimizer = tf_regtopk.LossScaleOptimizer(wrapper)
         optimizer.build(variables)
 
-    @tf.function(autograph=False)
-    def step(inputs):
-        def take_step(inputs):
+    def step(inputs: tf.Tensor) -> None:
+        def take_step(inputs: tf.Tensor) -> None:
             with tf.GradientTape() as tape:
                 outputs = tf.cast(layer(inputs), tf.float32)
                 loss = optimizer.scale_loss(tf.reduce_mean(outputs))
@@ -562,7 +565,7 @@ def overflow(strategy: tf.distribute.Strategy) -> None:
 
         strategy.run(take_step, args=(inputs,))
 
-    def read(*variables):
+    def read(*variables: keras.Variable) -> list[np.ndarray]:
         """Returns the values of some variables on each replica."""
         by_variable = [
             [
@@ -575,11 +578,12 @@ def overflow(strategy: tf.distribute.Strategy) -> None:
             np.concatenate(parts) for parts in zip(*by_variable, strict=True)
         ]
 
+    traced_step = tf.function(step, autograph=False)
     num_replicas = strategy.num_replicas_in_sync
     last = num_replicas - 1
     weights = []
     for largest in (1e-3, 1e4, 1e-3):
-        step(
+        traced_step(
             strategy.experimental_distribute_values_from_function(
                 lambda context, largest=largest: tf.fill(
                     [1, *_SCALE_SHAPE],
@@ -640,7 +644,7 @@ def save_and_load(strategy: tf.distribute.Strategy) -> None:
         strategy.num_replicas_in_sync, 4, [(size,)]
     )
 
-    def make_model():
+    def make_model() -> tuple[keras.Model, Trial]:
         with strategy.scope():
             model = keras.Sequential([keras.Input(_SCALE_SHAPE), Scale()])
             trial = Trial(
@@ -852,9 +856,8 @@ def measure(
             )
         optimizer.build(variables)
 
-    @tf.function(autograph=False)
-    def make_gradient():
-        def make():
+    def make_gradient() -> tf.Tensor:
+        def make() -> tf.Tensor:
             context = tf.distribute.get_replica_context()
             replica = tf.convert_to_tensor(context.replica_id_in_sync_group)
             return tf.random.stateless_normal([size], [7, replica])
@@ -862,9 +865,9 @@ def measure(
         return strategy.run(make)
 
     step = trial_lib.step_function(strategy, optimizer, variables)
-    gradient = make_gradient()
+    gradient = tf.function(make_gradient, autograph=False)()
 
-    def wait():
+    def wait() -> list[float]:
         return [
             float(value[-1].numpy())
             for value in strategy.experimental_local_results(
@@ -906,7 +909,7 @@ def measure(
         f"{1e3 * statistics.median(seconds):.2f} ms a step"
     )
     peak = _memory(strategy, "peak")
-    if peak is not None:
+    if peak is not None and before is not None:
         gradients = (peak - before) / (4 * size)
         found += f", peak memory {gradients:.1f} gradients"
     return found
@@ -993,7 +996,7 @@ def run_check(
     for name, function in check(devices):
         report({"case": name, "status": "running"})
         start = time.perf_counter()
-        outcome = {"case": name, "status": "ok"}
+        outcome: dict[str, Any] = {"case": name, "status": "ok"}
         try:
             outcome["found"] = function()
         except SkippedError as reason:
@@ -1038,7 +1041,7 @@ def main(argv: Sequence[str]) -> None:
     tf.get_logger().setLevel("ERROR")
     with open(settings["output"], "a", encoding="utf-8") as output:
 
-        def write(**line):
+        def write(**line: Any) -> None:
             print(json.dumps(line), file=output, flush=True)
 
         gpus = describe_gpus()
@@ -1062,11 +1065,11 @@ def main(argv: Sequence[str]) -> None:
         )
         for name in settings["checks"]:
             write(check=name, status="running")
-            passed = run_check(
-                CHECKS[name],
-                devices,
-                lambda outcome, name=name: write(check=name, **outcome),
-            )
+
+            def report(outcome: dict[str, Any], name: str = name) -> None:
+                write(check=name, **outcome)
+
+            passed = run_check(CHECKS[name], devices, report)
             write(check=name, status="done")
             if not passed:
                 # The process ends, because its collectives may fail from now

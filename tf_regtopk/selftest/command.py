@@ -128,8 +128,11 @@ class SelfTest:
         self._names = names
         self._folder = folder
         self._started = time.monotonic()
-        self._results = []
-        self.report = {"exit_status": FAILED, "checks": self._results}
+        self._results: list[dict[str, Any]] = []
+        self.report: dict[str, Any] = {
+            "exit_status": FAILED,
+            "checks": self._results,
+        }
         self._environ = {
             "TF_CPP_MIN_LOG_LEVEL": "2",
             "TF_FORCE_GPU_ALLOW_GROWTH": "true",
@@ -279,7 +282,7 @@ class SelfTest:
 
 def summary_line(results: Sequence[dict[str, Any]], seconds: float) -> str:
     """Formats the number of checks that passed, and the names of the others."""
-    by_status = {"ok": [], "failed": [], "skipped": []}
+    by_status: dict[str, list[str]] = {"ok": [], "failed": [], "skipped": []}
     for result in results:
         by_status[result["status"]].append(result["check"])
     parts = [f"{len(by_status['ok'])} checks passed"]

@@ -125,9 +125,10 @@ class Run:
         self._limit = limit
         self._start = start
         self._show = show
-        self._children = []
-        self._cases = {}
-        self.facts = {}
+        self._children: list[Child] = []
+        # The last report of each case, by the names of the check and the case.
+        self._cases: dict[str, dict[str, dict[str, Any]]] = {}
+        self.facts: dict[str, Any] = {}
 
     def add(self, child: Child) -> None:
         """Watches a process that has been started already."""

@@ -56,7 +56,7 @@ class Devices:
     @property
     def kind(self) -> Literal["CPU", "GPU"]:
         """Kind of the devices, `"CPU"` or `"GPU"`."""
-        return self.names[0].split(":")[0]
+        return "GPU" if self.names[0].startswith("GPU:") else "CPU"
 
     @property
     def plain(self) -> tf.distribute.Strategy:
@@ -160,7 +160,9 @@ class Trial:
     def step(self, gradients: np.ndarray) -> None:
         """Takes a step with gradients `[N, J]`."""
 
-        def of_replica(context):
+        def of_replica(
+            context: tf.distribute.experimental.ValueContext,
+        ) -> tf.Tensor:
             with tf.device("CPU:0"):
                 return tf.constant(gradients[context.replica_id_in_sync_group])
 
@@ -199,7 +201,7 @@ class Trial:
         replicas = states_of(self.optimizer)[0].local_arrays()
         num_local = self.optimizer.error_feedback.num_local
         local = [
-            np.sum(arrays, axis=0, dtype=np.float64)
+            np.asarray(np.sum(arrays, axis=0, dtype=np.float64))
             for arrays in zip(*(r[:num_local] for r in replicas), strict=True)
         ]
         return local, replicas[0][num_local:]
@@ -264,9 +266,8 @@ def step_function(
     shapes = [tuple(variable.shape) for variable in variables]
     sizes = [math.prod(shape) for shape in shapes]
 
-    @tf.function(autograph=False)
-    def step(flat):
-        def take_step(flat):
+    def step(flat: tf.Tensor) -> None:
+        def take_step(flat: tf.Tensor) -> None:
             parts = tf.split(flat, sizes)
             optimizer.apply(
                 [
@@ -278,7 +279,7 @@ def step_function(
 
         strategy.run(take_step, args=(flat,))
 
-    return step
+    return tf.function(step, autograph=False)
 
 
 def make_gradients(

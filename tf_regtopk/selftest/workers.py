@@ -39,7 +39,7 @@ TIMEOUT_SECONDS = 30.0
 # The worker that is lost would take so many steps otherwise.
 MANY_STEPS = 100_000
 
-FORMS = {
+FORMS: dict[str, dict[str, Any]] = {
     "RegTopK": {"sparsifier": tf_regtopk.RegTopK(0.01)},
     'TopK, Codec("golomb", "natural")': {
         "sparsifier": tf_regtopk.TopK(0.01),
@@ -66,8 +66,8 @@ def workers_agree(
             f"NCCL takes a GPU for each worker, and here are {num_gpus}"
         )
     limit = devices.settings["worker_seconds"]
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
+    with tempfile.TemporaryDirectory() as directory:
+        folder = pathlib.Path(directory)
         forms = list(FORMS)[: 1 if devices.quick else None]
         with started(
             devices,
@@ -120,8 +120,8 @@ def _compare(name: str, arrays: Sequence[Sequence[np.ndarray]]) -> None:
 def lost_worker_ends_the_other(devices: trial_lib.Devices) -> str:
     """Kills a worker; the other worker has to terminate on its own."""
     limit = devices.settings["worker_seconds"]
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
+    with tempfile.TemporaryDirectory() as directory:
+        folder = pathlib.Path(directory)
         with started(devices, folder, num_steps=MANY_STEPS) as workers:
             first, second = workers
             deadline = time.monotonic() + limit
@@ -301,7 +301,8 @@ def work(settings: Mapping[str, Any]) -> None:
             if number < 10:
                 print(f"step {number}", flush=True)
         return
-    arrays = {}
+    # Any, because a checker would take an array for `allow_pickle`.
+    arrays: dict[str, Any] = {}
     for number, name in enumerate(settings["forms"]):
         trial = trial_lib.Trial(strategy, **FORMS[name])
         gradients = trial_lib.make_gradients(num_replicas)

@@ -1,12 +1,17 @@
 """The faster exchange, measured among all workers."""
 
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
 import time
 
+import keras
 import numpy as np
 import tensorflow as tf
 
 from tf_regtopk import error_feedback
 from tf_regtopk.distribute import collectives
+from tf_regtopk.steps import partition as partition_lib
 
 # Timed runs of each, if the first does not tell them apart by a factor of
 _NUM_RUNS = 5
@@ -15,7 +20,9 @@ _CLEAR_RATIO = 2.0
 _ADVANTAGE = 1.05
 
 
-def measure(exchanges):
+def measure(
+    exchanges: Mapping[str, Callable[[], tf.Tensor]],
+) -> dict[str, float]:
     """Runs exchanges in turn, and tells how long a step spends in each.
 
     To be called in the scope of the strategy, outside of its replicas, by all
@@ -34,16 +41,16 @@ def measure(exchanges):
         name: tf.function(lambda function=function: strategy.run(function))
         for name, function in exchanges.items()
     }
-    seconds = {name: [] for name in runs}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
 
-    def run_all():
+    def run_all() -> None:
         for name, run in runs.items():
             start = time.perf_counter()
             for result in strategy.experimental_local_results(run()):
                 result.numpy()  # Waits for it.
             seconds[name].append(time.perf_counter() - start)
 
-    def of_all_replicas():
+    def of_all_replicas() -> np.ndarray:
         medians = [np.median(times) for times in seconds.values()]
         # Integers are gathered, because all workers must see the same numbers.
         microseconds = collectives.gather_from_workers(
@@ -62,7 +69,9 @@ def measure(exchanges):
     return dict(zip(runs, map(float, slowest), strict=True))
 
 
-def trial(partition, variables):
+def trial(
+    partition: partition_lib.Partition, variables: Sequence[keras.Variable]
+) -> Callable[[], tf.Tensor]:
     """Returns a function that exchanges random gradients once, for `measure`.
 
     Args:
@@ -70,7 +79,7 @@ def trial(partition, variables):
         variables: List of the variables.
     """
 
-    def run():
+    def run() -> tf.Tensor:
         replica = tf.distribute.get_replica_context()
         seed = tf.convert_to_tensor(replica.replica_id_in_sync_group)
         gradients = [
@@ -92,7 +101,7 @@ def trial(partition, variables):
     return run
 
 
-def choose(seconds):
+def choose(seconds: Mapping[str, float]) -> partition_lib.Exchange:
     """The better of the measured exchanges.
 
     Args:

@@ -1,17 +1,28 @@
 """A step in which replicas exchange whole gradients."""
 
+from collections.abc import Iterable
+from collections.abc import Sequence
+
 import tensorflow as tf
 
 from tf_regtopk import error_feedback as error_feedback_lib
 from tf_regtopk.distribute import topology
+from tf_regtopk.kernels import tracing
 from tf_regtopk.steps import finiteness
+from tf_regtopk.steps import flat_buffer
+from tf_regtopk.steps import round as round_lib
 from tf_regtopk.steps import verdict
 
 
 class PlainStep:
     """Sums whole gradients, and nothing else."""
 
-    def exchange(self, gradients, state, moment):
+    def exchange(
+        self,
+        gradients: Sequence[flat_buffer.Gradient],
+        state: round_lib.State,
+        moment: error_feedback_lib.Moment,
+    ) -> tuple[verdict.Flags, tuple[tf.Tensor | tf.IndexedSlices, ...]]:
         """Sums the gradients; see `SparseStep.exchange`."""
         del state, moment
         totals = topology.AllReduce().sum(
@@ -19,7 +30,13 @@ class PlainStep:
         )
         return _flags_of(totals), tuple(totals)
 
-    def aggregate(self, exchanged, state, moment, has_gradient):
+    def aggregate(
+        self,
+        exchanged: Iterable[tf.Tensor | tf.IndexedSlices],
+        state: round_lib.State,
+        moment: error_feedback_lib.Moment,
+        has_gradient: tuple[bool, ...],
+    ) -> list[flat_buffer.Gradient]:
         """Returns the gradients to apply; see `SparseStep.aggregate`."""
         del state, moment
         totals = iter(exchanged)
@@ -38,30 +55,51 @@ class DenseStep:
             `ErrorFeedback.when_dense`.
     """
 
-    def __init__(self, buffer, error_feedback):
+    def __init__(
+        self,
+        buffer: flat_buffer.FlatBuffer,
+        error_feedback: error_feedback_lib.ErrorFeedback,
+    ) -> None:
         self._buffer = buffer
         self._error_feedback = error_feedback
 
-    def exchange(self, gradients, state, moment):
+    def exchange(
+        self,
+        gradients: Sequence[flat_buffer.Gradient],
+        state: round_lib.State,
+        moment: error_feedback_lib.Moment,
+    ) -> tuple[verdict.Flags, tuple[tf.Tensor, ...]]:
         """Sums the gradients; see `SparseStep.exchange`."""
         gradients = self._buffer.densify(gradients)
         a = self._accumulate(
             self._buffer.vectors(gradients),
-            [variable.read_value() for variable in state.shared],
+            tuple(variable.read_value() for variable in state.shared),
             moment,
             tuple(gradient is not None for gradient in gradients),
         )
         totals = topology.AllReduce().sum([a])
         return _flags_of(totals), tuple(totals)
 
-    def aggregate(self, exchanged, state, moment, has_gradient):
+    def aggregate(
+        self,
+        exchanged: Iterable[tf.Tensor],
+        state: round_lib.State,
+        moment: error_feedback_lib.Moment,
+        has_gradient: tuple[bool, ...],
+    ) -> list[tf.Tensor]:
         """Returns the gradients to apply; see `SparseStep.aggregate`."""
         [total] = exchanged
         aggregate = self._apply(total, state.shared, moment, has_gradient)
         return self._buffer.split(aggregate)
 
-    @tf.function(jit_compile=True, autograph=False)
-    def _accumulate(self, vectors, shared, moment, has_gradient):
+    @tracing.compiled
+    def _accumulate(
+        self,
+        vectors: Sequence[tf.Tensor],
+        shared: tuple[tf.Tensor, ...],
+        moment: error_feedback_lib.Moment,
+        has_gradient: tuple[bool, ...],
+    ) -> tf.Tensor:
         g = tf.concat(vectors, axis=0)
         a, _ = self._error_feedback.accumulate(
             (), shared, g, self._step_at(moment)
@@ -69,9 +107,15 @@ class DenseStep:
         missing = self._buffer.missing(has_gradient)
         return missing.clear(a) if missing else a
 
-    @tf.function(jit_compile=True, autograph=False)
-    def _apply(self, total, shared, moment, has_gradient):
-        old = [variable.read_value() for variable in shared]
+    @tracing.compiled
+    def _apply(
+        self,
+        total: tf.Tensor,
+        shared: tuple[tf.Variable, ...],
+        moment: error_feedback_lib.Moment,
+        has_gradient: tuple[bool, ...],
+    ) -> tf.Tensor:
+        old = tuple(variable.read_value() for variable in shared)
         aggregate, new = self._error_feedback.aggregate(
             old, total, self._step_at(moment)
         )
@@ -81,10 +125,14 @@ class DenseStep:
             variable.assign(value)
         return aggregate
 
-    def _step_at(self, moment):
+    def _step_at(
+        self, moment: error_feedback_lib.Moment
+    ) -> error_feedback_lib.Step:
         replicas = tf.distribute.get_strategy().num_replicas_in_sync
         return error_feedback_lib.Step(replicas, 1.0, *moment)
 
 
-def _flags_of(totals):
+def _flags_of(
+    totals: Sequence[tf.Tensor | tf.IndexedSlices],
+) -> verdict.Flags:
     return verdict.Flags(are_finite=finiteness.are_finite(totals))

@@ -1,9 +1,11 @@
 """Tests for NaN and infinity in the numbers of a step."""
 
+from collections.abc import Iterable
+
 import tensorflow as tf
 
 
-def largest_magnitude(*tensors):
+def largest_magnitude(*tensors: tf.Tensor) -> tf.Tensor:
     """The largest |value| of all tensors; NaN if any of them is NaN.
 
     By bit patterns, because what the maximum of a NaN is depends on the device.
@@ -28,7 +30,7 @@ def largest_magnitude(*tensors):
     return tf.bitcast(tf.reduce_max(largest), dtype)
 
 
-def is_sum_finite(magnitudes):
+def is_sum_finite(magnitudes: tf.Tensor) -> tf.Tensor:
     """Returns True if no sum over the replicas can be NaN or infinite.
 
     Args:
@@ -40,7 +42,7 @@ def is_sum_finite(magnitudes):
     return tf.math.is_finite(tf.reduce_sum(magnitudes))
 
 
-def are_finite(tensors):
+def are_finite(tensors: Iterable[tf.Tensor | tf.IndexedSlices]) -> tf.Tensor:
     """Returns True if all tensors (or `tf.IndexedSlices`) are finite."""
     values = [getattr(tensor, "values", tensor) for tensor in tensors]
     return tf.reduce_all(

@@ -1,16 +1,27 @@
 """The flat buffer: where in one vector each variable's gradient lies."""
 
+from collections.abc import Callable
+from collections.abc import Sequence
 import dataclasses
 import functools
 import itertools
 import math
 import os
+from typing import Literal
+from typing import Self
+from typing import TypeAlias
 
+import keras
 import tensorflow as tf
 
 from tf_regtopk import selection
 from tf_regtopk.kernels import device_kind
-from tf_regtopk.steps import missing
+from tf_regtopk.steps import missing as missing_lib
+
+# The gradient of a variable, as Keras hands it over; None where there is none.
+Gradient: TypeAlias = tf.Tensor | tf.IndexedSlices | None
+# Where a sparsifier selects: among all entries, or in each variable.
+Scope: TypeAlias = Literal["global", "per_variable"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +43,11 @@ class FlatBuffer:
     np.float32(3.0)
     """
 
-    shapes: tuple
-    dtypes: tuple
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[tf.DType, ...]
 
     @classmethod
-    def for_variables(cls, variables):
+    def for_variables(cls, variables: Sequence[keras.Variable]) -> Self:
         """The flat buffer for the gradients of `variables`, in their order.
 
         Raises:
@@ -54,17 +65,17 @@ class FlatBuffer:
         return buffer
 
     @functools.cached_property
-    def sizes(self):
+    def sizes(self) -> tuple[int, ...]:
         """Number of entries of each variable."""
         return tuple(math.prod(shape) for shape in self.shapes)
 
     @property
-    def size(self):
+    def size(self) -> int:
         """J, the number of entries in all."""
         return sum(self.sizes)
 
     @property
-    def dtype(self):
+    def dtype(self) -> tf.DType:
         """float64 if any variable has it, else float32.
 
         Narrower gradients are accumulated in float32: a small gradient added to
@@ -72,7 +83,9 @@ class FlatBuffer:
         """
         return tf.float64 if tf.float64 in self.dtypes else tf.float32
 
-    def groups(self, scope, num_selected):
+    def groups(
+        self, scope: Scope, num_selected: Callable[[int], int]
+    ) -> tuple[selection.Group, ...]:
         """The groups of entries in which a sparsifier selects.
 
         Args:
@@ -85,7 +98,7 @@ class FlatBuffer:
         sizes = (self.size,) if scope == "global" else self.sizes
         return tuple(selection.Group(n, num_selected(n)) for n in sizes if n)
 
-    def densify(self, gradients):
+    def densify(self, gradients: Sequence[Gradient]) -> list[tf.Tensor | None]:
         """`gradients` with each `tf.IndexedSlices` as a dense tensor.
 
         Outside of XLA: the number of slices varies from step to step, and XLA
@@ -100,7 +113,7 @@ class FlatBuffer:
             for gradient, shape in zip(gradients, self.shapes, strict=True)
         ]
 
-    def vectors(self, gradients):
+    def vectors(self, gradients: Sequence[tf.Tensor | None]) -> list[tf.Tensor]:
         """Vectors of which XLA has to make the flat one, by a concatenation.
 
         One a variable, with zeros where a gradient is None. But with several
@@ -116,7 +129,7 @@ class FlatBuffer:
         ]
         return [tf.concat(vectors, axis=0)] if _has_threads() else vectors
 
-    def split(self, flat):
+    def split(self, flat: tf.Tensor) -> list[tf.Tensor]:
         """A flat vector as gradients: a list in the variables' shapes, dtypes.
 
         Outside of XLA: there slices share the memory of `flat` where they lie
@@ -130,7 +143,9 @@ class FlatBuffer:
             )
         ]
 
-    def missing(self, has_gradient):
+    def missing(
+        self, has_gradient: Sequence[bool]
+    ) -> missing_lib.Missing | None:
         """The entries of variables without a gradient, or None if all have one.
 
         Args:
@@ -148,20 +163,20 @@ class FlatBuffer:
             if not has:
                 runs.append((start, end))
             start = end
-        return missing.Missing(self.size, tuple(runs))
+        return missing_lib.Missing(self.size, tuple(runs))
 
 
-def _has_threads():
+def _has_threads() -> bool:
     """Returns True if XLA computes on a CPU with more than one thread."""
     if device_kind.is_gpu():
         return False
     num_threads = tf.config.threading.get_intra_op_parallelism_threads()
     if num_threads == 0 and hasattr(os, "sched_getaffinity"):
         num_threads = len(os.sched_getaffinity(0))
-    return (num_threads or os.cpu_count()) > 1
+    return (num_threads or os.cpu_count() or 1) > 1
 
 
-def _narrow(values, dtype):
+def _narrow(values: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
     # The cast saturates because a float16 holds less than the sum may be, and
     # is left out for the same dtype because it would copy.
     if dtype == values.dtype:

@@ -1,5 +1,6 @@
 """Variables without a gradient, in a flat vector."""
 
+from collections.abc import Sequence
 import dataclasses
 
 import tensorflow as tf
@@ -23,20 +24,22 @@ class Missing:
     """
 
     size: int
-    runs: tuple
+    runs: tuple[tuple[int, int], ...]
 
-    def clear(self, flat):
+    def clear(self, flat: tf.Tensor) -> tf.Tensor:
         """A vector `[J]` with zeros in place of these entries."""
         return self.keep(tf.zeros_like(flat), flat)
 
-    def keep(self, kept, flat):
+    def keep(self, kept: tf.Tensor, flat: tf.Tensor) -> tf.Tensor:
         """A vector `[J]` with those of `kept` in place of these entries."""
         # `start` is 0, but depends on `flat`, see `range_from`.
         start = tf.cast(flat[0] != flat[0], tf.int32) * 0
         position = ranges.range_from(start, self.size)
         return tf.where(self.covers(position), kept, flat)
 
-    def keep_state(self, old, new):
+    def keep_state(
+        self, old: Sequence[tf.Tensor], new: Sequence[tf.Tensor]
+    ) -> tuple[tf.Tensor, ...]:
         """State in which these entries stay as they were.
 
         Args:
@@ -53,14 +56,14 @@ class Missing:
             for before, after in zip(old, new, strict=True)
         )
 
-    def applied(self, indices, values):
+    def applied(self, indices: tf.Tensor, values: tf.Tensor) -> tf.Tensor:
         """Values `[k]`, 0 where nothing is applied of what was sent.
 
         A codec may make something of the zeros of a missing gradient.
         """
         return tf.where(self.covers(indices), tf.zeros_like(values), values)
 
-    def covers(self, positions):
+    def covers(self, positions: tf.Tensor) -> tf.Tensor:
         """Returns a bool tensor, True where one of these entries is."""
         is_missing = tf.zeros_like(positions, tf.bool)
         for start, end in self.runs:

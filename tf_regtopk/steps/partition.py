@@ -1,14 +1,24 @@
 """The partition of the variables by the way their gradients are exchanged."""
 
+from collections.abc import Sequence
 import dataclasses
 import math
+from typing import Any
+from typing import Literal
 from typing import NamedTuple
+from typing import TypeAlias
+
+import keras
+import numpy as np
+import tensorflow as tf
 
 from tf_regtopk import codecs
 from tf_regtopk import error_feedback as error_feedback_lib
+from tf_regtopk import selection
 from tf_regtopk import sparsifiers
 from tf_regtopk.codecs import wire_report
 from tf_regtopk.distribute import replica_state
+from tf_regtopk.distribute import topology
 from tf_regtopk.kernels import device_kind
 from tf_regtopk.saving import saved_state
 from tf_regtopk.steps import dense_step
@@ -16,8 +26,17 @@ from tf_regtopk.steps import flat_buffer
 from tf_regtopk.steps import round as round_lib
 from tf_regtopk.steps import sparse_step
 from tf_regtopk.steps import telemetry
+from tf_regtopk.steps import verdict
 
-EXCHANGES = ("sparse", "dense")
+Exchange: TypeAlias = Literal["sparse", "dense"]
+EXCHANGES: tuple[Exchange, ...] = ("sparse", "dense")
+
+# The slots of some variables, the step by which they are exchanged, its state.
+_Part: TypeAlias = tuple[
+    tuple[int, ...],
+    dense_step.PlainStep | dense_step.DenseStep | sparse_step.SparseStep,
+    round_lib.State,
+]
 
 
 class Choices(NamedTuple):
@@ -35,7 +54,7 @@ class Choices(NamedTuple):
     sparsifier: sparsifiers.Sparsifier
     codec: codecs.Codec
     error_feedback: error_feedback_lib.ErrorFeedback
-    scope: str
+    scope: flat_buffer.Scope
     dense_below: int
     telemetry: bool
 
@@ -53,7 +72,14 @@ class Partition:
         choices: `Choices`.
     """
 
-    def __init__(self, kind, variables, participants, density, choices):
+    def __init__(
+        self,
+        kind: Exchange,
+        variables: Sequence[keras.Variable],
+        participants: topology.Participants,
+        density: float,
+        choices: Choices,
+    ) -> None:
         self.kind = kind
         if kind == "sparse":
             device_kind.warn_of_serial_scatters()
@@ -69,7 +95,9 @@ class Partition:
         self._buffer = flat_buffer.FlatBuffer.for_variables(
             self._sparse_variables
         )
-        self._dense_step = dense_step.PlainStep()
+        self._dense_step: dense_step.PlainStep | dense_step.DenseStep = (
+            dense_step.PlainStep()
+        )
         # The variables that have error-feedback state.
         self.variables = self._sparse_variables
         if self._dense_rule != error_feedback_lib.NoFeedback():
@@ -86,7 +114,7 @@ class Partition:
         )
         self.start_with(density)
 
-    def start_with(self, density):
+    def start_with(self, density: float) -> None:
         """Sets the share of the entries to send, and forgets the memory."""
         self.density = density
         self.memory = replica_state.ReplicaState(
@@ -103,7 +131,8 @@ class Partition:
             round_lib.Method(
                 self._choices.sparsifier,
                 self._choices.error_feedback,
-                self._payload_codec_of(codec),
+                # None, because no step is taken, where nothing is selected.
+                self._payload_codec_of(codec),  # type: ignore[arg-type]
                 self._groups_at(density),
             ),
             self._participants,
@@ -112,7 +141,11 @@ class Partition:
             ),
         )
 
-    def exchange(self, gradients, moment):
+    def exchange(
+        self,
+        gradients: Sequence[flat_buffer.Gradient],
+        moment: error_feedback_lib.Moment,
+    ) -> tuple[list[verdict.Flags], tuple[Any, ...]]:
         """The first half of a step; nothing is kept yet.
 
         Args:
@@ -123,7 +156,8 @@ class Partition:
             `(flags, exchanged)`: list of `verdict.Flags`, and for `aggregate` a
             structure of tensors.
         """
-        exchanged, flags = [], []
+        exchanged: list[tuple[Any, ...]] = []
+        flags: list[verdict.Flags] = []
         for slots, step, state in self._parts():
             part = [gradients[slot] for slot in slots]
             if all(gradient is None for gradient in part):
@@ -141,7 +175,12 @@ class Partition:
         }
         return flags, (as_it_is, *exchanged)
 
-    def aggregate(self, exchanged, has_gradient, moment):
+    def aggregate(
+        self,
+        exchanged: tuple[Any, ...],
+        has_gradient: Sequence[bool],
+        moment: error_feedback_lib.Moment,
+    ) -> list[flat_buffer.Gradient]:
         """The second half of a step: the sums over all replicas.
 
         Args:
@@ -152,9 +191,9 @@ class Partition:
         Returns:
             For each variable its gradient or None.
         """
-        as_it_is, *exchanged = exchanged
+        as_it_is, *of_parts = exchanged
         aggregate = [as_it_is.get(slot) for slot in range(len(has_gradient))]
-        for sent, part in zip(exchanged, self._parts(), strict=True):
+        for sent, part in zip(of_parts, self._parts(), strict=True):
             slots, step, state = part
             has = tuple(has_gradient[slot] for slot in slots)
             if any(has):
@@ -163,7 +202,7 @@ class Partition:
                     aggregate[slot] = value if has_gradient[slot] else None
         return aggregate
 
-    def _parts(self):
+    def _parts(self) -> tuple[_Part, ...]:
         """The ways to exchange: `(slots, step, state)` of each."""
         local, shared, dense_shared = self.feedback_state.variables()
         sparse_state = round_lib.State(
@@ -181,7 +220,7 @@ class Partition:
             (self._sparse_slots, self.sparse_step, sparse_state),
         )
 
-    def wire_report(self):
+    def wire_report(self) -> codecs.WireReport:
         """Returns the bytes that each participant sends, as a `WireReport`."""
         return wire_report.report(
             self._payload_codec_of(self._choices.codec),
@@ -190,7 +229,7 @@ class Partition:
             self._participants,
         )
 
-    def initial_memory(self, density):
+    def initial_memory(self, density: float) -> tuple[tf.Tensor, ...]:
         """Returns the sparsifier's memory before the first step."""
         if self.kind == "dense":
             return ()
@@ -199,7 +238,7 @@ class Partition:
             k, self._buffer.size, self._buffer.dtype
         )
 
-    def layout(self):
+    def layout(self) -> dict[str, Any]:
         """Returns the facts in which a saved state must agree to fit."""
         shapes = [list(variable.shape) for variable in self.variables]
         has_double = any(v.dtype == "float64" for v in self.variables)
@@ -212,7 +251,7 @@ class Partition:
             "scope": self._choices.scope,
         }
 
-    def telemetry(self):
+    def telemetry(self) -> list[dict[str, Any]]:
         """Returns for each local participant the numbers of its last step."""
         return [
             telemetry.by_name(arrays, self._choices.sparsifier)
@@ -221,7 +260,7 @@ class Partition:
             for arrays in self.measured.local_arrays()
         ]
 
-    def residual_errors(self):
+    def residual_errors(self) -> list[list[np.ndarray]]:
         """Returns for each local participant its error, an array a variable."""
         rule = self._choices.error_feedback
         place = rule.residual_place
@@ -237,16 +276,18 @@ class Partition:
             for arrays in self.feedback_state.local_arrays()
         ]
 
-    def _initial_measured(self):
+    def _initial_measured(self) -> tuple[tf.Tensor, ...]:
         if not self._choices.telemetry or not self._sparse_variables:
             return ()
         return telemetry.initial(
             len(self._sparse_variables), self._choices.sparsifier
         )
 
-    def _initial_feedback(self):
+    def _initial_feedback(self) -> tuple[tuple[tf.Tensor, ...], ...]:
         """`(local, shared, shared of the variables exchanged densely)`."""
-        local = shared = dense_shared = ()
+        local: tuple[tf.Tensor, ...] = ()
+        shared: tuple[tf.Tensor, ...] = ()
+        dense_shared: tuple[tf.Tensor, ...] = ()
         if self.kind == "sparse":
             args = self._buffer.size, self._buffer.dtype
             local = self._choices.error_feedback.initial_local(*args)
@@ -258,13 +299,15 @@ class Partition:
             )
         return local, shared, dense_shared
 
-    def _groups_at(self, density):
+    def _groups_at(self, density: float) -> tuple[selection.Group, ...]:
         sparsifier = dataclasses.replace(
             self._choices.sparsifier, density=density
         )
         return self._buffer.groups(self._choices.scope, sparsifier.num_selected)
 
-    def _payload_codec_of(self, codec):
+    def _payload_codec_of(
+        self, codec: codecs.Codec
+    ) -> codecs.PayloadCodec | None:
         """The `PayloadCodec` of a `Codec`; None if nothing is selected."""
         k = sum(group.k for group in self._groups_at(self.density))
         if not k:
@@ -272,7 +315,9 @@ class Partition:
         return codec.payload(k, self._buffer.size, self._buffer.dtype)
 
 
-def _rule_when_dense(error_feedback):
+def _rule_when_dense(
+    error_feedback: error_feedback_lib.ErrorFeedback,
+) -> error_feedback_lib.ErrorFeedback:
     """The rule of the variables exchanged densely."""
     try:
         return error_feedback.when_dense()
@@ -280,9 +325,12 @@ def _rule_when_dense(error_feedback):
         return error_feedback_lib.NoFeedback()
 
 
-def _partition(variables, dense_below):
+def _partition(
+    variables: Sequence[keras.Variable], dense_below: float
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The slots of variables exchanged sparsely, and of those densely."""
-    sparse, dense = [], []
+    sparse: list[int] = []
+    dense: list[int] = []
     for slot, variable in enumerate(variables):
         size = math.prod(variable.shape)
         # An empty variable has nothing to exchange.  A "gradient"

@@ -51,10 +51,10 @@ class State(NamedTuple):
             last step, if it was asked for. They are of no use to the next one.
     """
 
-    local: tuple = ()
-    shared: tuple = ()
-    memory: tuple = ()
-    measured: tuple = ()
+    local: tuple[tf.Tensor, ...] = ()
+    shared: tuple[tf.Tensor, ...] = ()
+    memory: tuple[tf.Tensor, ...] = ()
+    measured: tuple[tf.Tensor, ...] = ()
 
 
 class Sent(NamedTuple):
@@ -68,7 +68,7 @@ class Sent(NamedTuple):
 
     indices: tf.Tensor
     values: tf.Tensor
-    local: tuple
+    local: tuple[tf.Tensor, ...]
 
 
 def send(
@@ -138,10 +138,10 @@ def send(
 def aggregate(
     method: Method,
     total: tf.Tensor,
-    shared: tuple,
+    shared: tuple[tf.Tensor, ...],
     step: error_feedback_lib.Step,
     missing: missing_lib.Missing | None = None,
-) -> tuple[tf.Tensor, tuple]:
+) -> tuple[tf.Tensor, tuple[tf.Tensor, ...]]:
     """Makes of the replicas' sum what the inner optimizer sees.
 
     Args:
@@ -166,11 +166,11 @@ def aggregate(
 def settle(
     method: Method,
     sent: Sent,
-    memory: tuple,
+    memory: tuple[tf.Tensor, ...],
     total: tf.Tensor,
     step: error_feedback_lib.Step,
     missing: missing_lib.Missing | None = None,
-) -> tuple[tuple, tuple]:
+) -> tuple[tuple[tf.Tensor, ...], tuple[tf.Tensor, ...]]:
     """Clears the error and remembers what became of the entries, on a replica.
 
         local  = update(a, sent, total)

@@ -1,15 +1,28 @@
 """A step in which replicas exchange k entries each: `round` with variables."""
 
+from collections.abc import Sequence
+from typing import TypeAlias
+
 import tensorflow as tf
 
 from tf_regtopk import error_feedback
 from tf_regtopk.codecs import header as header_lib
+from tf_regtopk.distribute import topology
 from tf_regtopk.kernels import scatter_sum
+from tf_regtopk.kernels import tracing
 from tf_regtopk.kernels import words
 from tf_regtopk.steps import finiteness
+from tf_regtopk.steps import flat_buffer
 from tf_regtopk.steps import round as round_lib
 from tf_regtopk.steps import telemetry
 from tf_regtopk.steps import verdict
+
+# The `(indices, values)` of some entries; the indices are held.
+_Entries: TypeAlias = tuple[tf.Tensor, tf.Tensor]
+# A `round.Sent` with only the local tensors that change, by their places.
+_Sent: TypeAlias = tuple[tf.Tensor, tf.Tensor, dict[int, tf.Tensor]]
+# The entries of all, what this replica has sent, and the telemetry.
+_Exchanged: TypeAlias = tuple[_Entries, _Sent, tuple[tf.Tensor, ...]]
 
 
 class SparseStep:
@@ -26,13 +39,24 @@ class SparseStep:
             variables hold words.
     """
 
-    def __init__(self, buffer, method, participants, state_dtypes):
+    def __init__(
+        self,
+        buffer: flat_buffer.FlatBuffer,
+        method: round_lib.Method,
+        participants: topology.Participants,
+        state_dtypes: round_lib.State,
+    ) -> None:
         self._buffer = buffer
         self._method = method
         self._participants = participants
         self._state_dtypes = state_dtypes
 
-    def exchange(self, gradients, state, moment):
+    def exchange(
+        self,
+        gradients: Sequence[flat_buffer.Gradient],
+        state: round_lib.State,
+        moment: error_feedback.Moment,
+    ) -> tuple[verdict.Flags, _Exchanged]:
         """Send -> exchange: the first half of a step; nothing is kept yet.
 
         Args:
@@ -59,7 +83,13 @@ class SparseStep:
         entries, flags = self.decode(payloads, moment.number)
         return flags, (entries, sent, measured)
 
-    def aggregate(self, exchanged, state, moment, has_gradient):
+    def aggregate(
+        self,
+        exchanged: _Exchanged,
+        state: round_lib.State,
+        moment: error_feedback.Moment,
+        has_gradient: tuple[bool, ...],
+    ) -> list[tf.Tensor]:
         """Sum -> settle: the second half of a step.
 
         Args:
@@ -80,15 +110,22 @@ class SparseStep:
         )
         return self._buffer.split(aggregate)
 
-    @tf.function(jit_compile=True, autograph=False)
-    def send(self, vectors, state, moment, rank, has_gradient):
+    @tracing.compiled
+    def send(
+        self,
+        vectors: Sequence[tf.Tensor],
+        state: round_lib.State,
+        moment: error_feedback.Moment,
+        rank: tf.Tensor,
+        has_gradient: tuple[bool, ...],
+    ) -> tuple[tf.Tensor, tf.Tensor | None, _Sent, tuple[tf.Tensor, ...]]:
         """The payload of this replica, and what it holds until `settle`.
 
         Returns:
             `(payload, num_used, sent, measured)`: words; how many of them are
-            sent, None for all; `round.Sent` with only those local tensors that
-            change, by their places; and the numbers of `telemetry`, if there
-            are variables for them.
+            sent, None for all; what `round.Sent` holds, but only those local
+            tensors that change, by their places; and the numbers of
+            `telemetry`, if there are variables for them.
         """
         state = self._release(state)
         gradient = tf.concat(vectors, axis=0)
@@ -118,12 +155,14 @@ class SparseStep:
                 header_lib.add_header(magnitude, moment.number, payload)
             ),
             self._num_used(payload),
-            round_lib.Sent(words.hold(sent.indices), sent.values, changed),
+            (words.hold(sent.indices), sent.values, changed),
             self._measure(gradient, a, state, sent, moment),
         )
 
-    @tf.function(jit_compile=True, autograph=False)
-    def decode(self, payloads, number):
+    @tracing.compiled
+    def decode(
+        self, payloads: tf.Tensor, number: tf.Tensor
+    ) -> tuple[_Entries, verdict.Flags]:
         """The entries `(indices, values)` of all replicas, and `Flags`."""
         magnitudes, steps, payloads = header_lib.split_header(
             words.release(payloads, tf.int32), self._buffer.dtype
@@ -144,8 +183,16 @@ class SparseStep:
         )
         return (words.hold(indices), values), flags
 
-    @tf.function(jit_compile=True, autograph=False)
-    def settle(self, entries, sent, state, moment, has_gradient, measured):
+    @tracing.compiled
+    def settle(
+        self,
+        entries: _Entries,
+        sent: _Entries,
+        state: round_lib.State,
+        moment: error_feedback.Moment,
+        has_gradient: tuple[bool, ...],
+        measured: tuple[tf.Tensor, ...],
+    ) -> tf.Tensor:
         """The aggregate; assigns the state after the step.
 
         Args:
@@ -194,14 +241,21 @@ class SparseStep:
         _assign(state.local, before.local, local)
         return aggregate
 
-    def _num_used(self, payload):
+    def _num_used(self, payload: tf.Tensor) -> tf.Tensor | None:
         """Number of words of a payload with a header to send; None for all."""
         if not self._method.payload_codec.is_variable:
             return None
         header = header_lib.header_words(self._buffer.dtype)
         return header + self._method.payload_codec.num_used(payload)
 
-    def _measure(self, gradient, a, state, sent, moment):
+    def _measure(
+        self,
+        gradient: tf.Tensor,
+        a: tf.Tensor,
+        state: round_lib.State,
+        sent: round_lib.Sent,
+        moment: error_feedback.Moment,
+    ) -> tuple[tf.Tensor, ...]:
         """The numbers of `telemetry`; nothing if the state has no place."""
         if not state.measured:
             return ()
@@ -215,7 +269,7 @@ class SparseStep:
             moment.number,
         )
 
-    def _release(self, state):
+    def _release(self, state: round_lib.State) -> round_lib.State:
         """The values that the variables of a state hold."""
         return round_lib.State(
             *(
@@ -224,7 +278,7 @@ class SparseStep:
             )
         )
 
-    def _step_at(self, moment):
+    def _step_at(self, moment: error_feedback.Moment) -> error_feedback.Step:
         return error_feedback.Step(
             self._participants.count,
             self._method.payload_codec.indices.k / self._buffer.size,
@@ -233,11 +287,15 @@ class SparseStep:
         )
 
 
-def _read(state):
+def _read(state: round_lib.State) -> round_lib.State:
     return tf.nest.map_structure(lambda v: v.read_value(), state)
 
 
-def _assign(variables, before, after):
+def _assign(
+    variables: Sequence[tf.Variable],
+    before: Sequence[tf.Tensor],
+    after: Sequence[tf.Tensor],
+) -> None:
     """Assigns the values that are not those from before."""
     for variable, old, new in zip(variables, before, after, strict=True):
         if new is not old:

@@ -2,21 +2,23 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence
+from typing import Any
 
 import tensorflow as tf
 
 from tf_regtopk.distribute import branches
 from tf_regtopk.error_feedback import Moment
+from tf_regtopk.steps import flat_buffer
 from tf_regtopk.steps import partition as partition_lib
 from tf_regtopk.steps import verdict
 
 
 def take_step(
     partition: partition_lib.Partition,
-    gradients: Sequence,
+    gradients: Sequence[flat_buffer.Gradient],
     moment: Moment,
     is_current: tf.Tensor,
-    apply: Callable[[list], None],
+    apply: Callable[[Sequence[flat_buffer.Gradient]], None],
     skip: Callable[[], None],
 ) -> tf.Tensor:
     """Exchanges gradients, and applies their sum on all replicas or on none.
@@ -49,7 +51,7 @@ def take_step(
     is_taken = verdict.is_finite(flags)
 
     # Sum; remember, and clear the error; update the weights.
-    def settle(exchanged, moment):
+    def settle(exchanged: tuple[Any, ...], moment: Sequence[tf.Tensor]) -> None:
         apply(partition.aggregate(exchanged, has_gradient, Moment(*moment)))
 
     # The branch is outside of the replicas, which could not meet inside of it.

@@ -16,15 +16,19 @@ and what the sparsifier measures (`Sparsifier.measure`).
 
 from collections.abc import Sequence
 import itertools
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from tf_regtopk import selection
 from tf_regtopk import sparsifiers
+from tf_regtopk.steps import round as round_lib
 
 
-def initial(num_variables: int, sparsifier: sparsifiers.Sparsifier) -> tuple:
+def initial(
+    num_variables: int, sparsifier: sparsifiers.Sparsifier
+) -> tuple[tf.Tensor, ...]:
     """Returns the numbers before the first step, which are zeros.
 
     Returns:
@@ -36,7 +40,15 @@ def initial(num_variables: int, sparsifier: sparsifiers.Sparsifier) -> tuple:
     return tf.zeros([5, num_variables]), *(tf.zeros([]),) * num_scalars
 
 
-def of_send(method, sizes: Sequence[int], gradient, a, memory, sent, step):
+def of_send(
+    method: round_lib.Method,
+    sizes: Sequence[int],
+    gradient: tf.Tensor,
+    a: tf.Tensor,
+    memory: tuple[tf.Tensor, ...],
+    sent: round_lib.Sent,
+    step: tf.Tensor,
+) -> tuple[tf.Tensor, ...]:
     """Measures the first half of a step.
 
     Args:
@@ -57,11 +69,11 @@ def of_send(method, sizes: Sequence[int], gradient, a, memory, sent, step):
     ends = tf.constant([*itertools.accumulate(sizes)], tf.int32)
     variable = tf.searchsorted(ends, indices, side="right")
 
-    def by_variable(entries):
+    def by_variable(entries: tf.Tensor) -> tf.Tensor:
         entries = tf.cast(entries, tf.float32)
         return tf.math.unsorted_segment_sum(entries, variable, len(sizes))
 
-    def squares(vector):
+    def squares(vector: tf.Tensor) -> tf.Tensor:
         return tf.stack(
             [
                 tf.cast(tf.reduce_sum(tf.square(part)), tf.float32)
@@ -95,7 +107,9 @@ def of_send(method, sizes: Sequence[int], gradient, a, memory, sent, step):
     return vectors, *(tf.cast(scalar, tf.float32) for scalar in scalars)
 
 
-def of_settle(measured: tuple, all_values, total) -> tuple:
+def of_settle(
+    measured: tuple[tf.Tensor, ...], all_values: tf.Tensor, total: tf.Tensor
+) -> tuple[tf.Tensor, ...]:
     """Adds to the numbers what was cancelled among the replicas.
 
     Args:
@@ -112,7 +126,9 @@ def of_settle(measured: tuple, all_values, total) -> tuple:
     return vectors, unlike_top_k, tf.cast(cancelled, tf.float32), *others
 
 
-def by_name(arrays: Sequence, sparsifier: sparsifiers.Sparsifier) -> dict:
+def by_name(
+    arrays: Sequence[np.ndarray], sparsifier: sparsifiers.Sparsifier
+) -> dict[str, Any]:
     """Returns the numbers of one replica by their names.
 
     Args:
@@ -124,7 +140,7 @@ def by_name(arrays: Sequence, sparsifier: sparsifiers.Sparsifier) -> dict:
         `[number of variables]`.
     """
     vectors, *scalars = arrays
-    found = {}
+    found: dict[str, Any] = {}
     for name, of_variables in zip(_NORMS, vectors, strict=False):
         found[name] = float(np.sqrt(of_variables.sum()))
         found[f"{name}_by_variable"] = np.sqrt(of_variables)

@@ -4,6 +4,7 @@ What a replica finds out about a step are flags on its own device. They travel
 to the host together, because the host waits for each copy from a device.
 """
 
+from collections.abc import Sequence
 import itertools
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ class Flags(NamedTuple):
     are_current: tf.Tensor | None = None
 
 
-def is_finite(flags):
+def is_finite(flags: Sequence[Flags]) -> tf.Tensor:
     """Returns True if all is finite, or raises if anything else is wrong.
 
     Args:
@@ -80,6 +81,8 @@ def is_finite(flags):
             return tf.identity(tf.reduce_all(found.are_finite))
 
 
-def _assert(condition, *data):
+def _assert(
+    condition: tf.Tensor, *data: tf.Tensor | str
+) -> tf.Operation | None:
     # The raw operation is called, because the public function adds a branch.
     return tf.raw_ops.Assert(condition=condition, data=[*data], summarize=1000)
