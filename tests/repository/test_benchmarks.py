@@ -3,15 +3,15 @@
 import json
 
 import fork_server
-import paths
 import pytest
 
 SIZES = (1000, 140001)
+EXPORT = "accelerators.export_stablehlo"
 
 
 def run(benchmark, output_dir, *args):
     args = [*args, f"--output_dir={output_dir}"]
-    result = fork_server.run_one(paths.BENCHMARKS / benchmark, args)
+    result = fork_server.run_one(f"benchmarks.{benchmark}", args)
     assert result.returncode == 0, result.stderr
 
 
@@ -22,15 +22,15 @@ SHARED = [f"--sizes={','.join(map(str, SIZES))}", "--densities=0.01"]
     "benchmark, methods",
     [
         (
-            "selection.py",
+            "kernels.selection",
             {"F", "tf_regtopk", "tf_regtopk, by variable", "tf.math.top_k"},
         ),
         (
-            "codecs.py",
+            "kernels.codecs",
             {"F", "golomb, encode", "natural, decode", "raw, encode"},
         ),
-        ("flatten.py", {"F", "all in XLA", "joined before"}),
-        ("step.py", {"F", "step, RegTopK", "sum of 8", "flatten", "split"}),
+        ("kernels.flatten", {"F", "all in XLA", "joined before"}),
+        ("step.parts", {"F", "step, RegTopK", "sum of 8", "flatten", "split"}),
     ],
 )
 def test_speed(benchmark, methods, tmp_path):
@@ -45,8 +45,8 @@ def test_speed(benchmark, methods, tmp_path):
 
 def test_exported_programs_do_not_hold_the_gradient(tmp_path):
     """They are sent to another machine, and compiled there."""
-    run("export_stablehlo.py", tmp_path, *SHARED)
-    run("export_stablehlo.py", tmp_path / "cpu", *SHARED, "--compile_for=CPU")
+    run(EXPORT, tmp_path, *SHARED)
+    run(EXPORT, tmp_path / "cpu", *SHARED, "--compile_for=CPU")
     index = json.loads((tmp_path / "index.json").read_text("utf-8"))
     for program in index:
         if program["name"] == "selection":
@@ -67,7 +67,7 @@ def test_programs_of_a_step_are_exported(tmp_path):
     """With the variables, where the sum writes over them."""
     names = ["send", "decode", "settle"]
     run(
-        "export_stablehlo.py",
+        EXPORT,
         tmp_path,
         "--sizes=140001",
         "--densities=0.01",
@@ -92,7 +92,7 @@ def test_programs_of_a_step_are_exported(tmp_path):
 def test_bytes_on_a_socket(tmp_path):
     """The report says what crosses the interface, but for little framing."""
     run(
-        "wire_bytes.py",
+        "step.wire_bytes",
         tmp_path,
         "--size=2000000",
         "--densities=0.05",
@@ -108,7 +108,7 @@ def test_bytes_on_a_socket(tmp_path):
 
 
 def test_fit(tmp_path):
-    run("fit.py", tmp_path, "--epochs=1", "--units=5")
+    run("step.fit", tmp_path, "--epochs=1", "--units=5")
     results = json.loads((tmp_path / "summary.json").read_text("utf-8"))
     assert set(results) == {"SGD", "RegTopK", "dense"}
     assert all(r["milliseconds"] > 0 for r in results.values())

@@ -1,7 +1,6 @@
 """What is exported for JAX takes the steps of the training it stands for."""
 
 import json
-import sys
 import types
 
 import cifar10_resnet
@@ -14,10 +13,9 @@ import pytest
 import run_with_mock_data
 import tensorflow as tf
 
-KEPT_RUNS = paths.ROOT / "docs/results/cifar10_resnet8_iid/runs.jsonl"
-sys.path.append(str(paths.BENCHMARKS))
+from benchmarks.accelerators import training_programs
 
-import training_programs  # noqa: E402
+KEPT_RUNS = paths.ROOT / "docs/results/cifar10_resnet8_iid/runs.jsonl"
 
 ARGS = types.SimpleNamespace(
     model="resnet8",
@@ -126,7 +124,7 @@ def test_exported_files(tmp_path, start):
         run_with_mock_data.__file__,
         [
             80,
-            paths.BENCHMARKS / "export_training.py",
+            "benchmarks.accelerators.export_training",
             f"--programs_dir={programs}",
             f"--seeds={SEED}",
             "--methods=shift_regtopk",

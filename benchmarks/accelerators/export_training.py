@@ -3,8 +3,8 @@ r"""Writes the training of cifar10_resnet.py as programs for JAX.
 For a GPU machine that has JAX and not TensorFlow: what XLA is given is the same
 there. Takes the flags of that example. The second command is for that machine:
 
-    python benchmarks/export_training.py --model=resnet18
-    python benchmarks/run_training.py programs --output=runs.jsonl
+    python -m benchmarks.accelerators.export_training --model=resnet18
+    python benchmarks/with_jax/run_training.py programs --output=runs.jsonl
 
 With runs.jsonl in its --output_dir, `cifar10_resnet.py` with the same flags
 finds all runs done, and reports them.
@@ -12,26 +12,20 @@ finds all runs done, and reports them.
 
 import json
 import pathlib
-import sys
 
 from absl import app
 from absl import flags
+import cifar10_resnet
+import comparison
+import image_training
 import keras
 import numpy as np
 import tensorflow as tf
 import tqdm
-
-from tf_regtopk.kernels import device_kind
-
-sys.path.append(
-    str(pathlib.Path(__file__).parent.parent / "examples" / "studies")
-)
-
-import cifar10_resnet
-import comparison
-import image_training
-import training_programs
 import worker_data
+
+from benchmarks.accelerators import training_programs
+from tf_regtopk.kernels import device_kind
 
 NUM_PREDICTED = 500  # Images that labels are predicted for at a time.
 

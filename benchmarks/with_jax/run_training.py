@@ -4,7 +4,7 @@ Needs jax and numpy only. Each method trains once with each learning
 rate, and with the best of them from every seed. What has run is kept in
 --output, as `cifar10_resnet.py` keeps it, and not run again.
 
-    python benchmarks/run_training.py programs --methods=topk,regtopk
+    python benchmarks/with_jax/run_training.py programs --methods=topk,regtopk
 """
 
 import argparse
