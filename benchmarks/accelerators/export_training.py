@@ -12,6 +12,7 @@ finds all runs done, and reports them.
 
 import json
 import pathlib
+import urllib.parse
 
 from absl import app
 from absl import flags
@@ -70,6 +71,15 @@ def export(function, path, *specs):
     ]
 
 
+def file_name(method):
+    """What a method is called in the names of its files.
+
+    A user's method is called `folder/file.py:function`, which no file can be.
+    It is quoted, so that no two methods share a file.
+    """
+    return urllib.parse.quote(method, safe="")
+
+
 def export_programs(directory, network, methods, num_images, args):
     """Writes the gradients, the prediction, and what each method needs."""
     weights = tf.TensorSpec([network.size], tf.float32)
@@ -89,6 +99,7 @@ def export_programs(directory, network, methods, num_images, args):
         tf.TensorSpec([NUM_PREDICTED, *images], tf.uint8),
     )
     for name, method in tqdm.tqdm(methods.items(), desc="methods"):
+        name = file_name(name)
         arrays = export(method.start, directory / f"start_{name}.mlir", weights)
         after = export(
             method.step,
@@ -153,6 +164,8 @@ def main(argv):
     }
     index = {
         "setting": comparison.shared_setting(config),
+        "file_names": {n: file_name(n) for n in methods},
+        "versions": {n: m.version for n, m in methods.items()},
         "bytes_a_step": {n: m.bytes_a_step for n, m in methods.items()},
         "learning_rates": rates,
         "seeds": seeds,

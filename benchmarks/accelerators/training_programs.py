@@ -92,6 +92,7 @@ class Method:
             args.momentum,
             adam=args.inner_optimizer == "adam",
         )
+        self.version = methods.version(name)
         # Some take a multiple of the learning rate.
         self._scale = float(optimizer.learning_rate)
         self._descent = simulation.descent_of(optimizer, args.num_workers)

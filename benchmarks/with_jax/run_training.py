@@ -81,10 +81,11 @@ class Trainer:
 
     def method(self, name):
         """What is compiled for a method: how it starts, and steps."""
+        file_name = self._index["file_names"][name]
         return (
-            jax_program.Program(self._directory / f"start_{name}.mlir"),
+            jax_program.Program(self._directory / f"start_{file_name}.mlir"),
             jax_program.Program(
-                self._directory / f"step_{name}.mlir", reused=3
+                self._directory / f"step_{file_name}.mlir", reused=3
             ),
         )
 
@@ -151,6 +152,7 @@ class Runs:
             "method": method,
             "learning_rate": learning_rate,
             "seed": seed,
+            **self._index["versions"][method],
         }
         for record in self._records:
             if record["setting"] == setting:
