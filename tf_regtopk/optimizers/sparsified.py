@@ -393,19 +393,19 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
     def save_state(self) -> saved_state.SavedState:
         """The state of this process's replicas, as a `SavedState`."""
         state, memory = self._states()
+        num_local = len(state.dtypes[0])
+        kept = state.local_arrays()
         return saved_state.SavedState(
             layout=self._layout_of(self._partition),
             moment=self.moment,
             num_replicas=state.num_replicas,
             replicas={
-                n: [*kept, *remembered]
-                for n, kept, remembered in zip(
-                    state.replicas,
-                    state.local_arrays(),
-                    memory.local_arrays(),
-                    strict=True,
+                n: [*arrays[:num_local], *remembered]
+                for n, arrays, remembered in zip(
+                    state.replicas, kept, memory.local_arrays(), strict=True
                 )
             },
+            shared=kept[0][num_local:],
         )
 
     def load_state(self, saved: saved_state.SavedState) -> None:

@@ -26,7 +26,7 @@ from tf_regtopk import version
 
 _DESCRIPTION = "replica_state"
 # Format 1 has no number, because version 0.1.0 wrote none. Format 2 names the
-# package of a class as well (`saved_config.py`).
+# package of a class as well (`saved_config.py`), and has what is shared once.
 _FORMAT = 2
 
 
@@ -42,14 +42,19 @@ class SavedState(NamedTuple):
         moment: JSON-like dict of the time of saving, the same for all workers
             that saved in the same step.
         num_replicas: Number of replicas in the whole run.
-        replicas: Dict from a replica's rank to its list of arrays: the state of
-            the rule of error feedback, then the memory of the sparsifier.
+        replicas: Dict from a replica's rank to its list of arrays: its own
+            state of the rule of error feedback, then the memory of the
+            sparsifier.
+        shared: List of arrays, the state that is the same on all replicas.
+            None in a file of format 1, where each replica has it between its
+            own state and the memory.
     """
 
     layout: dict[str, Any]
     moment: dict[str, Any]
     num_replicas: int
     replicas: dict[int, list[np.ndarray]]
+    shared: Sequence[np.ndarray] | None = ()
 
 
 def to_arrays(
@@ -68,13 +73,16 @@ def to_arrays(
     for n, parts in saved.replicas.items():
         for i, part in enumerate(parts):
             arrays[_name(n, i)] = np.asarray(part)
+    for i, part in enumerate(saved.shared or ()):
+        arrays[_shared_name(i)] = np.asarray(part)
     description = {
-        "format": _FORMAT,
+        "format": 1 if saved.shared is None else _FORMAT,
         "library": version.__version__,
         "layout": saved.layout,
         "moment": saved.moment,
         "num_replicas": saved.num_replicas,
         "replicas": {str(n): len(parts) for n, parts in saved.replicas.items()},
+        "shared": len(saved.shared or ()),
         "checksums": {name: checksum([a]) for name, a in arrays.items()},
     }
     text = np.frombuffer(json.dumps(description).encode(), np.uint8)
@@ -127,6 +135,7 @@ def from_arrays(
                 ]
                 for n, num_parts in description["replicas"].items()
             },
+            _read_shared(arrays, description),
         )
     except NewerFormatError:
         raise
@@ -142,6 +151,17 @@ def from_arrays(
         )
     num_variables = sum(name.isdigit() for name in checksums)
     return saved, [arrays[str(i)] for i in range(num_variables)]
+
+
+def _read_shared(
+    arrays: Mapping[str, np.ndarray], description: dict[str, Any]
+) -> list[np.ndarray] | None:
+    if description.get("format", 1) == 1:
+        return None
+    return [
+        np.asarray(arrays[_shared_name(i)])
+        for i in range(description["shared"])
+    ]
 
 
 def _check_format(description: dict[str, Any]) -> None:
@@ -291,6 +311,8 @@ def state_of_replicas(
     >>> state_of_replicas(saved, [0], num_replicas=1, local=[np.zeros(2)])
     [[array([1., 2.])]]
     """
+    if saved.shared is None:
+        saved = _separate(saved, len(local), len(shared))
     missing = sorted(set(range(saved.num_replicas)) - set(saved.replicas))
     if needs_others(saved, replicas, num_replicas):
         if shared:
@@ -307,8 +329,11 @@ def state_of_replicas(
             stacklevel=2,
         )
     if num_replicas == saved.num_replicas:
-        initial = [*local, *shared, *memory]
-        return [saved.replicas.get(n, initial) for n in replicas]
+        own = [saved.replicas.get(n, [*local, *memory]) for n in replicas]
+        return [
+            [*parts[: len(local)], *saved.shared, *parts[len(local) :]]
+            for parts in own
+        ]
     parts = list(zip(*saved.replicas.values(), strict=True))
 
     def share(values):
@@ -316,7 +341,6 @@ def state_of_replicas(
         return (total / num_replicas).astype(values[0].dtype)
 
     state = [share(values) for values in parts[: len(local)]]
-    state += [values[0] for values in parts[len(local) :][: len(shared)]]
     if not missing:
         warnings.warn(
             f"Saved by {saved.num_replicas} replicas, loaded by "
@@ -325,8 +349,25 @@ def state_of_replicas(
             "dropped.",
             stacklevel=2,
         )
-    return [[*state, *memory] for _ in replicas]
+    return [[*state, *saved.shared, *memory] for _ in replicas]
+
+
+def _separate(saved: SavedState, num_local: int, num_shared: int) -> SavedState:
+    """Takes what is shared out of the replicas' lists of format 1."""
+    end = num_local + num_shared
+    parts = next(iter(saved.replicas.values()), [])
+    return saved._replace(
+        replicas={
+            n: [*parts[:num_local], *parts[end:]]
+            for n, parts in saved.replicas.items()
+        },
+        shared=parts[num_local:end],
+    )
 
 
 def _name(replica: int, part: int) -> str:
     return f"replica_{replica}_part_{part}"
+
+
+def _shared_name(part: int) -> str:
+    return f"shared_part_{part}"

@@ -12,6 +12,7 @@ def state(replicas, num_replicas=3, step=1):
         {"step": step},
         num_replicas,
         {n: [np.full(2, n, "float32"), np.arange(3)] for n in replicas},
+        [np.arange(4.0)],
     )
 
 
@@ -23,12 +24,15 @@ def test_state_round_trip():
     for n in (0, 2):
         for a, b in zip(back.replicas[n], saved.replicas[n], strict=True):
             np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(back.shared, saved.shared)
     np.testing.assert_array_equal(variables[0], np.ones(3))
     assert variables[1] == 2
     assert saved_state.from_bytes(saved_state.to_bytes(saved))[:3] == saved[:3]
 
 
-@pytest.mark.parametrize("name", ["replica_2_part_1", "1", "replica_state"])
+@pytest.mark.parametrize(
+    "name", ["replica_2_part_1", "shared_part_0", "1", "replica_state"]
+)
 def test_state_with_a_missing_or_changed_array(name):
     arrays = saved_state.to_arrays(state([0, 2]), [np.ones(3), np.ones(2)])
     changed = arrays | {name: arrays[name].copy()}
@@ -42,6 +46,30 @@ def test_state_with_a_missing_or_changed_array(name):
     for bad in (arrays, changed):
         with pytest.raises(ValueError, match="must (be|have been)"):
             saved_state.from_arrays(bad)
+
+
+@pytest.mark.filterwarnings("ignore:Saved by 2")
+@pytest.mark.parametrize("num_replicas", [1, 2])
+def test_what_is_shared_was_with_each_replica_in_format_1(num_replicas):
+    saved = state([0, 1], num_replicas=2)
+    of_format_1 = saved._replace(
+        replicas={
+            n: [local, *saved.shared, memory]
+            for n, (local, memory) in saved.replicas.items()
+        },
+        shared=None,
+    )
+    read, _ = saved_state.from_arrays(saved_state.to_arrays(of_format_1))
+    assert read.shared is None
+    initial = [np.zeros(2)], [np.zeros(4)], [np.zeros(3)]
+    loaded = [
+        saved_state.state_of_replicas(
+            s, range(num_replicas), num_replicas, *initial
+        )
+        for s in (saved, read)
+    ]
+    np.testing.assert_equal(*loaded)
+    assert [part.shape for part in loaded[0][0]] == [(2,), (4,), (3,)]
 
 
 def test_combining_workers():
@@ -61,7 +89,9 @@ def test_total_is_spread_evenly(num_replicas):
     rng = np.random.default_rng(num_replicas)
     errors = rng.standard_normal((3, 50)).astype("float32")
     errors[:, 0] = [3e38, 3e38, -3e38]  # The sum of two is too large.
-    saved = state([])._replace(replicas={n: [e] for n, e in enumerate(errors)})
+    saved = state([])._replace(
+        replicas={n: [e] for n, e in enumerate(errors)}, shared=[]
+    )
     with pytest.warns(UserWarning, match="spread evenly") as caught:
         parts = saved_state.state_of_replicas(
             saved,
