@@ -1,1 +1,1 @@
-"""Where speed, memory and bytes are measured, a folder for each subject."""
+"""Where speed, memory and bytes are measured; see README.md."""

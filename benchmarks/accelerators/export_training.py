@@ -75,7 +75,7 @@ def file_name(method):
     """What a method is called in the names of its files.
 
     A user's method is called `folder/file.py:function`, which no file can be.
-    It is quoted, so that no two methods share a file.
+    The quoted form can, and no two methods share one.
     """
     return urllib.parse.quote(method, safe="")
 
