@@ -1,17 +1,14 @@
 """What crosses between host and device memory, found in a traced graph."""
 
 import json
-import sys
 
 import fork_server
 import paths
 import pytest
 import tensorflow as tf
 
-sys.path.append(str(paths.BENCHMARKS))
-
-import device_memory
-import host_copies
+from benchmarks.accelerators import device_memory
+from benchmarks.accelerators import host_copies
 
 # What is on the host as well if it is int32.
 OF_INTEGERS = {
@@ -165,10 +162,12 @@ def test_variables_on_the_host():
 
 
 # In a process of its own, because of what it changes in TensorFlow.
+PATHS = [paths.ROOT, paths.TESTS / "integration", paths.TESTS / "support"]
 PROGRAM = f"""
 import json, sys
-sys.path[:0] = {[str(paths.BENCHMARKS), str(paths.TESTS / "integration")]}
-import host_copies, test_host_copies
+sys.path[:0] = {[str(path) for path in PATHS]}
+import test_host_copies
+from benchmarks.accelerators import host_copies
 host_copies.start_as_worker()
 makers = host_copies.cases(density=0.1)
 records = []
@@ -244,7 +243,7 @@ def test_a_worker_alone_can_be_traced(records):
 
 def test_the_script_asks_for_the_build_for_gpus():
     result = fork_server.run_one(
-        paths.BENCHMARKS / "host_copies.py",
+        "benchmarks.accelerators.host_copies",
         ["--size=2000", "--cases=TopK", "--strategies=workers"],
     )
     if tf.test.is_built_with_cuda():

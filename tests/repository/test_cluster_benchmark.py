@@ -12,17 +12,15 @@ import time
 import paths
 import pytest
 
-sys.path.append(str(paths.BENCHMARKS))
-
-import cluster
-import cluster_methods
-import cluster_network
-import cluster_summary
+from benchmarks.cluster import methods
+from benchmarks.cluster import namespaces
+from benchmarks.cluster import report
+from benchmarks.cluster import step
 
 
 @pytest.fixture
 def needs_network():
-    if reason := cluster_network.why_not():
+    if reason := namespaces.why_not():
         pytest.skip(f"No network of namespaces here: {reason}.")
 
 
@@ -30,18 +28,18 @@ def needs_network():
 
 
 def test_conditions():
-    assert cluster_network.parse_condition("unshaped") == (None, 0)
-    assert cluster_network.parse_condition("100mbit") == (1e8, 0)
-    assert cluster_network.parse_condition("1gbit") == (1e9, 0)
-    assert cluster_network.parse_condition("5ms") == (None, 0.005)
+    assert namespaces.parse_condition("unshaped") == (None, 0)
+    assert namespaces.parse_condition("100mbit") == (1e8, 0)
+    assert namespaces.parse_condition("1gbit") == (1e9, 0)
+    assert namespaces.parse_condition("5ms") == (None, 0.005)
     for name in ("", "fast", "1tbit", "5"):
         with pytest.raises(ValueError, match="A network must be"):
-            cluster_network.parse_condition(name)
+            namespaces.parse_condition(name)
 
 
 def test_burst_hides_little():
-    assert cluster_network.burst_bytes(10**8) == 15_000
-    assert cluster_network.burst_bytes(10**9) == 150_000
+    assert namespaces.burst_bytes(10**8) == 15_000
+    assert namespaces.burst_bytes(10**9) == 150_000
 
 
 def test_counters():
@@ -52,8 +50,8 @@ def test_counters():
         "  eth0:  100   2    0    0    0     0  0  0 2000 30 0 0 0 0 0 0\n"
         "  eth1:5 6 0 0 0 0 0 0 70 8 0 0 0 0 0 0\n"
     )
-    assert cluster_network.parse_counters(text) == (2070, 38)
-    assert cluster_network.sent_counters()[0] >= 0
+    assert namespaces.parse_counters(text) == (2070, 38)
+    assert namespaces.sent_counters()[0] >= 0
 
 
 @pytest.mark.parametrize(
@@ -67,19 +65,19 @@ def test_counters():
     ],
 )
 def test_choice_of_steps(seconds, expected):
-    assert cluster.choose_steps(seconds, 1.0, 5) == expected
+    assert step.choose_steps(seconds, 1.0, 5) == expected
 
 
 def test_slow_methods_take_part_in_some_rounds():
-    assert cluster.choose_steps(6.0, 1.0, 1) == (0, 1, 1)
+    assert step.choose_steps(6.0, 1.0, 1) == (0, 1, 1)
     for own_rounds in range(1, 6):
-        taken = [cluster.takes_part(r, 5, own_rounds) for r in range(5)]
+        taken = [step.takes_part(r, 5, own_rounds) for r in range(5)]
         assert sum(taken) == own_rounds
 
 
 @pytest.mark.parametrize("size", [1, 20_000, 1_000_000, 11_000_000])
 def test_size_of_the_network(size):
-    count = cluster_methods.num_parameters(size)
+    count = methods.num_parameters(size)
     assert abs(count - size) <= max(0.02 * size, 2000)
 
 
@@ -100,7 +98,7 @@ def records():
     ]
     made = []
     for method, factor in (("dense", 4), ("auto:0.001", 2), ("local", 1)):
-        record = cluster_summary.make_record(turns, 66)
+        record = report.make_record(turns, 66)
         record["milliseconds"] *= factor
         made.append(
             {"network": "100mbit", "size": 11_000_000, "method": method}
@@ -108,7 +106,7 @@ def records():
         )
     made[1]["chosen_exchange"] = "sparse"
     made[1]["reported_bytes"] = 200
-    cluster_summary.compare(made)
+    report.compare(made)
     return made
 
 
@@ -128,19 +126,19 @@ def test_records():
 def test_tables():
     made = records()
     made.append(made[0] | {"network": "1gbit", "milliseconds": 1.25})
-    assert cluster_summary.markdown_table({"results": made}) == (
+    assert report.markdown_table({"results": made}) == (
         "| | 100mbit 11M | 1gbit 11M |\n"
         "| --- | ---: | ---: |\n"
         "| dense, milliseconds | 800 | 1.2 |\n"
         "| auto 0.1 % | 2.00 (sparse) | - |\n"
         "| local | 4.00 | - |"
     )
-    lines = cluster_summary.text_table(made).splitlines()
+    lines = report.text_table(made).splitlines()
     assert "auto 0.1 % (sparse)" in lines[2]
     assert "800.0" in lines[1] and "400.0" in lines[2]
 
 
-@pytest.mark.parametrize("module", [cluster_summary, cluster_methods])
+@pytest.mark.parametrize("module", [report, methods])
 def test_examples_of_docstrings(module):
     results = doctest.testmod(module)
     assert results.attempted > 0
@@ -180,7 +178,7 @@ print(hashlib.sha256(data).hexdigest())
 
 def test_delay(needs_network):
     """Also under load from all sides nothing is lost or changed."""
-    with cluster_network.Network(3) as network:
+    with namespaces.Network(3) as network:
         means = network.change("5ms")
         assert means in ("switch", "netem")
         probe = network.probe(seconds=0.3)
@@ -211,23 +209,23 @@ def test_delay(needs_network):
         # And back, under the feet of what is there.
         assert network.change("unshaped") == "nothing"
         assert network.probe(seconds=0.1)["round_trip_milliseconds"] < 9.9
-    assert not cluster_network.leftovers(os.getpid())
+    assert not namespaces.leftovers(os.getpid())
 
 
 def test_rate(needs_network):
-    with cluster_network.Network(2) as network:
+    with namespaces.Network(2) as network:
         assert network.change("100mbit") == "tbf"
         rate = network.probe(seconds=0.5)["link_bits_per_second"]
         # Less where the machine is busy; never more.
         assert 0.8e8 < rate < 1.03e8
-    assert not cluster_network.leftovers(os.getpid())
+    assert not namespaces.leftovers(os.getpid())
 
 
 def start(output_dir, *args):
     return subprocess.Popen(
         [
             sys.executable,
-            paths.BENCHMARKS / "cluster.py",
+            *("-m", "benchmarks.cluster.step"),
             "--sizes=20000",
             "--num_workers=2",
             "--networks=unshaped",
@@ -236,6 +234,7 @@ def start(output_dir, *args):
             f"--output_dir={output_dir}",
             *args,
         ],
+        cwd=paths.ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -252,7 +251,7 @@ def test_quick_run(needs_network, tmp_path):
         process.wait()
     assert process.returncode == 0, errors[-3000:]
     assert "Left behind" not in errors
-    assert not cluster_network.leftovers(process.pid)
+    assert not namespaces.leftovers(process.pid)
     summary = json.loads((tmp_path / "summary.json").read_text("utf-8"))
     assert (tmp_path / "figure.png").exists()
     found = {r["method"]: r for r in summary["results"]}
@@ -270,8 +269,8 @@ def test_nothing_is_left_after_sigterm(needs_network, tmp_path):
     watchdog.start()
     try:
         assert "Started" in process.stdout.readline()
-        assert cluster_network.leftovers(process.pid)
-        workers = cluster_network.children(process.pid)
+        assert namespaces.leftovers(process.pid)
+        workers = namespaces.children(process.pid)
         assert len(workers) >= 2
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=30)
@@ -281,7 +280,7 @@ def test_nothing_is_left_after_sigterm(needs_network, tmp_path):
         process.wait()
     assert process.returncode == 128 + signal.SIGTERM
     assert "Left behind" not in errors
-    assert not cluster_network.leftovers(process.pid)
+    assert not namespaces.leftovers(process.pid)
     deadline = time.monotonic() + 5
     while any(os.path.exists(f"/proc/{pid}") for pid in workers):
         assert time.monotonic() < deadline
@@ -290,27 +289,27 @@ def test_nothing_is_left_after_sigterm(needs_network, tmp_path):
 
 # As after a signal between the start of a process and its being known.
 LOSES_TRACK = """
-import os, subprocess, sys
-sys.path.append(sys.argv[1])
-import cluster_network
+import os, subprocess
+from benchmarks.cluster import namespaces
 pid = os.getpid()
-name = f"{cluster_network.PREFIX}-{pid}-w0"
+name = f"{namespaces.PREFIX}-{pid}-w0"
 subprocess.run(["ip", "netns", "add", name], check=True)
 lost = [
     subprocess.Popen(["sleep", "100"]),
     subprocess.Popen(["ip", "netns", "exec", name, "sleep", "100"]),
     subprocess.Popen(["true"]),
 ]
-assert len(cluster_network.children(pid)) == 3
-assert cluster_network.leftovers(pid) == [name]
-cluster_network.remove_rest()
-print(cluster_network.children(pid), cluster_network.leftovers(pid))
+assert len(namespaces.children(pid)) == 3
+assert namespaces.leftovers(pid) == [name]
+namespaces.remove_rest()
+print(namespaces.children(pid), namespaces.leftovers(pid))
 """
 
 
 def test_what_no_one_knows_is_removed(needs_network):
     printed = subprocess.check_output(
-        [sys.executable, "-c", LOSES_TRACK, paths.BENCHMARKS],
+        [sys.executable, "-c", LOSES_TRACK],
+        cwd=paths.ROOT,
         text=True,
         timeout=60,
     )
@@ -318,6 +317,6 @@ def test_what_no_one_knows_is_removed(needs_network):
 
 
 def test_without_root_it_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cluster_network.os, "geteuid", lambda: 1000)
-    assert cluster.main(["cluster.py"]) == 2
+    monkeypatch.setattr(namespaces.os, "geteuid", lambda: 1000)
+    assert step.main(["step.py"]) == 2
     assert "root is needed" in capsys.readouterr().err

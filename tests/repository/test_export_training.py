@@ -1,8 +1,8 @@
 """What is exported for JAX takes the steps of the training it stands for."""
 
 import json
-import sys
 import types
+import zlib
 
 import cifar10_resnet
 import fork_server
@@ -14,10 +14,9 @@ import pytest
 import run_with_mock_data
 import tensorflow as tf
 
-KEPT_RUNS = paths.ROOT / "docs/results/cifar10_resnet8_iid/runs.jsonl"
-sys.path.append(str(paths.BENCHMARKS))
+from benchmarks.accelerators import training_programs
 
-import training_programs  # noqa: E402
+KEPT_RUNS = paths.ROOT / "docs/results/cifar10_resnet8_iid/runs.jsonl"
 
 ARGS = types.SimpleNamespace(
     model="resnet8",
@@ -37,6 +36,12 @@ ARGS = types.SimpleNamespace(
     values="float32",
 )
 RATE, SEED, HELD_OUT = 0.01, 3, 4
+MINE = """
+import keras
+
+def plain(hyper):
+    return keras.optimizers.SGD(hyper.learning_rate)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -122,14 +127,17 @@ def test_steps_are_those_of_the_example(
 def test_exported_files(tmp_path, start):
     """The programs are small, and the images and weights are what they were."""
     programs = tmp_path / "programs"
+    path = tmp_path / "mine.py"
+    path.write_text(MINE, "utf-8")
+    mine = f"{path}:plain"
     result = fork_server.run_one(
         run_with_mock_data.__file__,
         [
             80,
-            paths.BENCHMARKS / "export_training.py",
+            "benchmarks.accelerators.export_training",
             f"--programs_dir={programs}",
             f"--seeds={SEED}",
-            "--methods=shift_regtopk",
+            f"--methods=shift_regtopk,{mine}",
             "--num_workers=2",
             "--batch_size=3",
             "--rounds=4",
@@ -143,8 +151,19 @@ def test_exported_files(tmp_path, start):
         kept = json.loads(runs.readline())["setting"]
     of_a_run = {"is_tuning", "method", "learning_rate", "seed"}
     assert set(index["setting"]) == set(kept) - of_a_run
-    for name in ("gradients", "predict", "start", "step"):
-        [path] = programs.glob(f"{name}*.mlir")
+    # A user's method has a path for a name, and what it was tells its runs.
+    assert index["file_names"]["shift_regtopk"] == "shift_regtopk"
+    assert index["versions"] == {
+        "shift_regtopk": {},
+        mine: {"method_crc32": zlib.crc32(MINE.encode())},
+    }
+    names = {
+        f"{part}_{index['file_names'][method]}.mlir"
+        for part in ("start", "step")
+        for method in ("shift_regtopk", mine)
+    } | {"gradients.mlir", "predict.mlir"}
+    assert {path.name for path in programs.glob("*.mlir")} == names
+    for path in programs.glob("*.mlir"):
         assert "stablehlo" in path.read_text("utf-8")
         assert path.stat().st_size < 1_000_000
     with np.load(programs / "images.npz") as arrays:

@@ -1,26 +1,22 @@
 """The benchmarks for GPUs run, on CPUs; what they measure is not tested."""
 
 import json
-import sys
 import types
 
 import fork_server
 import numpy as np
-import paths
 import pytest
 import tensorflow as tf
 
-sys.path.append(str(paths.BENCHMARKS))
-
-import gpu_fit
-import gpu_step
-import gpu_utils
+from benchmarks.accelerators import gpu_fit
+from benchmarks.accelerators import gpu_step
+from benchmarks.accelerators import gpu_utils
 
 
 def run(benchmark, output_dir, *args):
     """The results, and what was printed."""
     args = [*args, "--device_type=CPU", f"--output_dir={output_dir}"]
-    result = fork_server.run_one(paths.BENCHMARKS / benchmark, args)
+    result = fork_server.run_one(f"benchmarks.accelerators.{benchmark}", args)
     assert result.returncode == 0, result.stdout + result.stderr
     results = json.loads((output_dir / "summary.json").read_text("utf-8"))
     assert not results["failures"]
@@ -30,7 +26,7 @@ def run(benchmark, output_dir, *args):
 @pytest.mark.slow
 def test_update(tmp_path):
     results, printed = run(
-        "gpu_step.py",
+        "gpu_step",
         tmp_path,
         "--sizes=20001",
         "--densities=0.01",
@@ -59,7 +55,7 @@ def test_update(tmp_path):
 
 
 def test_update_without_time(tmp_path):
-    results, printed = run("gpu_step.py", tmp_path, "--budget_seconds=0")
+    results, printed = run("gpu_step", tmp_path, "--budget_seconds=0")
     assert results["results"] == []
     assert len(results["left"]) == 12
     assert "k/J=0.1 N=2" in printed
@@ -85,7 +81,7 @@ def test_devices_that_are_not_there():
 @pytest.mark.slow
 def test_fit(tmp_path):
     results, printed = run(
-        "gpu_fit.py",
+        "gpu_fit",
         tmp_path,
         "--runs=regtopk:mixed_float16,dense:float32",
         "--model=resnet8",

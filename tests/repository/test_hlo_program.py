@@ -1,10 +1,10 @@
-"""benchmarks/hlo_program.py counts what XLA launches."""
+"""benchmarks/with_jax/hlo_program.py counts what XLA launches."""
 
 import importlib.util
 
 import paths
 
-PATH = paths.BENCHMARKS / "hlo_program.py"
+PATH = paths.BENCHMARKS / "with_jax" / "hlo_program.py"
 
 PROGRAM = """
 HloModule step, is_scheduled=true

@@ -147,9 +147,10 @@ def test_the_validation_compares_with_measurements(tmp_path):
     }
     path = tmp_path / "summary.json"
     path.write_text(json.dumps(summary))
-    benchmark = paths.ROOT / "benchmarks" / "advise_validation.py"
+    benchmark = "benchmarks.cluster.advise_validation"
     output = subprocess.run(
-        [sys.executable, benchmark, f"--summary={path}"],
+        [sys.executable, "-m", benchmark, f"--summary={path}"],
+        cwd=paths.ROOT,
         check=True,
         capture_output=True,
         text=True,

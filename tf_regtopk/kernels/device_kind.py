@@ -38,7 +38,7 @@ def warn_of_serial_scatters() -> None:
     """Warns where XLA would run scatters one entry after the other.
 
     XLA does so on GPUs under TensorFlow's op determinism, unless a flag tells
-    otherwise (benchmarks/compile_for_gpu.py --deterministic).
+    otherwise (benchmarks/with_jax/compile_for_gpu.py --deterministic).
     """
     if (
         is_gpu()

@@ -25,7 +25,7 @@ _FEWEST_SAMPLES, _MOST_SAMPLES = 1 << 11, 1 << 16
 # because the bounds of all groups have to hold.
 _MARGIN = 6.0
 # At most one score of so many may remain a candidate, because with more of them
-# ruling out the others does not pay (benchmarks/selection.py).
+# ruling out the others does not pay (benchmarks/kernels/selection.py).
 _CANDIDATES_PAY = 8
 
 

@@ -2,7 +2,7 @@
 
 `tf.math.top_k` is not used, because XLA's program for the CPU returns wrong
 entries for some sizes (TensorFlow 2.21), breaks no ties by position, and is
-many times slower (benchmarks/selection.py).
+many times slower (benchmarks/kernels/selection.py).
 """
 
 from collections.abc import Sequence

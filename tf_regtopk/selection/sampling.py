@@ -19,7 +19,7 @@ from tf_regtopk.selection import keys as keys_lib
 # A bound is so many standard deviations (of a Poisson count) away from k.
 _MARGIN = 4.0
 # An upper bound is drawn as well above this density, because it costs less time
-# than refining all candidates (benchmarks/selection.py).
+# than refining all candidates (benchmarks/kernels/selection.py).
 _HIGH_DENSITY = 1 / 32
 
 

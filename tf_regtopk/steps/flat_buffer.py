@@ -119,7 +119,8 @@ class FlatBuffer:
         One a variable, with zeros where a gradient is None. But with several
         threads of a CPU all in one, by TensorFlow: there XLA's code for a
         concatenation loads beyond the ends of vectors and masks what it finds,
-        which takes much longer where no memory is (benchmarks/flatten.py).
+        which takes much longer where no memory is; see
+        benchmarks/kernels/flatten.py.
         """
         vectors = [
             tf.zeros([size], self.dtype)

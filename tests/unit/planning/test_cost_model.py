@@ -155,7 +155,7 @@ def test_several_devices_as_simulated(num_workers, devices, name):
     ],
 )
 def test_as_measured(megabytes_a_second, latency, local, measured):
-    """All-reduces of benchmarks/cluster.py, which `network.py` is fitted to."""
+    """All-reduces of benchmarks/cluster, which `network.py` is fitted to."""
     job = planning_jobs.make_job(
         parameters=10_997_206, workers=4, step_seconds=local
     )

@@ -3,7 +3,7 @@ r"""What a step copies between host and device memory, found without a GPU.
 It needs TensorFlow's build for GPUs, not a GPU:
 
     pip install tensorflow   # and not tensorflow-cpu
-    CUDA_VISIBLE_DEVICES= python benchmarks/host_copies.py
+    CUDA_VISIBLE_DEVICES= python -m benchmarks.accelerators.host_copies
 
 A step (the gradient of a network, and its update) is traced for two GPUs,
 under `MirroredStrategy` and under `MultiWorkerMirroredStrategy` with a second
@@ -29,7 +29,6 @@ import re
 from absl import app
 from absl import flags
 from absl import logging
-import device_memory
 import keras
 import tensorflow as tf
 
@@ -38,6 +37,7 @@ from tensorflow.python.distribute import collective_all_reduce_strategy
 from tensorflow.python.eager import context
 from tensorflow.python.ops import resource_variable_ops
 
+from benchmarks.accelerators import device_memory
 import tf_regtopk
 
 _NUM_LAYERS = 8

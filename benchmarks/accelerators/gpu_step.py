@@ -1,6 +1,6 @@
 r"""How long a whole update takes under TensorFlow on GPUs.
 
-    python benchmarks/gpu_step.py --budget_seconds=120
+    python -m benchmarks.accelerators.gpu_step --budget_seconds=120
 
 A gradient of J floats in 16 variables is given, and the same in each step; a
 step is `sparsified.apply` in a `tf.function` under `MirroredStrategy`, from the
@@ -33,11 +33,11 @@ from typing import Any
 from absl import app
 from absl import flags
 from absl import logging
-import gpu_utils
 import keras
 import numpy as np
 import tensorflow as tf
 
+from benchmarks.accelerators import gpu_utils
 import tf_regtopk
 
 PASS = "x + 1"

@@ -5,14 +5,14 @@ PyTorch is installed `torch.topk` and a whole `torch.sort`. These are given the
 magnitudes; ours makes them itself. A second time it selects in each of some 120
 variables separately, as with `scope="per_variable"`.
 
-    python benchmarks/selection.py --sizes=1000000,11200000
+    python -m benchmarks.kernels.selection --sizes=1000000,11200000
 """
 
 from absl import flags
-import benchmark_utils
 import numpy as np
 import tensorflow as tf
 
+from benchmarks import harness
 from tf_regtopk import selection
 
 try:
@@ -31,7 +31,7 @@ def methods_for(gradient, density, k, rng):
     steps = iter(range(2**31))
 
     def ours(groups):
-        select = benchmark_utils.compiled(
+        select = harness.compiled(
             lambda step: selection.select_largest(tensor, groups, step)
         )
         return lambda: select(tf.constant(next(steps)))
@@ -42,12 +42,12 @@ def methods_for(gradient, density, k, rng):
         return tf.math.top_k(tf_magnitudes, k, sorted=False)[1]
 
     methods = {
-        benchmark_utils.FLOOR: benchmark_utils.floor(gradient),
+        harness.FLOOR: harness.floor(gradient),
         "tf_regtopk": ours([selection.Group(len(gradient), k)]),
         "tf_regtopk, by variable": ours(
             [
                 selection.Group(size, max(1, round(density * size)))
-                for size in benchmark_utils.variable_sizes(len(gradient))
+                for size in harness.variable_sizes(len(gradient))
             ]
         ),
     }
@@ -55,8 +55,8 @@ def methods_for(gradient, density, k, rng):
     if not flags.FLAGS.peers:
         return methods
     methods |= {
-        "tf.math.top_k": benchmark_utils.compiled(top_k, jit_compile=False),
-        "tf.math.top_k, XLA": benchmark_utils.compiled(top_k),
+        "tf.math.top_k": harness.compiled(top_k, jit_compile=False),
+        "tf.math.top_k, XLA": harness.compiled(top_k),
         "np.argpartition": lambda: np.argpartition(magnitudes, -k)[-k:],
     }
     if torch:
@@ -75,6 +75,6 @@ def check_selects_the_largest(select, magnitudes, k):
 
 
 if __name__ == "__main__":
-    benchmark_utils.run(
+    harness.run(
         methods_for, "Selecting the k largest of J entries", "results/selection"
     )

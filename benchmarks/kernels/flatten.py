@@ -1,18 +1,19 @@
 r"""How long it takes to join the gradients and add the error to them.
 
 By XLA in one program, and by TensorFlow and XLA one after the other, for the
-network of `cluster.py`. It depends on the number of threads, and with several
-on where in memory the gradients lie.
+network of `benchmarks/cluster`. It depends on the number of threads, and with
+several on where in memory the gradients lie.
 
-    python benchmarks/flatten.py --sizes=11000000 --densities=1 --threads=2
+    python -m benchmarks.kernels.flatten --sizes=11000000 --densities=1 \
+        --threads=2
 """
 
 from absl import flags
-import benchmark_utils
-import cluster_methods
 import numpy as np
 import tensorflow as tf
 
+from benchmarks import harness
+from benchmarks.cluster import methods as cluster_methods
 from tf_regtopk.error_feedback import equations
 
 flags.DEFINE_integer(
@@ -34,17 +35,15 @@ def methods_for(gradient, density, k, rng):
     def in_xla():
         return equations.accumulate(error, tf.concat(vectors, axis=0))
 
-    accumulate = benchmark_utils.compiled(equations.accumulate)
+    accumulate = harness.compiled(equations.accumulate)
 
     def joined_before():
         return accumulate(error, tf.concat(vectors, axis=0))
 
     methods = {
-        benchmark_utils.FLOOR: benchmark_utils.floor(gradient),
-        "all in XLA": benchmark_utils.compiled(in_xla),
-        "joined before": benchmark_utils.compiled(
-            joined_before, jit_compile=False
-        ),
+        harness.FLOOR: harness.floor(gradient),
+        "all in XLA": harness.compiled(in_xla),
+        "joined before": harness.compiled(joined_before, jit_compile=False),
     }
     np.testing.assert_array_equal(
         methods["all in XLA"](), methods["joined before"]()
@@ -53,6 +52,6 @@ def methods_for(gradient, density, k, rng):
 
 
 if __name__ == "__main__":
-    benchmark_utils.run(
+    harness.run(
         methods_for, "Joining gradients and the error", "results/flatten"
     )

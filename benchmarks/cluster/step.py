@@ -1,13 +1,13 @@
 r"""Time and bytes of a training step over networks of different speed.
 
 Workers are processes in network namespaces of their own, joined by links that
-are shaped (see `cluster_network.py`). All methods train the same network (see
-`cluster_methods.py`), and run in turn within each round, so that a busy machine
+are shaped (see `namespaces.py`). All methods train the same network (see
+`methods.py`), and run in turn within each round, so that a busy machine
 hurts all alike; the workers of all methods stay alive, and those whose turn it
 is not wait. Needs root, and `ip` and `tc` of iproute2; ends with status 2 where
 they are missing.
 
-    python benchmarks/cluster.py
+    python -m benchmarks.cluster.step
 
 Methods: `dense` is Keras's SGD, which sums gradients by an all-reduce;
 `sparse:DENSITY:INDICES+VALUES` is SparsifiedOptimizer with RegTopK and that
@@ -39,10 +39,11 @@ import tempfile
 
 from absl import app
 from absl import flags
-import cluster_launcher
-import cluster_network
-import cluster_summary
 import tqdm
+
+from benchmarks.cluster import launcher
+from benchmarks.cluster import namespaces
+from benchmarks.cluster import report
 
 _METHODS = [
     "dense",
@@ -109,7 +110,7 @@ def measure(size, network_name, methods, workers, progress):
 
     def take(method, lead_in, steps):
         progress.set_description(f"{network_name} {size:,} {method}")
-        answers = workers[cluster_summary.kind_of(method)].ask(
+        answers = workers[report.kind_of(method)].ask(
             do="steps",
             method=method,
             first=numbers.get(method, 0),
@@ -135,9 +136,7 @@ def measure(size, network_name, methods, workers, progress):
             if takes_part(number, args.rounds, rounds):
                 turns[method].append(take(method, lead_in, steps))
     return {
-        method: cluster_summary.make_record(
-            turns[method], cluster_network.HEADER_BYTES
-        )
+        method: report.make_record(turns[method], namespaces.HEADER_BYTES)
         for method in methods
     }
 
@@ -145,7 +144,7 @@ def measure(size, network_name, methods, workers, progress):
 def build(method, size, workers, progress, **command):
     """Builds a method on all workers; returns what it is, or None."""
     progress.set_description(f"building {size:,} {method}")
-    answer = workers[cluster_summary.kind_of(method)].ask(
+    answer = workers[report.kind_of(method)].ask(
         do="build", method=method, size=size, **command
     )[0]
     progress.update()
@@ -191,7 +190,7 @@ def run(network, workers, methods, summary, progress):
                 summary["results"].append(record)
             if switch := network.switch_statistics():
                 summary["networks"][name]["switch"] = switch
-            cluster_summary.compare(summary["results"])
+            report.compare(summary["results"])
             write(summary)
         for kind in workers.values():
             kind.ask(do="free")
@@ -209,7 +208,7 @@ def start_and_run(methods):
     args = flags.FLAGS
     threads = {
         kind: args[f"{kind}_threads"].value
-        for kind in map(cluster_summary.kind_of, methods)
+        for kind in map(report.kind_of, methods)
     }
     summary = {
         "machine": {
@@ -232,8 +231,8 @@ def start_and_run(methods):
     total = len(args.sizes) * (len(methods) - num_auto + turns)
     with (
         tempfile.TemporaryDirectory() as log_dir,
-        cluster_network.Network(args.num_workers) as network,
-        cluster_launcher.Workers.start_all(
+        namespaces.Network(args.num_workers) as network,
+        launcher.Workers.start_all(
             threads, network, log_dir, args.timeout
         ) as workers,
         tqdm.tqdm(total=total, mininterval=1.0) as progress,
@@ -248,20 +247,20 @@ def start_and_run(methods):
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments: {argv[1:]}")
-    if reason := cluster_network.why_not():
+    if reason := namespaces.why_not():
         print(f"This benchmark cannot run here: {reason}.", file=sys.stderr)
         return 2
     args = flags.FLAGS
     for name in args.networks:
-        cluster_network.parse_condition(name)
+        namespaces.parse_condition(name)
     methods = list(args.methods)
     if not importlib.util.find_spec("torch"):
-        methods = [m for m in methods if cluster_summary.kind_of(m) != "torch"]
+        methods = [m for m in methods if report.kind_of(m) != "torch"]
         if len(methods) < len(args.methods):
             print("Without PyTorch's methods: torch is not installed.")
-    for kind in {cluster_summary.kind_of(m) for m in methods}:
-        if cluster_summary.LOCAL[kind] not in methods:
-            methods.append(cluster_summary.LOCAL[kind])
+    for kind in {report.kind_of(m) for m in methods}:
+        if report.LOCAL[kind] not in methods:
+            methods.append(report.LOCAL[kind])
 
     def exit_on(number, _):
         for other in signals:
@@ -273,19 +272,19 @@ def main(argv):
         signal.signal(number, exit_on)
     try:
         summary = start_and_run(methods)
-    except cluster_launcher.WorkerError as e:
+    except launcher.WorkerError as e:
         print(e, file=sys.stderr)
         return 1
     finally:
-        cluster_network.remove_rest()
-        left = cluster_network.leftovers(os.getpid())
-        left += cluster_network.children(os.getpid())
+        namespaces.remove_rest()
+        left = namespaces.leftovers(os.getpid())
+        left += namespaces.children(os.getpid())
         if left:
             print(f"Left behind: {', '.join(left)}", file=sys.stderr)
     write(summary)
     figure = os.path.join(args.output_dir, "figure.png")
-    cluster_summary.plot(summary, figure)
-    print(cluster_summary.text_table(summary["results"]))
+    report.plot(summary, figure)
+    print(report.text_table(summary["results"]))
     print(json.dumps(summary["networks"], indent=2))
     print(f"Wrote summary.json and figure.png in {args.output_dir}.")
     return 0

@@ -1,22 +1,13 @@
 """The training of cifar10_resnet.py as functions that can be exported."""
 
-import pathlib
-import sys
-
+import image_training
 import keras
+import methods
 import numpy as np
 import tensorflow as tf
 
 import tf_regtopk
 from tf_regtopk import simulation
-
-sys.path.append(str(pathlib.Path(__file__).parent.parent / "examples"))
-sys.path.append(
-    str(pathlib.Path(__file__).parent.parent / "examples" / "studies")
-)
-
-import image_training
-import methods
 
 
 class Network:
@@ -101,6 +92,7 @@ class Method:
             args.momentum,
             adam=args.inner_optimizer == "adam",
         )
+        self.version = methods.version(name)
         # Some take a multiple of the learning rate.
         self._scale = float(optimizer.learning_rate)
         self._descent = simulation.descent_of(optimizer, args.num_workers)

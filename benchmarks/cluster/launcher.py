@@ -1,4 +1,4 @@
-"""Starts the workers of `cluster.py`, and tells all of them what to do."""
+"""Starts the workers of `step.py`, and tells all of them what to do."""
 
 import contextlib
 import json
@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 
-_SCRIPT = pathlib.Path(__file__).with_name("cluster_workers.py")
+_PROGRAM = "benchmarks.cluster.worker"
 _PORTS = {"tensorflow": 5301, "torch": 5302}
 
 
@@ -23,7 +23,7 @@ class Workers:
 
     Args:
         kind: `"tensorflow"` or `"torch"`.
-        network: `cluster_network.Network`.
+        network: `namespaces.Network`.
         log_dir: Folder for what they print.
         timeout: Seconds that an answer may take.
         threads: Threads that a worker computes with; 0 for the default.
@@ -52,7 +52,7 @@ class Workers:
             with open(log, "wb") as errors:
                 process = subprocess.Popen(
                     network.command(
-                        *(index, sys.executable, str(_SCRIPT)),
+                        *(index, sys.executable, "-m", _PROGRAM),
                         *(kind, json.dumps(args)),
                     ),
                     env=os.environ

@@ -4,7 +4,7 @@ Needs jax and numpy only. Each method trains once with each learning
 rate, and with the best of them from every seed. What has run is kept in
 --output, as `cifar10_resnet.py` keeps it, and not run again.
 
-    python benchmarks/run_training.py programs --methods=topk,regtopk
+    python benchmarks/with_jax/run_training.py programs --methods=topk,regtopk
 """
 
 import argparse
@@ -81,10 +81,11 @@ class Trainer:
 
     def method(self, name):
         """What is compiled for a method: how it starts, and steps."""
+        file_name = self._index["file_names"][name]
         return (
-            jax_program.Program(self._directory / f"start_{name}.mlir"),
+            jax_program.Program(self._directory / f"start_{file_name}.mlir"),
             jax_program.Program(
-                self._directory / f"step_{name}.mlir", reused=3
+                self._directory / f"step_{file_name}.mlir", reused=3
             ),
         )
 
@@ -151,6 +152,7 @@ class Runs:
             "method": method,
             "learning_rate": learning_rate,
             "seed": seed,
+            **self._index["versions"][method],
         }
         for record in self._records:
             if record["setting"] == setting:

@@ -1,9 +1,9 @@
 r"""How far the cost model of `tf_regtopk.advise` is from what was measured.
 
-    python benchmarks/cluster.py
-    python benchmarks/advise_validation.py
+    python -m benchmarks.cluster.step
+    python -m benchmarks.cluster.advise_validation
 
-For each network, size and method of `cluster.py` that the model knows, it
+For each network, size and method of `step.py` that the model knows, it
 predicts the time of a step from the time of one without any exchange and from
 the network's own throughput and round trip, all of the same run.
 """
@@ -13,8 +13,8 @@ import statistics
 
 from absl import app
 from absl import flags
-import cluster_summary
 
+from benchmarks.cluster import report
 from tf_regtopk import advise
 
 # Names of the model for the codecs of the benchmark.
@@ -29,7 +29,7 @@ def define_flags():
     flags.DEFINE_string(
         "summary",
         "results/cluster/summary.json",
-        "What cluster.py has written.",
+        "What `step.py` has written.",
     )
     flags.DEFINE_float(
         "memory_bandwidth",
@@ -42,7 +42,7 @@ def predicted_seconds(record, local_seconds, network, num_workers, bandwidth):
     """What the model says of a record, None if it does not know the method.
 
     Args:
-        record: Record of `cluster.py`.
+        record: Record of `step.py`.
         local_seconds: Of a step of all workers without any exchange.
         network: Measured throughput and round trip of the record's network.
         num_workers: Number of workers.
@@ -98,7 +98,7 @@ def main(argv):
         errors.append(abs(error))
         print(
             f"| {r['network']} | {r['parameters']:,} | "
-            f"{cluster_summary.label(r['method'])} | {r['milliseconds']:,.1f} "
+            f"{report.label(r['method'])} | {r['milliseconds']:,.1f} "
             f"| {1e3 * seconds:,.1f} | {100 * error:+.0f} % |"
         )
     print(

@@ -5,8 +5,9 @@ On a machine without a GPU. Needs, in an environment of its own,
     pip install absl-py jax==0.9.2 nvidia-cuda-nvcc nvidia-nvvm
     pip install --no-deps jax-cuda13-pjrt==0.9.2 jax-cuda13-plugin==0.9.2
 
-    python benchmarks/compile_for_gpu.py --programs_dir=step
-    python benchmarks/compile_for_gpu.py --programs_dir=step --deterministic
+    python benchmarks/with_jax/compile_for_gpu.py --programs_dir=step
+
+`--deterministic` as well compiles as after `enable_op_determinism`.
 
 The columns are those of `hlo_program.count`, and `temporary`: memory beside
 arguments and results, in arrays of J floats. The first side of a branch is what

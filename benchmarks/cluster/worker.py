@@ -1,6 +1,6 @@
-"""What one worker of `cluster.py` runs: training steps, when told to.
+"""What one worker of `step.py` runs: training steps, when told to.
 
-    python benchmarks/cluster_workers.py tensorflow '{"index": 0, ...}'
+    python -m benchmarks.cluster.worker tensorflow '{"index": 0, ...}'
 
 Commands are lines of JSON on standard input, and each is answered by one on
 standard output. Between commands a worker waits, and takes no time from the
@@ -20,14 +20,14 @@ import sys
 import time
 import traceback
 
-import cluster_methods
-import cluster_network
+from benchmarks.cluster import methods
+from benchmarks.cluster import namespaces
 
 # Traces, compiles, and lets PowerSGD begin, which it does after 5 steps.
 _WARM_UP_STEPS = 8
 _KINDS = {
-    "tensorflow": cluster_methods.TensorFlowWorker,
-    "torch": cluster_methods.TorchWorker,
+    "tensorflow": methods.TensorFlowWorker,
+    "torch": methods.TorchWorker,
 }
 
 
@@ -48,13 +48,13 @@ def take_steps(worker, method, first, lead_in, steps):
         before included.
     """
     seconds = []
-    before = cluster_network.sent_counters()
+    before = namespaces.sent_counters()
     cpu_before = _cpu_seconds()
     for number in range(first, first + lead_in + steps):
         start = time.perf_counter()
         loss = worker.step(method, number)
         seconds.append(time.perf_counter() - start)
-    after = cluster_network.sent_counters()
+    after = namespaces.sent_counters()
     cpu_after = _cpu_seconds()
     if not math.isfinite(loss):
         raise ValueError(f"The loss of {method} is {loss}.")

@@ -4,7 +4,7 @@ Trains a convolutional network on CIFAR-10 with RegTop-k and two workers, and
 counts the selections for which the candidates above the sampled bound are too
 few or too many, so that all scores are searched.
 
-    python benchmarks/fallback_rate.py --data_dir=~/tensorflow_datasets
+    python -m benchmarks.kernels.fallback_rate --data_dir=~/tensorflow_datasets
 """
 
 import json

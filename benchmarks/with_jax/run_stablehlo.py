@@ -4,8 +4,9 @@ Needs jax and numpy only. Times are medians over runs of several calls, in
 passes over the gradient at the device's own copy bandwidth: one pass reads and
 writes J floats.
 
-    python benchmarks/run_stablehlo.py stablehlo
-    python benchmarks/run_stablehlo.py stablehlo profile   # Kernels as well.
+    python benchmarks/with_jax/run_stablehlo.py stablehlo
+
+`profile` after that prints the kernels as well.
 """
 
 import collections

@@ -1,6 +1,6 @@
 r"""A short `fit` of ResNet-18 on GPUs: does it learn, and how fast.
 
-    python benchmarks/gpu_fit.py --budget_seconds=60
+    python -m benchmarks.accelerators.gpu_fit --budget_seconds=60
 
 Under `MirroredStrategy` on all GPUs, of which one alone is split in two, with
 images of CIFAR-10's size: templates of ten classes under noise, or CIFAR-10
@@ -23,26 +23,19 @@ TensorFlow gives a `Dense` layer to cuBLAS, and a convolution of 1 x 1 as well
 unless it has a stride; `--head=dense` is the network as published.
 """
 
-import pathlib
 import statistics
-import sys
 import time
 
 from absl import app
 from absl import flags
 from absl import logging
-import gpu_utils
 import keras
 import numpy as np
+import resnet
 import tensorflow as tf
 
+from benchmarks.accelerators import gpu_utils
 import tf_regtopk
-
-sys.path.append(
-    str(pathlib.Path(__file__).parent.parent / "examples" / "studies")
-)
-
-import resnet
 
 METHODS = ("regtopk", "dgc", "dense")
 POLICIES = ("float32", "mixed_float16")

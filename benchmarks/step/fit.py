@@ -3,7 +3,7 @@
 Everything around the exchange shows here: reads, checks, calls of compiled
 functions. Epochs of plain Keras and of the wrapper take turns.
 
-    python benchmarks/fit.py
+    python -m benchmarks.step.fit
 """
 
 import json

@@ -1,6 +1,6 @@
-r"""What the records of `cluster.py` say: tables, and a figure.
+r"""What the records of `step.py` say: tables, and a figure.
 
-    python benchmarks/cluster_summary.py results/cluster/summary.json
+    python -m benchmarks.cluster.report results/cluster/summary.json
 
 prints the table of `docs/benchmarks.md`.
 """

@@ -3,13 +3,13 @@ r"""Writes the programs that XLA is given, to be timed where TensorFlow is not.
 For a GPU machine that has JAX: XLA's compiler is the same there, if not of the
 same version.
 
-    python benchmarks/export_stablehlo.py --output_dir=stablehlo
-    python benchmarks/run_stablehlo.py stablehlo        # on that machine
+    python -m benchmarks.accelerators.export_stablehlo --output_dir=stablehlo
+    python benchmarks/with_jax/run_stablehlo.py stablehlo    # on that machine
 
 The programs of a whole step are for compile_for_gpu.py, which counts kernels
 and needs no GPU:
 
-    python benchmarks/export_stablehlo.py --output_dir=step \
+    python -m benchmarks.accelerators.export_stablehlo --output_dir=step \
         --programs=send,decode,settle --sizes=25600000
 """
 

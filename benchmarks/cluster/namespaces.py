@@ -8,7 +8,7 @@ namespace. Conditions, changed under the feet of running programs:
     sends and receives at that rate.
 *   `5ms`: every packet is delayed by so much, one way, at no limit of the rate;
     by `tc` netem where the kernel has it. Else a second network is made of TAP
-    devices, `eth1`, whose frames `cluster_traffic.py` passes on with the delay,
+    devices, `eth1`, whose frames `traffic.py` passes on with the delay,
     and a route sends the workers' traffic there. The devices take packets of up
     to 64 KiB that no network card has cut (TSO): few enough for Python.
 
@@ -25,7 +25,7 @@ import signal
 import subprocess
 import sys
 
-import cluster_traffic
+from benchmarks.cluster import traffic
 
 PREFIX = "regtopk"
 _SUBNET = "10.77.0"
@@ -259,7 +259,7 @@ class Network:
                 "exec",
                 self._hub,
                 sys.executable,
-                cluster_traffic.__file__,
+                traffic.__file__,
             ]
             + command,
             stdin=subprocess.PIPE,
@@ -275,7 +275,7 @@ class Network:
                 # No frame is lost before the switch has read it.
                 *(
                     "address",
-                    cluster_traffic.mac_address(i),
+                    traffic.mac_address(i),
                     "txqueuelen",
                     "10000",
                     "up",
@@ -314,16 +314,14 @@ class Network:
             `round_trip_milliseconds`, the median of 50 exchanges of 64 bytes.
         """
         server = subprocess.Popen(
-            self.command(
-                1, sys.executable, cluster_traffic.__file__, "probe_server"
-            ),
+            self.command(1, sys.executable, traffic.__file__, "probe_server"),
             stdout=subprocess.PIPE,
             text=True,
         )
         try:
             server.stdout.readline()
             client = self.command(
-                *(0, sys.executable, cluster_traffic.__file__, "probe_client"),
+                *(0, sys.executable, traffic.__file__, "probe_client"),
                 *(self.addresses[1], str(seconds)),
             )
             return json.loads(_run(*client, timeout=seconds + 30).stdout)

@@ -3,13 +3,13 @@ r"""How long entries take to be written and read, and how many bits they take.
 Each code of the indices alone, each code of the values alone, and whole
 payloads: one replica's encoding, and the decoding of one replica's payload.
 
-    python benchmarks/codecs.py --sizes=11200000
+    python -m benchmarks.kernels.codecs --sizes=11200000
 """
 
-import benchmark_utils
 import numpy as np
 import tensorflow as tf
 
+from benchmarks import harness
 import tf_regtopk
 from tf_regtopk.codecs import index_codecs
 from tf_regtopk.codecs import value_codecs
@@ -28,16 +28,14 @@ def methods_for(gradient, density, k, rng):
     indices = np.sort(rng.choice(size, k, replace=False, shuffle=False))
     values = tf.constant(gradient[indices])
     indices = tf.constant(indices, tf.int32)
-    methods = {benchmark_utils.FLOOR: benchmark_utils.floor(gradient)}
+    methods = {harness.FLOOR: harness.floor(gradient)}
     num_bits = {}
 
     def add(name, encode, decode, num_words):
-        encode = benchmark_utils.compiled(encode)
+        encode = harness.compiled(encode)
         words = encode()
         methods[f"{name}, encode"] = encode
-        methods[f"{name}, decode"] = benchmark_utils.compiled(
-            lambda: decode(words)
-        )
+        methods[f"{name}, decode"] = harness.compiled(lambda: decode(words))
         num_bits[name] = 32 * int(num_words(words)) / k
 
     for name in index_codecs.CODECS:
@@ -72,6 +70,4 @@ def methods_for(gradient, density, k, rng):
 
 
 if __name__ == "__main__":
-    benchmark_utils.run(
-        methods_for, "Writing and reading entries", "results/codecs"
-    )
+    harness.run(methods_for, "Writing and reading entries", "results/codecs")

@@ -5,7 +5,7 @@ network namespace of their own where the system allows it (else other programs'
 traffic counts as well). The interface's counters around the steps give bytes
 and packets; each packet has 66 bytes of link, IP and TCP headers.
 
-    python benchmarks/wire_bytes.py --size=11200000
+    python -m benchmarks.step.wire_bytes --size=11200000
 """
 
 import json
@@ -18,6 +18,7 @@ import sys
 from absl import app
 from absl import flags
 
+_COMMAND = (sys.executable, "-m", "benchmarks.step.wire_bytes")
 _NUM_WORKERS = 2
 _HEADER_BYTES = 66
 
@@ -125,7 +126,7 @@ def run_workers(args):
         }
         workers.append(
             subprocess.Popen(
-                [sys.executable, __file__, "worker", json.dumps(args)],
+                [*_COMMAND, "worker", json.dumps(args)],
                 env=os.environ
                 | {
                     "TF_CONFIG": json.dumps(config),
@@ -152,7 +153,7 @@ def main(argv):
         "codecs": flags.FLAGS.codecs,
         "steps": flags.FLAGS.steps,
     }
-    command = [sys.executable, __file__, "launcher", json.dumps(args)]
+    command = [*_COMMAND, "launcher", json.dumps(args)]
     unshare = [shutil.which("unshare") or "unshare", "--net"]
     is_alone = (
         subprocess.run([*unshare, "true"], check=False).returncode == 0

@@ -8,14 +8,14 @@ r"""How long each part of a step takes, from the gradients to the aggregate.
 * `apply`: a whole update of all variables by the optimizer with one replica,
   and by plain SGD.
 
-    python benchmarks/step.py --sizes=11200000
+    python -m benchmarks.step.parts --sizes=11200000
 """
 
-import benchmark_utils
 import keras
 import numpy as np
 import tensorflow as tf
 
+from benchmarks import harness
 import tf_regtopk
 from tf_regtopk import error_feedback
 from tf_regtopk.distribute import replica_state
@@ -39,7 +39,7 @@ def replica_step(sparsifier, gradient):
     buffer = flat_buffer.FlatBuffer(((size,),), (g.dtype,))
     groups = buffer.groups("global", sparsifier.num_selected)
     k = groups[0].k
-    # As an entry takes no time to be written: see benchmarks/codecs.py.
+    # As an entry takes no time to be written: see benchmarks/kernels/codecs.py.
     codec = tf_regtopk.Codec("int32", "float32").payload(k, size)
     feedback = replica_state.ReplicaState(
         lambda: rule.initial_local(size, g.dtype)
@@ -63,7 +63,7 @@ def replica_step(sparsifier, gradient):
             exchanged = tf.nest.map_structure(tf.identity, exchanged)
         return sparse_step.aggregate(exchanged, state, moment, (True,))
 
-    return benchmark_utils.compiled(step, jit_compile=False)
+    return harness.compiled(step, jit_compile=False)
 
 
 def sum_of_workers(size, k, rng, num_workers=8):
@@ -75,7 +75,7 @@ def sum_of_workers(size, k, rng, num_workers=8):
     )
     indices = tf.constant(indices, tf.int32)
     values = tf.constant(rng.standard_normal(indices.shape), tf.float32)
-    return benchmark_utils.compiled(
+    return harness.compiled(
         lambda: scatter_sum.sum_entries(indices, values, size)
     )
 
@@ -88,27 +88,27 @@ def apply(optimizer, gradient, sizes):
     gradients = parts_of(gradient, sizes)
     variables = [keras.Variable(tf.zeros_like(g)) for g in gradients]
     optimizer.build(variables)
-    return benchmark_utils.compiled(
+    return harness.compiled(
         lambda: optimizer.apply(gradients, variables), jit_compile=False
     )
 
 
 def methods_for(gradient, density, k, rng):
     size = len(gradient)
-    sizes = benchmark_utils.variable_sizes(size)
+    sizes = harness.variable_sizes(size)
     buffer = flat_buffer.FlatBuffer(
         tuple((n,) for n in sizes), (tf.float32,) * len(sizes)
     )
     parts, flat = parts_of(gradient, sizes), tf.constant(gradient)
     return {
-        benchmark_utils.FLOOR: benchmark_utils.floor(gradient),
+        harness.FLOOR: harness.floor(gradient),
         "step, TopK": replica_step(tf_regtopk.TopK(density), gradient),
         "step, RegTopK": replica_step(tf_regtopk.RegTopK(density), gradient),
         "sum of 8": sum_of_workers(size, k, rng),
-        "flatten": benchmark_utils.compiled(
+        "flatten": harness.compiled(
             lambda: tf.concat(buffer.vectors(parts), axis=0), jit_compile=False
         ),
-        "split": benchmark_utils.compiled(
+        "split": harness.compiled(
             lambda: buffer.split(flat), jit_compile=False
         ),
         **{
@@ -129,4 +129,4 @@ def methods_for(gradient, density, k, rng):
 
 
 if __name__ == "__main__":
-    benchmark_utils.run(methods_for, "The parts of a step", "results/step")
+    harness.run(methods_for, "The parts of a step", "results/step")

@@ -3,8 +3,8 @@ r"""Writes the training of cifar10_resnet.py as programs for JAX.
 For a GPU machine that has JAX and not TensorFlow: what XLA is given is the same
 there. Takes the flags of that example. The second command is for that machine:
 
-    python benchmarks/export_training.py --model=resnet18
-    python benchmarks/run_training.py programs --output=runs.jsonl
+    python -m benchmarks.accelerators.export_training --model=resnet18
+    python benchmarks/with_jax/run_training.py programs --output=runs.jsonl
 
 With runs.jsonl in its --output_dir, `cifar10_resnet.py` with the same flags
 finds all runs done, and reports them.
@@ -12,26 +12,21 @@ finds all runs done, and reports them.
 
 import json
 import pathlib
-import sys
+import urllib.parse
 
 from absl import app
 from absl import flags
+import cifar10_resnet
+import comparison
+import image_training
 import keras
 import numpy as np
 import tensorflow as tf
 import tqdm
-
-from tf_regtopk.kernels import device_kind
-
-sys.path.append(
-    str(pathlib.Path(__file__).parent.parent / "examples" / "studies")
-)
-
-import cifar10_resnet
-import comparison
-import image_training
-import training_programs
 import worker_data
+
+from benchmarks.accelerators import training_programs
+from tf_regtopk.kernels import device_kind
 
 NUM_PREDICTED = 500  # Images that labels are predicted for at a time.
 
@@ -76,6 +71,15 @@ def export(function, path, *specs):
     ]
 
 
+def file_name(method):
+    """What a method is called in the names of its files.
+
+    A user's method is called `folder/file.py:function`, which no file can be.
+    The quoted form can, and no two methods share one.
+    """
+    return urllib.parse.quote(method, safe="")
+
+
 def export_programs(directory, network, methods, num_images, args):
     """Writes the gradients, the prediction, and what each method needs."""
     weights = tf.TensorSpec([network.size], tf.float32)
@@ -95,6 +99,7 @@ def export_programs(directory, network, methods, num_images, args):
         tf.TensorSpec([NUM_PREDICTED, *images], tf.uint8),
     )
     for name, method in tqdm.tqdm(methods.items(), desc="methods"):
+        name = file_name(name)
         arrays = export(method.start, directory / f"start_{name}.mlir", weights)
         after = export(
             method.step,
@@ -159,6 +164,8 @@ def main(argv):
     }
     index = {
         "setting": comparison.shared_setting(config),
+        "file_names": {n: file_name(n) for n in methods},
+        "versions": {n: m.version for n, m in methods.items()},
         "bytes_a_step": {n: m.bytes_a_step for n, m in methods.items()},
         "learning_rates": rates,
         "seeds": seeds,

@@ -1,4 +1,4 @@
-"""The methods that `cluster.py` compares, as one worker runs them.
+"""The methods that `step.py` compares, as one worker runs them.
 
 All train the same network: 784 inputs, two dense layers with ReLU and a softmax
 over 10 classes, on 16 random examples a worker and step that differ from worker

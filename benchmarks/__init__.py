@@ -1,0 +1,1 @@
+"""Where speed, memory and bytes are measured; see README.md."""

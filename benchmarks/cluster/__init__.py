@@ -1,0 +1,1 @@
+"""Steps over networks of different speed, beside dense and PyTorch's."""

@@ -1,0 +1,1 @@
+"""Times of what a step is made of: selecting, writing, joining entries."""
