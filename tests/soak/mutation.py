@@ -47,6 +47,7 @@ TESTS = {
         "unit/selection/test_group_sampling.py",
     ],
     "codecs": [
+        "unit/saving/test_saved_config.py",
         "integration/test_payloads.py",
         "integration/test_saved_files.py",
     ],
@@ -57,10 +58,12 @@ TESTS = {
         "integration/test_exchange.py",
     ],
     "error_feedback": [
+        "unit/saving/test_saved_config.py",
         "unit/steps/test_round.py",
         "integration/test_reference.py",
     ],
     "sparsifiers": [
+        "unit/saving/test_saved_config.py",
         "unit/steps/test_round.py",
         "unit/steps/test_telemetry.py",
         "integration/test_reference.py",
@@ -71,67 +74,62 @@ TESTS = {
         "integration/test_resume.py",
     ],
 }
-_SPEED = "It changes what takes time and memory, and not the result."
-_NEVER_FAILS = "Both have an entry a variable, or a replica: it never fails."
-# Mutants that no test can notice, or need not: the module, the line, what it
-# becomes (None: whatever it becomes), and the reason.
-HARMLESS = [
-    (
-        "codecs/wire_report.py",
-        "stream=(0, 0),",
-        None,
-        "The random bits do not change how many words are sent.",
-    ),
-    (
-        "codecs/index_codecs.py",
-        "*map(self.decode, tf.unstack(words)), strict=True",
-        None,
-        _NEVER_FAILS,
-    ),
-    (
-        "kernels/bitmap.py",
-        "words_a_row = 1 if device_kind.is_gpu() else 8",
-        None,
-        _SPEED,
-    ),
-    (
-        "kernels/scatter_sum.py",
-        "if k == size: # Every replica has sent all entries, in their order.",
-        "if k >= size: # Every replica has sent all entries, in their order.",
-        "k is never larger than J.",
-    ),
-    (
-        "selection/group_sampling.py",
-        "_SMALLEST_SAMPLED = 1 << 13",
-        None,
-        _SPEED,
-    ),
-    ("selection/keys.py", "WIDE_DIGIT, NARROW_DIGIT = 16, 8", None, _SPEED),
-    (
-        "selection/keys.py",
-        "if len(ks) == 1 and device_kind.is_gpu():",
-        "if len(ks) <= 1 and device_kind.is_gpu():",
-        "There is always a group.",
-    ),
-    (
-        "sparsifiers/top_k.py",
-        "selects_non_finite: ClassVar[bool] = True",
-        None,
-        _SPEED,
-    ),
-    (
-        "steps/flat_buffer.py",
-        "variables = zip(has_gradient, self.sizes, strict=True)",
-        None,
-        _NEVER_FAILS,
-    ),
-    (
-        "steps/missing.py",
-        "start = tf.cast(flat[0] != flat[0], tf.int32) * 0",
-        "start = tf.cast(flat[0] >= flat[0], tf.int32) * 0",
-        "It is 0 times either.",
-    ),
-]
+# Mutants that no test can notice, or need not, by the reason: the module, the
+# line, and what it becomes (None: whatever it becomes).
+HARMLESS = {
+    "It changes what takes time and memory, and not the result.": [
+        (
+            "kernels/bitmap.py",
+            "words_a_row = 1 if device_kind.is_gpu() else 8",
+            None,
+        ),
+        ("selection/group_sampling.py", "_SMALLEST_SAMPLED = 1 << 13", None),
+        ("selection/keys.py", "WIDE_DIGIT, NARROW_DIGIT = 16, 8", None),
+        (
+            "sparsifiers/top_k.py",
+            "selects_non_finite: ClassVar[bool] = True",
+            None,
+        ),
+    ],
+    "Both have an entry a variable, or a replica: it never fails.": [
+        (
+            "codecs/index_codecs.py",
+            "*map(self.decode, tf.unstack(words)), strict=True",
+            None,
+        ),
+        (
+            "steps/flat_buffer.py",
+            "variables = zip(has_gradient, self.sizes, strict=True)",
+            None,
+        ),
+    ],
+    "Random bits of values do not change how many words are sent.": [
+        ("codecs/wire_report.py", "stream=(0, 0),", None),
+    ],
+    "k is never larger than J.": [
+        (
+            "kernels/scatter_sum.py",
+            "if k == size: # Every replica has sent all entries, in their "
+            "order.",
+            "if k >= size: # Every replica has sent all entries, in their "
+            "order.",
+        ),
+    ],
+    "There is always a group.": [
+        (
+            "selection/keys.py",
+            "if len(ks) == 1 and device_kind.is_gpu():",
+            "if len(ks) <= 1 and device_kind.is_gpu():",
+        ),
+    ],
+    "It is 0 times either.": [
+        (
+            "steps/missing.py",
+            "start = tf.cast(flat[0] != flat[0], tf.int32) * 0",
+            "start = tf.cast(flat[0] >= flat[0], tf.int32) * 0",
+        ),
+    ],
+}
 # A mutant may ask for any amount of memory; more than this fails.
 MOST_MEMORY = 16 << 30
 
@@ -204,23 +202,19 @@ class Mutant:
     @property
     def reason(self):
         """The reason in `HARMLESS`, None if there is none."""
-        changed = [
-            line for line in self.diff.splitlines()[2:] if line[0] in "-+"
-        ]
-        old, new = (
-            " ".join(
-                " ".join(
-                    line[1:] for line in changed if line[0] == sign
-                ).split()
-            )
-            for sign in "-+"
-        )
-        for module, harmless_old, harmless_new, reason in HARMLESS:
-            if (self.module, old) == (
-                f"tf_regtopk/{module}",
-                harmless_old,
-            ) and (harmless_new in (None, new)):
-                return reason
+        changed = {"-": [], "+": []}
+        for line in self.diff.splitlines()[2:]:
+            if line[0] in changed:
+                changed[line[0]] += line[1:].split()
+        old, new = map(" ".join, changed.values())
+        for reason, mutants in HARMLESS.items():
+            for module, line, mutated in mutants:
+                if (
+                    self.module == f"tf_regtopk/{module}"
+                    and line == old
+                    and mutated in (None, new)
+                ):
+                    return reason
         return None
 
     def __str__(self):
