@@ -17,7 +17,7 @@ import collections
 import contextlib
 import dataclasses
 import difflib
-import importlib.util
+import importlib
 import itertools
 import os
 import pathlib
@@ -29,6 +29,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
+import warnings
 
 from absl import app
 from absl import flags
@@ -281,7 +283,9 @@ def left_out(source):
 def meaning(source):
     """What Python makes of a module, None if it does not compile."""
     try:
-        compile(source, "mutant", "exec", dont_inherit=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            compile(source, "mutant", "exec", dont_inherit=True)
     except SyntaxError:
         return None
     return ast.dump(ast.parse(source))
@@ -452,8 +456,10 @@ def _run_pytest(folder, tests):
         sys.path[:] = [str(folder)] + [
             path for path in sys.path if not path.startswith(str(ROOT))
         ]
-        found = importlib.util.find_spec("tf_regtopk").origin
-        assert pathlib.Path(found).is_relative_to(folder), found
+        # First, because pytest would import a module with doctests alone, and
+        # the package would then import it once more.
+        package = importlib.import_module("tf_regtopk")
+        assert pathlib.Path(package.__file__).is_relative_to(folder)
 
         import pytest
 
@@ -461,6 +467,8 @@ def _run_pytest(folder, tests):
             ["-x", "-q", "-n0", "-m", "not slow", "-p", "no:cacheprovider"]
             + ["--no-header", "--tb=short", f"--rootdir={folder}", *tests]
         )
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
