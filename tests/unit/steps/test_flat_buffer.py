@@ -1,8 +1,12 @@
 """Gradients as one vector, and back."""
 
+import types
+
 import numpy as np
+import pytest
 import tensorflow as tf
 
+from tf_regtopk import selection
 from tf_regtopk.steps import flat_buffer
 
 
@@ -64,3 +68,18 @@ def test_flat_buffer_densifies_slices():
     (dense,) = buffer.densify([slices])
     np.testing.assert_array_equal(dense, [[3, 4], [0, 0], [0, 0], [6, 8]])
     assert buffer.densify([None]) == [None]
+
+
+def test_more_entries_than_indices():
+    variable = types.SimpleNamespace(shape=(2**16, 2**14), dtype="float32")
+    flat_buffer.FlatBuffer.for_variables([variable])
+    with pytest.raises(ValueError, match="Received: 2147483648 entries"):
+        flat_buffer.FlatBuffer.for_variables([variable] * 2)
+
+
+def test_groups():
+    buffer = flat_buffer.FlatBuffer(((2, 5), (), (3,)), (tf.float32,) * 3)
+    half = lambda n: max(1, n // 2)  # noqa: E731
+    assert buffer.groups("global", half) == (selection.Group(14, 7),)
+    assert buffer.groups("per_variable", half) == ((10, 5), (1, 1), (3, 1))
+    assert flat_buffer.FlatBuffer((), ()).groups("global", half) == ()
