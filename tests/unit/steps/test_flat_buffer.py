@@ -7,6 +7,7 @@ import pytest
 import tensorflow as tf
 
 from tf_regtopk import selection
+from tf_regtopk.kernels import device_kind
 from tf_regtopk.steps import flat_buffer
 
 
@@ -68,6 +69,32 @@ def test_flat_buffer_densifies_slices():
     (dense,) = buffer.densify([slices])
     np.testing.assert_array_equal(dense, [[3, 4], [0, 0], [0, 0], [6, 8]])
     assert buffer.densify([None]) == [None]
+
+
+@pytest.mark.parametrize(
+    "num_threads, num_cpus, kind, num_vectors",
+    [(1, 8, "CPU", 2), (2, 1, "CPU", 1), (0, 1, "CPU", 2), (0, 2, "CPU", 1)]
+    + [(2, 2, "GPU", 2)],
+)
+def test_several_threads_of_a_cpu_get_one_vector(
+    num_threads, num_cpus, kind, num_vectors, monkeypatch
+):
+    monkeypatch.setattr(
+        tf.config.threading,
+        "get_intra_op_parallelism_threads",
+        lambda: num_threads,  # 0 if TensorFlow is to choose.
+    )
+    monkeypatch.setattr(
+        flat_buffer.os,
+        "sched_getaffinity",
+        lambda _: set(range(num_cpus)),
+        raising=False,
+    )
+    buffer = flat_buffer.FlatBuffer(((2,), (1,)), (tf.float32,) * 2)
+    with device_kind.compile_for(kind):
+        vectors = buffer.vectors([tf.constant([1.0, 2.0]), None])
+    assert len(vectors) == num_vectors
+    np.testing.assert_array_equal(tf.concat(vectors, axis=0), [1, 2, 0])
 
 
 def test_more_entries_than_indices():
