@@ -23,7 +23,6 @@ import os
 import pathlib
 import random
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -364,18 +363,17 @@ def draw(number):
 # ----- Their tests -----
 
 
-def tests_of(package, module=None):
-    """Paths of the tests of a package, those of its module first."""
+def tests_of(package, module):
+    """Paths of the tests of a package, those of one of its modules first."""
     paths = []
     for name in (f"unit/{package}", *TESTS[package]):
         path = ROOT / "tests" / name
         paths += sorted(path.glob("test_*.py")) if path.is_dir() else [path]
     paths = [path.relative_to(ROOT).as_posix() for path in paths]
-    if module:
-        own = f"tests/unit/{package}/test_{pathlib.Path(module).name}"
-        paths.sort(key=lambda path: path != own)
-        paths.insert(0, module)  # Its doctests.
-    return list(dict.fromkeys(paths))
+    own = f"tests/unit/{package}/test_{pathlib.Path(module).name}"
+    paths.sort(key=lambda path: path != own)
+    # Its doctests come before.
+    return list(dict.fromkeys([module, *paths]))
 
 
 def copy_repository(folder):
@@ -404,10 +402,11 @@ class Trial:
         folder: The copy.
         tests: Paths of the tests, in the order in which they run.
         mutant: `Mutant`, or None for the code as it is.
+        timeout: Seconds after which the tests are ended.
     """
 
-    def __init__(self, folder, tests, mutant=None):
-        self.folder, self.mutant = folder, mutant
+    def __init__(self, folder, tests, mutant, timeout):
+        self.folder, self.mutant, self._timeout = folder, mutant, timeout
         self._write(mutant and mutant.source)
         self._begin = time.monotonic()
         sys.stdout.flush()
@@ -428,7 +427,7 @@ class Trial:
         """Says how the tests ended, and puts the code back; None: not yet."""
         ended, status = os.waitpid(self._pid, os.WNOHANG)
         if not ended:
-            if self.seconds < flags.FLAGS.timeout_seconds:
+            if self.seconds < self._timeout:
                 return None
             self.end()
             return "timed out"
@@ -456,6 +455,9 @@ class Trial:
 
 def _run_pytest(folder, tests):
     """Ends this process with the status of pytest."""
+    # Here, because Windows has none, and pytest imports this file.
+    import resource
+
     status = 70
     try:
         os.setsid()
@@ -481,9 +483,8 @@ def _run_pytest(folder, tests):
             "TMPDIR": str(temporary),
         }
         os.chdir(folder)
-        sys.path[:] = [str(folder)] + [
-            path for path in sys.path if not path.startswith(str(ROOT))
-        ]
+        ours = (str(ROOT), *(str(path) for path in (ROOT / "tests").iterdir()))
+        sys.path[:] = [str(folder), *(p for p in sys.path if p not in ours)]
         # First, because pytest would import a module with doctests alone, and
         # the package would then import it once more.
         package = importlib.import_module("tf_regtopk")
@@ -503,10 +504,11 @@ def _run_pytest(folder, tests):
         os._exit(status)
 
 
-def check_original(folder, packages):
-    """Raises unless the tests pass on the code as it is."""
-    tests = dict.fromkeys(itertools.chain(*map(tests_of, packages)))
-    trial = Trial(folder, [*tests])
+def check_original(mutants, folder):
+    """Raises unless the tests of all mutants pass on the code as it is."""
+    tests = {t: None for m in mutants for t in tests_of(m.package, m.module)}
+    timeout = flags.FLAGS.timeout_seconds * len(TESTS)
+    trial = Trial(folder, [*tests], None, timeout)
     try:
         while (outcome := trial.outcome()) is None:
             time.sleep(0.1)
@@ -525,7 +527,8 @@ def run(mutants, folders):
             while waiting and folders:
                 mutant = waiting.pop(0)
                 tests = tests_of(mutant.package, mutant.module)
-                running.append(Trial(folders.pop(), tests, mutant))
+                timeout = flags.FLAGS.timeout_seconds
+                running.append(Trial(folders.pop(), tests, mutant, timeout))
             time.sleep(0.1)
             for trial in running[:]:
                 if outcome := trial.outcome():
@@ -563,7 +566,7 @@ def main(argv):
             for i in range(args.jobs)
         ]
         if args.check_original:
-            check_original(folders[0], {m.package for m in mutants})
+            check_original(mutants, folders[0])
         for trial, outcome in run(mutants, folders):
             counts[outcome] += 1
             by = re.search(r"^(?:FAILED|ERROR) (\S+)", trial.output, re.M)
