@@ -41,6 +41,7 @@ setuptools.setup(
         "tensorflow-cpu": [f"tensorflow-cpu=={tensorflow}"],
         "and-cuda": [f"tensorflow[and-cuda]=={tensorflow}"],
         "examples": examples,
+        "mutation": ["cosmic-ray>=8.7"],
         "test": [
             *examples,
             "hypothesis>=6.100",

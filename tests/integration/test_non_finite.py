@@ -56,8 +56,14 @@ def state_of(strategy, optimizer, variables):
         np.array,
         [
             [strategy.experimental_local_results(v.value) for v in variables],
-            [v.numpy() for v in wrapper.inner_optimizer.variables],
+            [
+                # Also the wrapper's own number of the step.
+                v.numpy()
+                for v in wrapper.variables
+                if v is not wrapper.skipped_steps
+            ],
             wrapper._partition.feedback_state.local_arrays(),
+            wrapper._partition.memory.local_arrays(),
         ],
     )
 

@@ -20,8 +20,12 @@ def sum_entries(indices: tf.Tensor, values: tf.Tensor, size: int) -> tf.Tensor:
 
     Entries are added run by run, and within a run replica after replica. An
     index occurs once in the run of a replica, so no two additions to one entry
-    ever race, and the sum is the same to the bit on every replica and device,
-    whatever order a scatter works in.
+    ever race, and the sum is the same to the bit on every replica, whatever
+    order a scatter works in.
+
+    It is the same on CPUs and GPUs too if the entries of a replica are one run.
+    Many entries are several runs on CPUs, and always one on GPUs: there a sum
+    of three or more replicas may be rounded in another way.
 
     Args:
         indices: Tensor `[N, k]` of int32 or of held words, every index at most

@@ -43,6 +43,37 @@ def test_modules_may_move():
     assert saved_config.complete(saved, RULE) == expected
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Accumulate",
+        "AllGather",
+        "AllReduce",
+        "BFloat16",
+        "Codec",
+        "CompressedDownlink",
+        "Dense",
+        "EF21",
+        "Float16",
+        "Float32",
+        "Hierarchical",
+        "LearnedShift",
+        "LossScaleOptimizer",
+        "Natural",
+        "NoFeedback",
+        "RandomK",
+        "RegTopK",
+        "ScaledSign",
+        "SparsifiedOptimizer",
+        "TopK",
+        "Uniform",
+    ],
+)
+def test_names_in_files_do_not_depend_on_modules(name):
+    found = keras.saving.get_registered_object(f"tf_regtopk>{name}")
+    assert found is getattr(tf_regtopk, name)
+
+
 def test_new_hyper_parameters_count_as_their_defaults():
     record = tf_regtopk.RegTopK(0.25)
     saved = saved_config.describe(record)

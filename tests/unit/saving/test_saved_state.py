@@ -84,6 +84,24 @@ def test_combining_workers():
         saved_state.combine(state([1]), [other_step, state([2])])
 
 
+@pytest.mark.parametrize(
+    "saved_replicas, replicas, num_replicas, expected",
+    [
+        # As many replicas as before: those of this process are enough.
+        ([0, 1], [0, 1], 3, False),
+        ([0, 1], [1], 3, False),
+        ([0, 1], [1, 2], 3, True),
+        # Another number: all of them are needed.
+        ([0, 1, 2], [0], 2, False),
+        ([0, 1], [0], 2, True),
+        ([], [0, 1, 2, 3], 4, True),
+    ],
+)
+def test_needs_others(saved_replicas, replicas, num_replicas, expected):
+    saved = state(saved_replicas)
+    assert saved_state.needs_others(saved, replicas, num_replicas) == expected
+
+
 @pytest.mark.parametrize("num_replicas", [1, 2, 4, 7])
 def test_total_is_spread_evenly(num_replicas):
     rng = np.random.default_rng(num_replicas)

@@ -1,11 +1,14 @@
 """Files of several workers."""
 
 import types
+import zipfile
 
+import numpy as np
 import pytest
 import tensorflow as tf
 
 import tf_regtopk
+from tf_regtopk.saving import saved_state
 from tf_regtopk.saving import worker_files
 
 
@@ -72,3 +75,16 @@ def test_the_newest_run_counts(tmp_path):
     touch(5, 0, 2)
     touch(5, 1, 2)
     assert find(0, 3) == [f"m.worker-{i}-of-2.keras" for i in range(2)]
+
+
+def test_other_files_are_read_only_where_needed(tmp_path):
+    saved = saved_state.SavedState({}, {"step": 1}, 2, {0: [np.zeros(1)]})
+    # Outside of a scope there are none.
+    assert worker_files.complete(saved, [0, 1], 2) is saved
+    damaged = tmp_path / "m.worker-1-of-2.keras"
+    damaged.write_text("not a file of Keras")
+    with worker_files.reading([str(damaged)]) as loaded:
+        assert worker_files.complete(saved, [0], 2) is saved
+        with pytest.raises(zipfile.BadZipFile):
+            worker_files.complete(saved, [0, 1], 2)
+    assert len(loaded) == 2 and all(found is saved for found in loaded)

@@ -1,7 +1,5 @@
 """Selection of exactly the k largest, against NumPy."""
 
-import types
-
 from hypothesis import example
 from hypothesis import given
 from hypothesis import settings
@@ -12,23 +10,6 @@ import selection_check
 import tensorflow as tf
 
 from tf_regtopk import selection
-from tf_regtopk.steps import flat_buffer
-
-
-def test_more_entries_than_indices():
-    variable = types.SimpleNamespace(shape=(2**16, 2**14), dtype="float32")
-    flat_buffer.FlatBuffer.for_variables([variable])
-    with pytest.raises(ValueError, match="Received: 2147483648 entries"):
-        flat_buffer.FlatBuffer.for_variables([variable] * 2)
-
-
-def test_groups():
-    buffer = flat_buffer.FlatBuffer(((2, 5), (), (3,)), (tf.float32,) * 3)
-    half = lambda n: max(1, n // 2)  # noqa: E731
-    assert buffer.groups("global", half) == (selection.Group(14, 7),)
-    assert buffer.groups("per_variable", half) == ((10, 5), (1, 1), (3, 1))
-    assert flat_buffer.FlatBuffer((), ()).groups("global", half) == ()
-
 
 # Compiled once for each of these shapes, and run on many inputs.
 GROUPS = {

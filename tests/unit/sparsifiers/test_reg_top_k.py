@@ -85,6 +85,25 @@ def test_an_entry_sent_as_zero_counts_as_not_sent():
     np.testing.assert_array_equal(scores, a)
 
 
+def test_reg_top_k_counts_what_it_damps_and_selects_again():
+    sparsifier = tf_regtopk.RegTopK(0.5)
+    a = tf.ones([6])
+    # Nothing was sent before the first step.
+    memory = sparsifier.initial_memory(3, 6, tf.float32)
+    counts = sparsifier.measure(a, memory, tf.constant([0, 1, 2]))
+    np.testing.assert_array_equal(counts, [0, 0])
+    # Of the sums over what was sent, 0.25 and -0.25 are below a half.
+    memory = sparsifier.remember(
+        (),
+        tf.constant([0, 2, 3, 4]),
+        tf.constant([4.0, 4.0, -4.0, 1.0]),
+        tf.constant([1.0, 3.0, 1.0, -2.0]),
+        STEP,
+    )
+    counts = sparsifier.measure(a, memory, tf.constant([0, 1, 4]))
+    np.testing.assert_array_equal(counts, [2, 2])
+
+
 def test_small_mu_is_top_k():
     rng = np.random.default_rng(0)
     a = tf.constant(rng.standard_normal(50))

@@ -1,8 +1,13 @@
 """Gradients as one vector, and back."""
 
+import types
+
 import numpy as np
+import pytest
 import tensorflow as tf
 
+from tf_regtopk import selection
+from tf_regtopk.kernels import device_kind
 from tf_regtopk.steps import flat_buffer
 
 
@@ -64,3 +69,44 @@ def test_flat_buffer_densifies_slices():
     (dense,) = buffer.densify([slices])
     np.testing.assert_array_equal(dense, [[3, 4], [0, 0], [0, 0], [6, 8]])
     assert buffer.densify([None]) == [None]
+
+
+@pytest.mark.parametrize(
+    "num_threads, num_cpus, kind, num_vectors",
+    [(1, 8, "CPU", 2), (2, 1, "CPU", 1), (0, 1, "CPU", 2), (0, 2, "CPU", 1)]
+    + [(2, 2, "GPU", 2)],
+)
+def test_several_threads_of_a_cpu_get_one_vector(
+    num_threads, num_cpus, kind, num_vectors, monkeypatch
+):
+    monkeypatch.setattr(
+        tf.config.threading,
+        "get_intra_op_parallelism_threads",
+        lambda: num_threads,  # 0 if TensorFlow is to choose.
+    )
+    monkeypatch.setattr(
+        flat_buffer.os,
+        "sched_getaffinity",
+        lambda _: set(range(num_cpus)),
+        raising=False,
+    )
+    buffer = flat_buffer.FlatBuffer(((2,), (1,)), (tf.float32,) * 2)
+    with device_kind.compile_for(kind):
+        vectors = buffer.vectors([tf.constant([1.0, 2.0]), None])
+    assert len(vectors) == num_vectors
+    np.testing.assert_array_equal(tf.concat(vectors, axis=0), [1, 2, 0])
+
+
+def test_more_entries_than_indices():
+    variable = types.SimpleNamespace(shape=(2**16, 2**14), dtype="float32")
+    flat_buffer.FlatBuffer.for_variables([variable])
+    with pytest.raises(ValueError, match="Received: 2147483648 entries"):
+        flat_buffer.FlatBuffer.for_variables([variable] * 2)
+
+
+def test_groups():
+    buffer = flat_buffer.FlatBuffer(((2, 5), (), (3,)), (tf.float32,) * 3)
+    half = lambda n: max(1, n // 2)  # noqa: E731
+    assert buffer.groups("global", half) == (selection.Group(14, 7),)
+    assert buffer.groups("per_variable", half) == ((10, 5), (1, 1), (3, 1))
+    assert flat_buffer.FlatBuffer((), ()).groups("global", half) == ()
