@@ -184,9 +184,11 @@ def flags_of(path, seen=()):
                 names.add(name.removeprefix("--"))
                 if function.startswith("DEFINE_bool"):
                     names.add(f"no{name}")
-            case ast.Assign(
-                targets=[ast.Name(id="_FLAGS")], value=ast.Dict(keys=keys)
+            case (
+                ast.Assign(targets=[ast.Name(id="_FLAGS")])
+                | ast.AnnAssign(target=ast.Name(id="_FLAGS"))
             ):
+                keys = node.value.keys
                 names |= {key.value for key in keys}
     for module in imports_of(path):
         file = f"{module.replace('.', '/')}.py"
