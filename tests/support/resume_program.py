@@ -89,13 +89,15 @@ def fit(model, first_epoch, last_epoch, callbacks=(), initial_epoch=None):
 def fingerprint(model):
     """Checksums of all that training goes on from, on this process."""
     optimizer = model.optimizer
+    saved = optimizer.save_state()
     return {
         "model": [_checksum(v) for v in model.variables],
         "optimizer": [_checksum(v) for v in optimizer.variables],
         "replicas": {
             str(replica): [_checksum(array) for array in arrays]
-            for replica, arrays in optimizer.save_state().replicas.items()
+            for replica, arrays in saved.replicas.items()
         },
+        "shared": [_checksum(array) for array in saved.shared],
         "weights_of_replicas": [
             _checksum(local)
             for v in model.trainable_variables

@@ -101,7 +101,9 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
             once, however many devices it has.
         telemetry: Boolean. Whether each step also finds the numbers that
             `telemetry()` reads: norms, and how much was cancelled among the
-            replicas. Takes some passes over the gradient.
+            replicas. Takes some passes over the gradient. With `"ages"` each
+            step also counts for how long entries have not been sent, in an
+            array of J numbers.
         name: String. The name of the optimizer.
 
     Raises:
@@ -136,7 +138,7 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         exchange: Literal["sparse", "dense", "auto"] = "sparse",
         topology: topology_lib.Topology | None = None,
         hierarchical: bool = False,
-        telemetry: bool = False,
+        telemetry: bool | Literal["ages"] = False,
         name: str | None = None,
         # Arguments of the base class get an error that says where to set them.
         **kwargs: Never,
@@ -169,7 +171,8 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
             "exchange", exchange, (*partition_lib.EXCHANGES, "auto")
         )
         validation.check_boolean("hierarchical", hierarchical)
-        validation.check_boolean("telemetry", telemetry)
+        if telemetry != "ages":
+            validation.check_boolean("telemetry", telemetry)
         topology = _choose_topology(topology, hierarchical)
         _check_topology(topology, codec, exchange)
         if not topology.sends_entries:
@@ -356,8 +359,11 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         of these by variable as well (`"gradient_by_variable"`);
         `"unlike_top_k"`, how many of them Top-k would not have sent;
         `"cancelled"`, the share of all that was sent which cancelled out in the
-        sum over the replicas; and what the sparsifier measures, such as
-        `"damped"` and `"selected_again"` of `RegTopK`.
+        sum over the replicas; `"sample_failed"`, 1 if the selection had to look
+        at all scores because its sample said too little; and what the
+        sparsifier measures, such as `"damped"` and `"selected_again"` of
+        `RegTopK`. With `telemetry="ages"` also `"age"` and `"oldest"`, the mean
+        and the largest number of steps since an entry was last sent.
 
         Returns:
             For each replica of this process (of each worker with

@@ -63,12 +63,14 @@ class Candidates(NamedTuple):
             before each group.
         suffice: True if the k largest scores of every group are candidates, and
             there are no more candidates than room.
+        room: Most candidates to expect.
     """
 
     words: tf.Tensor
     number: tf.Tensor
     first: tf.Tensor
     suffice: tf.Tensor
+    room: int
 
 
 def plan(groups: Sequence[keys_lib.Group]) -> Plan | None:
@@ -99,21 +101,22 @@ def plan(groups: Sequence[keys_lib.Group]) -> Plan | None:
 
 def candidates(
     scores: tf.Tensor, groups: Sequence[keys_lib.Group], step: int | tf.Tensor
-) -> Candidates:
+) -> Candidates | None:
     """Rules out most scores in one pass.
 
         candidates = {j : |score_j| >= lower_g},    g the group of j
 
     Args:
         scores: Float tensor `[J]`.
-        groups: Sequence of `keys.Group`, for which there is a `plan`.
+        groups: Sequence of `keys.Group`.
         step: Scalar integer that changes the samples.
 
     Returns:
-        `Candidates`.
+        `Candidates`, None if no sample would pay.
     """
     p = plan(groups)
-    assert p is not None
+    if p is None:
+        return None
     starts = _starts([group.size for group in groups])
     bounds = _bounds(scores, groups, p.samples, step)
     words = _pack_at_least(
@@ -127,7 +130,7 @@ def candidates(
     in_group = tf.concat([first[1:], [number]], axis=0) - first
     ks = tf.constant([group.k for group in groups])
     suffice = tf.reduce_all(in_group >= ks) & (number <= p.room)
-    return Candidates(words, number, first, suffice)
+    return Candidates(words, number, first, suffice, p.room)
 
 
 def _starts(sizes: Sequence[int]) -> np.ndarray:

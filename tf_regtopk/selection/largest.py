@@ -64,18 +64,53 @@ def select_largest(
     """
     if all(group.k == group.size for group in groups):
         return ranges.range_from(ranges.opaque_zero(step), scores.shape[0])
-    if scores.shape[0] < _SMALLEST_SAMPLED:
-        return _select(keys_lib.order_preserving(scores), groups)
-    if len(groups) == 1:
+    candidates = _sample(scores, groups, step)
+    if isinstance(candidates, group_sampling.Candidates):
+        return _select_few_of_each(scores, groups, candidates)
+    if isinstance(candidates, sampling.Candidates):
         [group] = groups
-        if plan := sampling.plan(*group):
-            select = _select_many if plan.upper_rank else _select_few
-            candidates = sampling.candidates(scores, group, step)
-            return select(scores, group.k, candidates, plan.room)
-    elif of_each := group_sampling.plan(groups):
-        few = group_sampling.candidates(scores, groups, step)
-        return _select_few_of_each(scores, groups, few, of_each.room)
+        select = _select_few if candidates.sure is None else _select_many
+        return select(scores, group, candidates)
     return _select(keys_lib.order_preserving(scores), groups)
+
+
+def sample_suffices(
+    scores: tf.Tensor, groups: Sequence[Group], step: int | tf.Tensor = 0
+) -> tf.Tensor:
+    """Returns whether `select_largest` finds all entries by its sample.
+
+    If not, it looks at all scores several times, which takes longer and has the
+    same result.
+
+    Args:
+        scores: As of `select_largest`.
+        groups: As of `select_largest`.
+        step: As of `select_largest`.
+
+    Returns:
+        Scalar bool tensor; True where nothing is sampled.
+
+    Example:
+
+    >>> sample_suffices(tf.constant([0.5, -3.0]), [Group(2, 1)]).numpy()
+    True
+    """
+    candidates = _sample(scores, groups, step)
+    return tf.constant(True) if candidates is None else candidates.suffice
+
+
+def _sample(
+    scores: tf.Tensor, groups: Sequence[Group], step: int | tf.Tensor
+) -> sampling.Candidates | group_sampling.Candidates | None:
+    """Rules out most scores by a sample, None where that would not pay."""
+    if (
+        all(group.k == group.size for group in groups)
+        or scores.shape[0] < _SMALLEST_SAMPLED
+    ):
+        return None
+    if len(groups) == 1:
+        return sampling.candidates(scores, groups[0], step)
+    return group_sampling.candidates(scores, groups, step)
 
 
 def take(a: tf.Tensor, indices: tf.Tensor) -> tf.Tensor:
@@ -97,9 +132,10 @@ def take(a: tf.Tensor, indices: tf.Tensor) -> tf.Tensor:
 
 
 def _select_few(
-    scores: tf.Tensor, k: int, candidates: sampling.Candidates, room: int
+    scores: tf.Tensor, group: Group, candidates: sampling.Candidates
 ) -> tf.Tensor:
     """Selects the k largest of candidates that are few more than k."""
+    k, room = group.k, candidates.room
     words, num_candidates = tf.cond(
         candidates.suffice,
         lambda: (candidates.undecided, candidates.num_undecided),
@@ -111,9 +147,10 @@ def _select_few(
 
 
 def _select_many(
-    scores: tf.Tensor, k: int, candidates: sampling.Candidates, room: int
+    scores: tf.Tensor, group: Group, candidates: sampling.Candidates
 ) -> tf.Tensor:
     """Selects all sure candidates, and the largest of the undecided ones."""
+    k, room = group.k, candidates.room
 
     def mark_largest_candidates() -> tf.Tensor:
         positions, keys = _keys_at(
@@ -140,13 +177,12 @@ def _select_few_of_each(
     scores: tf.Tensor,
     groups: Sequence[Group],
     candidates: group_sampling.Candidates,
-    room: int,
 ) -> tf.Tensor:
     """Selects the k largest of each group, if possible of the candidates."""
     ks = [group.k for group in groups]
     return tf.cond(
         candidates.suffice,
-        lambda: _select_candidates(scores, ks, candidates, room),
+        lambda: _select_candidates(scores, ks, candidates),
         lambda: _select(keys_lib.order_preserving(scores), groups),
     )
 
@@ -155,9 +191,9 @@ def _select_candidates(
     scores: tf.Tensor,
     ks: Sequence[int],
     candidates: group_sampling.Candidates,
-    room: int,
 ) -> tf.Tensor:
     """Selects the k largest of each group of candidates that suffice."""
+    room = candidates.room
     positions, keys = _keys_at(
         scores, candidates.words, candidates.number, room
     )

@@ -49,6 +49,7 @@ class Candidates(NamedTuple):
         num_undecided: Number of undecided scores.
         suffice: True if the k-th largest score is undecided, and there are no
             more undecided scores than room (masses of ties exceed it).
+        room: Most undecided scores to expect.
     """
 
     sure: tf.Tensor | None
@@ -56,6 +57,7 @@ class Candidates(NamedTuple):
     undecided: tf.Tensor
     num_undecided: tf.Tensor
     suffice: tf.Tensor
+    room: int
 
 
 def plan(size: int, k: int) -> Plan | None:
@@ -82,7 +84,7 @@ def plan(size: int, k: int) -> Plan | None:
 
 def candidates(
     scores: tf.Tensor, group: keys_lib.Group, step: int | tf.Tensor
-) -> Candidates:
+) -> Candidates | None:
     """Rules out most of a large group in one pass over its scores.
 
         sure      = {j : |score_j| >= upper}
@@ -90,14 +92,15 @@ def candidates(
 
     Args:
         scores: Float tensor `[J]`.
-        group: `keys.Group` of all J scores, for which there is a `plan`.
+        group: `keys.Group` of all J scores.
         step: Scalar integer that changes the sample.
 
     Returns:
-        `Candidates`.
+        `Candidates`, None if no sample would pay.
     """
     p = plan(*group)
-    assert p is not None
+    if p is None:
+        return None
     lower, upper = _bounds(scores, p, step)
     if p.upper_rank:
         sure, undecided = keys_lib.pack_where(
@@ -115,7 +118,7 @@ def candidates(
         & (group.k <= num_sure + num_undecided)
         & (num_undecided <= p.room)
     )
-    return Candidates(sure, num_sure, undecided, num_undecided, suffice)
+    return Candidates(sure, num_sure, undecided, num_undecided, suffice, p.room)
 
 
 def _bounds(

@@ -48,7 +48,8 @@ class Choices(NamedTuple):
         error_feedback: `ErrorFeedback`.
         scope: `"global"` or `"per_variable"`.
         dense_below: Integer. Variables of fewer entries are exchanged densely.
-        telemetry: Boolean. Whether the numbers of `telemetry` are computed.
+        telemetry: Whether the numbers of `telemetry` are computed; `"ages"` for
+            those of ages as well.
     """
 
     sparsifier: sparsifiers.Sparsifier
@@ -56,7 +57,7 @@ class Choices(NamedTuple):
     error_feedback: error_feedback_lib.ErrorFeedback
     scope: flat_buffer.Scope
     dense_below: int
-    telemetry: bool
+    telemetry: bool | Literal["ages"]
 
 
 class Partition:
@@ -254,7 +255,9 @@ class Partition:
     def telemetry(self) -> list[dict[str, Any]]:
         """Returns for each local participant the numbers of its last step."""
         return [
-            telemetry.by_name(arrays, self._choices.sparsifier)
+            telemetry.by_name(
+                arrays, self._buffer.sizes, self._choices.sparsifier
+            )
             if arrays
             else {}
             for arrays in self.measured.local_arrays()
@@ -280,7 +283,9 @@ class Partition:
         if not self._choices.telemetry or not self._sparse_variables:
             return ()
         return telemetry.initial(
-            len(self._sparse_variables), self._choices.sparsifier
+            self._buffer.sizes,
+            self._choices.sparsifier,
+            has_ages=self._choices.telemetry == "ages",
         )
 
     def _initial_feedback(self) -> tuple[tuple[tf.Tensor, ...], ...]:

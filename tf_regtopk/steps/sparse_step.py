@@ -264,7 +264,7 @@ class SparseStep:
             self._buffer.sizes,
             gradient,
             a,
-            state.memory,
+            state,
             sent,
             moment.number,
         )

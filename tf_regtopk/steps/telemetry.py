@@ -10,8 +10,12 @@ and what the others receive of them, `sent`:
     selected       k                        and of each variable
     unlike_top_k   how many of s Top-k would not have selected
     cancelled      1 - |sum of all sent|_1 / sum of |sent|_1, in [0, 1]
+    sample_failed  1 if selection had to look at all scores, else 0
+    age            steps since an entry was last sent: the mean, of each
+                   variable, and the largest, `oldest`
 
-and what the sparsifier measures (`Sparsifier.measure`).
+and what the sparsifier measures (`Sparsifier.measure`). Ages take an array of J
+numbers, and are asked for by themselves.
 """
 
 from collections.abc import Sequence
@@ -27,17 +31,27 @@ from tf_regtopk.steps import round as round_lib
 
 
 def initial(
-    num_variables: int, sparsifier: sparsifiers.Sparsifier
+    sizes: Sequence[int], sparsifier: sparsifiers.Sparsifier, has_ages: bool
 ) -> tuple[tf.Tensor, ...]:
     """Returns the numbers before the first step, which are zeros.
 
+    Args:
+        sizes: Number of entries of each variable.
+        sparsifier: `Sparsifier`.
+        has_ages: Whether ages are measured.
+
     Returns:
-        Tuple of a float tensor `[5, num_variables]`, the sums of the squares of
-        g, a, sent and a - sent and the numbers of selected entries, and of
-        float scalars: `unlike_top_k`, `cancelled`, and those of the sparsifier.
+        Tuple of a float tensor `[5, number of variables]`, the sums of the
+        squares of g, a, sent and a - sent and the numbers of selected entries;
+        of a float tensor `[J]`, the ages, or `[0]`; and of float scalars:
+        `_SCALARS`, and those of the sparsifier.
     """
-    num_scalars = 2 + len(sparsifier.measured)
-    return tf.zeros([5, num_variables]), *(tf.zeros([]),) * num_scalars
+    num_scalars = len(_SCALARS) + len(sparsifier.measured)
+    return (
+        tf.zeros([5, len(sizes)]),
+        tf.zeros([sum(sizes) if has_ages else 0]),
+        *(tf.zeros([]),) * num_scalars,
+    )
 
 
 def of_send(
@@ -45,7 +59,7 @@ def of_send(
     sizes: Sequence[int],
     gradient: tf.Tensor,
     a: tf.Tensor,
-    memory: tuple[tf.Tensor, ...],
+    state: round_lib.State,
     sent: round_lib.Sent,
     step: tf.Tensor,
 ) -> tuple[tf.Tensor, ...]:
@@ -56,7 +70,7 @@ def of_send(
         sizes: Number of entries of each variable.
         gradient: Float tensor `[J]`.
         a: Float tensor `[J]`, the accumulated gradient.
-        memory: The memory of the `round.State` before the step.
+        state: `round.State` before the step.
         sent: `round.Sent`.
         step: Scalar integer tensor, the number of steps taken before.
 
@@ -99,12 +113,19 @@ def of_send(
         top_k[:, tf.newaxis], tf.ones_like(top_k), [sum(sizes)]
     )
     num_shared = tf.reduce_sum(tf.gather(mask, indices))
+    scores = method.sparsifier.score(a, state.memory, step)
     scalars = [
         indices.shape[0] - num_shared,
         tf.zeros([]),
-        *method.sparsifier.measure(a, memory, indices),
+        ~selection.sample_suffices(scores, method.groups, step),
+        *method.sparsifier.measure(a, state.memory, indices),
     ]
-    return vectors, *(tf.cast(scalar, tf.float32) for scalar in scalars)
+    ages = state.measured[1]
+    if ages.shape[0]:
+        ages = tf.tensor_scatter_nd_update(
+            ages + 1, indices[:, tf.newaxis], tf.zeros_like(indices, ages.dtype)
+        )
+    return vectors, ages, *(tf.cast(s, tf.float32) for s in scalars)
 
 
 def of_settle(
@@ -122,32 +143,46 @@ def of_settle(
     # Rounding may leave more than was sent.
     cancelled = tf.maximum(1 - tf.math.divide_no_nan(left, sent), 0)
     cancelled = tf.where(sent > 0, cancelled, tf.zeros_like(cancelled))
-    vectors, unlike_top_k, _, *others = measured
-    return vectors, unlike_top_k, tf.cast(cancelled, tf.float32), *others
+    before = 2 + _SCALARS.index("cancelled")
+    return (
+        *measured[:before],
+        tf.cast(cancelled, tf.float32),
+        *measured[before + 1 :],
+    )
 
 
 def by_name(
-    arrays: Sequence[np.ndarray], sparsifier: sparsifiers.Sparsifier
+    arrays: Sequence[np.ndarray],
+    sizes: Sequence[int],
+    sparsifier: sparsifiers.Sparsifier,
 ) -> dict[str, Any]:
     """Returns the numbers of one replica by their names.
 
     Args:
         arrays: NumPy arrays as of `initial`.
+        sizes: Number of entries of each variable.
         sparsifier: `Sparsifier`.
 
     Returns:
         Dict of floats, and, by the names that end in `_by_variable`, of arrays
         `[number of variables]`.
     """
-    vectors, *scalars = arrays
+    vectors, ages, *scalars = arrays
     found: dict[str, Any] = {}
     for name, of_variables in zip(_NORMS, vectors, strict=False):
         found[name] = float(np.sqrt(of_variables.sum()))
         found[f"{name}_by_variable"] = np.sqrt(of_variables)
     found["selected"] = float(vectors[-1].sum())
     found["selected_by_variable"] = vectors[-1]
-    names = ("unlike_top_k", "cancelled", *sparsifier.measured)
+    if ages.size:
+        found["age"] = float(ages.mean())
+        found["age_by_variable"] = np.array(
+            [part.mean() for part in np.split(ages, np.cumsum(sizes)[:-1])]
+        )
+        found["oldest"] = float(ages.max())
+    names = (*_SCALARS, *sparsifier.measured)
     return found | dict(zip(names, map(float, scalars), strict=True))
 
 
 _NORMS = ("gradient", "accumulated", "sent", "residual")
+_SCALARS = ("unlike_top_k", "cancelled", "sample_failed")

@@ -197,19 +197,22 @@ def test_state_is_saved_and_fits_another_world(name, mirrored):
     with pytest.warns(UserWarning, match="Saved by 2 replicas"):
         alone.load_state(saved)
     assert np.isnan(alone.save_state().replicas[0][-1]).all()
-    [parts] = alone.save_state().replicas.values()
+    loaded = alone.save_state()
+    [parts] = loaded.replicas.values()
     both = [saved.replicas[n] for n in range(2)]
     for i in range(rule.num_local):
         np.testing.assert_allclose(
             parts[i], both[0][i] + both[1][i], atol=1e-12
         )
-    for i in range(len(rule.initial_shared(SIZE, tf.float64))):
-        i += rule.num_local
-        assert parts[i].tobytes() == both[0][i].tobytes()
-        assert both[0][i].tobytes() == both[1][i].tobytes()
+    num_shared = len(rule.initial_shared(SIZE, tf.float64))
+    assert len(saved.shared) == num_shared
+    np.testing.assert_array_equal(loaded.shared, saved.shared)
+    for arrays in optimizer._partition.feedback_state.local_arrays():
+        for i, array in enumerate(saved.shared):
+            assert array.tobytes() == arrays[rule.num_local + i].tobytes()
     # Of two workers one's file alone.
     part = saved._replace(replicas={0: saved.replicas[0]})
-    if rule.initial_shared(SIZE, tf.float64):
+    if num_shared:
         with pytest.raises(ValueError, match=r"none of the replicas \[1\]"):
             again.load_state(part)
     other_rule, _, _ = make(
@@ -228,9 +231,10 @@ def test_steps_that_are_not_finite_change_nothing(name, mirrored):
     take_step(gradients[0])
 
     def everything():
-        replicas = optimizer.save_state().replicas
+        saved = optimizer.save_state()
+        parts = [*saved.replicas[0], *saved.replicas[1], *saved.shared]
         return [flat_gradients.flat_weights(variables).tobytes()] + [
-            part.tobytes() for n in (0, 1) for part in replicas[n]
+            part.tobytes() for part in parts
         ]
 
     before = everything()
@@ -260,7 +264,9 @@ def test_state_of_a_variable_without_gradient_is_kept(name, values):
     optimizer.build(variables)
 
     def state():
-        [parts] = optimizer.save_state().replicas.values()
+        saved = optimizer.save_state()
+        [parts] = saved.replicas.values()
+        parts = [*parts, *saved.shared]
         return [part[9:].copy() for part in parts if part.shape == (16,)]
 
     for _ in range(3):

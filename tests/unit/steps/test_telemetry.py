@@ -18,7 +18,9 @@ def start(strategy, sparsifier, **kwargs):
             keras.Variable(np.zeros(shape), dtype="float32") for shape in SHAPES
         ]
         optimizer = tf_regtopk.SparsifiedOptimizer(
-            keras.optimizers.SGD(0.1), sparsifier, telemetry=True, **kwargs
+            keras.optimizers.SGD(0.1),
+            sparsifier,
+            **{"telemetry": True, **kwargs},
         )
     step = flat_gradients.step_function(strategy, optimizer, variables)
     return optimizer, step
@@ -92,9 +94,51 @@ def test_numbers_of_steps(mirrored):
     assert found[0]["damped"] > 0
 
 
+def test_ages(mirrored):
+    optimizer, step = start(mirrored(2), tf_regtopk.TopK(0.2), telemetry="ages")
+    rng = np.random.default_rng(0)
+    ages = np.zeros((2, SIZE))
+    for _ in range(4):
+        step(rng.standard_normal((2, SIZE)).astype(np.float32))
+        after = [
+            np.concatenate([part.ravel() for part in of_replica])
+            for of_replica in optimizer.residual_errors()
+        ]
+        ages = np.where(np.array(after) == 0, 0, ages + 1)
+        for measured, own in zip(optimizer.telemetry(), ages, strict=True):
+            parts = np.split(own, np.cumsum(SIZES)[:-1])
+            np.testing.assert_allclose(measured["age"], own.mean(), rtol=1e-6)
+            np.testing.assert_allclose(
+                measured["age_by_variable"],
+                [part.mean() for part in parts],
+                rtol=1e-6,
+            )
+            assert measured["oldest"] == own.max()
+    assert ages.max() > 1 and "age" not in telemetry_of_a_step(np.ones(4))
+
+
+def telemetry_of_a_step(gradient):
+    variable = keras.Variable(np.zeros(len(gradient)), dtype="float32")
+    optimizer = tf_regtopk.SparsifiedOptimizer(
+        keras.optimizers.SGD(0.1), tf_regtopk.TopK(0.01), telemetry=True
+    )
+    optimizer.apply([keras.ops.cast(gradient, "float32")], [variable])
+    return optimizer.telemetry()[0]
+
+
+def test_a_sample_that_fails():
+    """Of fewer entries than k that are not 0 no sample finds the k-th."""
+    size = 1 << 17
+    normal = np.random.default_rng(0).standard_normal(size)
+    assert telemetry_of_a_step(normal)["sample_failed"] == 0
+    few = normal * (np.arange(size) % 2000 == 0)
+    assert telemetry_of_a_step(few)["sample_failed"] == 1
+    assert telemetry_of_a_step(few[:2001])["sample_failed"] == 0
+
+
 def test_results_are_the_same_without():
     weights = []
-    for telemetry in (False, True):
+    for telemetry in (False, True, "ages"):
         variable = keras.Variable(np.zeros(50), dtype="float32")
         optimizer = tf_regtopk.SparsifiedOptimizer(
             keras.optimizers.SGD(0.1),
@@ -105,7 +149,7 @@ def test_results_are_the_same_without():
             g = np.random.default_rng(seed).standard_normal(50)
             optimizer.apply([keras.ops.cast(g, "float32")], [variable])
         weights.append(variable.numpy())
-    np.testing.assert_array_equal(*weights)
+    np.testing.assert_array_equal(weights[1:], [weights[0]] * 2)
 
 
 def test_nothing_of_a_dense_exchange(mirrored):
