@@ -28,6 +28,7 @@ from tf_regtopk import error_feedback as error_feedback_lib
 from tf_regtopk import selection
 from tf_regtopk import sparsifiers
 from tf_regtopk import validation
+from tf_regtopk.distribute import topology
 from tf_regtopk.kernels import scatter_sum
 from tf_regtopk.kernels import tracing
 from tf_regtopk.optimizers import sparsified
@@ -38,7 +39,7 @@ _SPARSIFIED = {
     "scope": "global",
     "dense_below": 0,
     "exchange": "sparse",
-    "hierarchical": False,
+    "topology": topology.AllGather(),
 }
 # What Keras adds to the equations of an optimizer.
 _INNER = {

@@ -280,6 +280,14 @@ def check_not_compiled_as_a_whole(is_compiled: bool) -> None:
         )
 
 
+def variables_needed() -> ValueError:
+    """The error of a step of an optimizer that cannot know its variables."""
+    return ValueError(
+        "`trainable_variables` must be given until the optimizer is built. "
+        "Received: trainable_variables=None"
+    )
+
+
 def check_built(optimizer: keras.optimizers.Optimizer, method: str) -> None:
     """Raises unless the optimizer has its variables."""
     if not optimizer.built:

@@ -106,6 +106,15 @@ def test_loss_scale_optimizer_builds_lazily(in_graph, mirrored):
     np.testing.assert_array_equal(variables[0], [-4.0, 0.0])
 
 
+@pytest.mark.parametrize("is_scaled", [False, True])
+def test_variables_are_needed_until_built(is_scaled):
+    optimizer = tf_regtopk.SparsifiedOptimizer(keras.optimizers.SGD())
+    if is_scaled:
+        optimizer = tf_regtopk.LossScaleOptimizer(optimizer)
+    with pytest.raises(ValueError, match="`trainable_variables` must be given"):
+        optimizer.apply([tf.ones([2])])
+
+
 def test_empty_gradients_are_no_step():
     optimizer = small_models.wrap(small_models.INNER_OPTIMIZERS["sgd"])()
     optimizer.apply([], [])

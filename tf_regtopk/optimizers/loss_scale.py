@@ -104,8 +104,9 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             trainable_variables: List of the variables that they belong to.
         """
         if not self.built:
-            # None reaches Keras, because it is Keras that refuses it.
-            self.build(trainable_variables)  # type: ignore[arg-type]
+            if trainable_variables is None:
+                raise validation.variables_needed()
+            self.build(trainable_variables)
         scale = self.dynamic_scale.value
         variables = trainable_variables or self._trainable_variables
         unscaled = [

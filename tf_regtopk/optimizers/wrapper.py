@@ -191,10 +191,7 @@ class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
         elif self.built:
             variables = self._trainable_variables
         else:
-            raise ValueError(
-                "`trainable_variables` must be given until the optimizer is "
-                "built. Received: trainable_variables=None"
-            )
+            raise validation.variables_needed()
         if len(grads) != len(variables):
             raise ValueError(
                 "`grads` must hold one gradient for each variable. Received: "
