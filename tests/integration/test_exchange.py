@@ -118,7 +118,9 @@ def test_nan_is_skipped_in_a_dense_exchange(mirrored):
         assert (variable.numpy() < before).all()
 
 
-@pytest.mark.parametrize("faster", ["sparse", "dense"])
+@pytest.mark.parametrize(
+    "faster", ["sparse", pytest.param("dense", marks=pytest.mark.slow)]
+)
 def test_auto_takes_the_faster_one(faster, mirrored, monkeypatch):
     seconds = {"sparse": 0.1, "dense": 0.1}
     seconds[faster] = 0.05
@@ -258,8 +260,10 @@ def test_config():
 
 MOMENTUM_RULES = [
     tf_regtopk.Accumulate(0.75, factor_masking=False),
-    tf_regtopk.EF21(0.25),
-    tf_regtopk.LearnedShift(momentum=0.75),
+    pytest.param(tf_regtopk.EF21(0.25), marks=pytest.mark.slow),
+    pytest.param(
+        tf_regtopk.LearnedShift(momentum=0.75), marks=pytest.mark.slow
+    ),
 ]
 
 

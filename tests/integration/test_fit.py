@@ -18,7 +18,11 @@ def assert_replicas_equal(strategy, model):
 
 
 @pytest.mark.parametrize(
-    "scope, run_eagerly", [("global", False), ("per_variable", True)]
+    "scope, run_eagerly",
+    [
+        ("global", False),
+        pytest.param("per_variable", True, marks=pytest.mark.slow),
+    ],
 )
 def test_fit_with_validation_and_metrics(scope, run_eagerly, mirrored):
     strategy = mirrored(2)

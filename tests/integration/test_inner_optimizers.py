@@ -9,8 +9,17 @@ import tensorflow as tf
 import tf_regtopk
 
 
-@pytest.mark.parametrize("num_replicas", [1, 2, 4])
-@pytest.mark.parametrize("inner", small_models.INNER_OPTIMIZERS)
+@pytest.mark.parametrize(
+    "inner, num_replicas",
+    [
+        (inner, n)
+        if (inner, n)
+        in (("sgd", 1), ("momentum", 2), ("adam", 4), ("adamw", 2))
+        else pytest.param(inner, n, marks=pytest.mark.slow)
+        for inner in small_models.INNER_OPTIMIZERS
+        for n in (1, 2, 4)
+    ],
+)
 def test_density_one_is_the_unwrapped_optimizer(inner, num_replicas, mirrored):
     """50 steps, each replica pulling the weights to a place of its own."""
     strategy = mirrored(num_replicas)

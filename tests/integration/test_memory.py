@@ -55,7 +55,9 @@ def test_no_array_of_the_gradients_size_is_copied(sparsifier):
     assert not copies(sparse_step.settle, size, *args)
 
 
-@pytest.mark.parametrize("k", [2**10, 2**17])
+@pytest.mark.parametrize(
+    "k", [2**10, pytest.param(2**17, marks=pytest.mark.slow)]
+)
 def test_selection_concatenates_no_bitmaps(k):
     """Several threads may take long for it: see `FlatBuffer.vectors`."""
     size = 2**20 + 5

@@ -32,11 +32,11 @@ SPARSIFIERS = {
     [
         ("golomb, ternary", "topk", 3),
         ("bitmap, bfloat16", "topk", 2),
-        ("default", "topk", 2),
+        pytest.param("default", "topk", 2, marks=pytest.mark.slow),
         ("golomb, natural", "regtopk", 2),
         ("uniform", "regtopk", 3),
         ("uniform", "dense", 2),
-        ("default", "dense", 2),
+        pytest.param("default", "dense", 2, marks=pytest.mark.slow),
     ],
 )
 def test_errors_keep_what_was_not_delivered(

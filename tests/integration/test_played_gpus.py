@@ -172,8 +172,8 @@ def fit(kwargs, model=None, epochs=2):
 @pytest.mark.parametrize(
     "where, case",
     [
-        ("none", "regtopk"),
-        ("one", "regtopk, current"),
+        pytest.param("none", "regtopk", marks=pytest.mark.slow),
+        pytest.param("one", "regtopk, current", marks=pytest.mark.slow),
         ("mirrored", "regtopk"),
         pytest.param("mirrored", "indices golomb", marks=pytest.mark.slow),
         pytest.param("mirrored", "hierarchical", marks=pytest.mark.slow),

@@ -31,13 +31,15 @@ SHARED = [f"--sizes={','.join(map(str, SIZES))}", "--densities=0.01"]
 @pytest.mark.parametrize(
     "benchmark, methods",
     [
-        (
+        pytest.param(
             "kernels.selection",
             {"F", "tf_regtopk", "tf_regtopk, by variable", "tf.math.top_k"},
+            marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             "kernels.codecs",
             {"F", "golomb, encode", "natural, decode", "raw, encode"},
+            marks=pytest.mark.slow,
         ),
         ("kernels.flatten", {"F", "all in XLA", "joined before"}),
         ("step.parts", {"F", "step, RegTopK", "sum of 8", "flatten", "split"}),
@@ -117,6 +119,7 @@ def test_bytes_on_a_socket(tmp_path):
         assert counted < 1.05 * r["reported_bytes"]
 
 
+@pytest.mark.slow
 def test_fit(tmp_path):
     run("step.fit", tmp_path, "--epochs=1", "--units=5")
     results = json.loads((tmp_path / "summary.json").read_text("utf-8"))

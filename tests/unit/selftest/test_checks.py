@@ -361,7 +361,11 @@ def test_every_check_has_a_fault():
 
 
 @pytest.mark.parametrize(
-    "fault, passing", [(no_cublas, "fit_conv"), (no_cudnn, "fit_dense")]
+    "fault, passing",
+    [
+        (no_cublas, "fit_conv"),
+        pytest.param(no_cudnn, "fit_dense", marks=pytest.mark.slow),
+    ],
 )
 def test_a_missing_library_fails_only_what_needs_it(
     fault, passing, devices, monkeypatch
