@@ -344,9 +344,24 @@ def test_huge_gradients_are_clipped_as_well():
             r"`momentum` must be in \(0, 1\]. Received: momentum=0",
         ),
         (
+            lambda: tf_regtopk.EF21(momentum=1.5),
+            ValueError,
+            r"`momentum` must be in \(0, 1\]. Received: momentum=1.5",
+        ),
+        (
             lambda: tf_regtopk.LearnedShift(rate=0),
             ValueError,
             r"`rate` must be in \(0, 1\]. Received: rate=0",
+        ),
+        (
+            lambda: tf_regtopk.LearnedShift(rate=1.5),
+            ValueError,
+            r"`rate` must be in \(0, 1\]. Received: rate=1.5",
+        ),
+        (
+            lambda: tf_regtopk.LearnedShift(momentum=1.0),
+            ValueError,
+            r"`momentum` must be in \[0, 1\). Received: momentum=1.0",
         ),
         (
             lambda: tf_regtopk.CompressedDownlink(0.5),
