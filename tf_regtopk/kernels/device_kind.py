@@ -1,6 +1,7 @@
 """The kind of device that programs are compiled for.
 
-Results are the same on every kind. Some forms of a computation suit only one.
+Some forms of a computation suit only one kind. The results are the same on
+all, but for the rounding of sums over three or more replicas (`scatter_sum`).
 """
 
 from collections.abc import Iterator
