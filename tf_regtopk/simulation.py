@@ -106,7 +106,7 @@ class Adam(NamedTuple):
 
     @property
     def num_arrays(self) -> int:
-        """As of `MomentumSGD`."""
+        """Number of arrays kept between steps."""
         return 2
 
     def __call__(

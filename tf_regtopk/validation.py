@@ -66,11 +66,13 @@ def check_integer(name: str, value: Any, minimum: int) -> None:
         raise ValueError(message)
 
 
-def check_boolean(name: str, value: Any) -> None:
-    """Raises unless `value` is a bool."""
-    if not isinstance(value, bool):
+def check_boolean(name: str, value: Any, others: Sequence[str] = ()) -> None:
+    """Raises unless `value` is a bool, or one of the strings `others`."""
+    is_other = isinstance(value, str) and value in others
+    if not isinstance(value, bool) and not is_other:
+        expected = " or ".join(["a boolean", *(f'"{o}"' for o in others)])
         raise TypeError(
-            f"`{name}` must be a boolean. Received: {name}={value!r}"
+            f"`{name}` must be {expected}. Received: {name}={value!r}"
         )
 
 

@@ -249,7 +249,10 @@ class Graph:
         if op.type in ("If", "StatelessIf"):
             return self._add_branches(op, inputs, after, is_regular)
         if op.type in ("While", "StatelessWhile"):
-            raise NotImplementedError(f"A loop outside of XLA: {op.name}")
+            raise ValueError(
+                "A step must have no loop outside of XLA, because nobody "
+                f"knows how often it turns. Received: {op.name}"
+            )
         if op.type not in ("PartitionedCall", "StatefulPartitionedCall"):
             return self._add_kernel(op, inputs, after, is_regular)
         if "_XlaMustCompile" not in op.node_def.attr or not op.get_attr(

@@ -32,19 +32,8 @@ def make(strategy, sparsifier=None, scope="global", units=5, layers=("a", "b")):
             "mse",
         )
         model.optimizer.build(model.trainable_variables)
-    fill(model, seed=0)
+    resume_program.change(model, seed=0)
     return model
-
-
-def fill(model, seed):
-    """As if it had been trained, which takes longer."""
-    rng = np.random.default_rng(seed)
-    for v in [*model.variables, *model.optimizer.variables]:
-        v.assign(rng.uniform(1, 9, v.shape))
-    state = model.optimizer.save_state()
-    for arrays in state.replicas.values():
-        arrays[0] = rng.standard_normal(arrays[0].shape).astype("float32")
-    model.optimizer.load_state(state)
 
 
 def save(model, directory):
@@ -68,7 +57,7 @@ def files(mirrored, tmp_path):
 
 
 def assert_refused(model, path, match):
-    fill(model, seed=1)
+    resume_program.change(model, seed=1)
     before = resume_program.fingerprint(model)
     with pytest.raises(ValueError, match=f"(?s)`path` must hold.*({match})"):
         load(model, path)
@@ -232,7 +221,7 @@ def test_one_bit_of_a_weights_file(kind, files, mirrored):
         "momentum": lambda: model.optimizer.variables[5].numpy(),
         "weights": lambda: model.layers[1].kernel.numpy(),
     }[kind]()
-    fill(model, seed=1)
+    resume_program.change(model, seed=1)
     damaged(files / "m.weights.h5", value.tobytes())
     assert_refused(model, files / "m.weights.h5", "checksum|those that were")
 

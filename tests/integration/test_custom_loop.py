@@ -44,6 +44,30 @@ def test_custom_loop_builds_lazily(num_replicas, in_graph, mirrored):
         np.testing.assert_allclose(variables[1], 2.0)
 
 
+def test_autograph_does_not_translate_the_library(monkeypatch):
+    optimizer = tf_regtopk.SparsifiedOptimizer(keras.optimizers.SGD(1.0))
+    variable = keras.Variable([0.0, 0.0])
+    found = []
+    take_step = optimizer._step
+
+    def look(*args):
+        status = tf.__internal__.autograph.control_status_ctx().status
+        found.append(status.name)
+        return take_step(*args)
+
+    monkeypatch.setattr(optimizer, "_step", look)
+
+    @tf.function
+    def step():
+        status = tf.__internal__.autograph.control_status_ctx().status
+        found.append(status.name)
+        optimizer.apply([tf.ones([2])], [variable])
+
+    step()
+    # A function that creates variables is traced twice.
+    assert found == ["ENABLED", "DISABLED"] * 2
+
+
 def test_error_of_a_variable_without_gradient_is_kept():
     """Gradients that come and go, as when losses take turns."""
     variables = [keras.Variable(np.zeros(2, "f4")) for _ in range(2)]

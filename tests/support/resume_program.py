@@ -113,6 +113,17 @@ def _checksum(value):
     return zlib.crc32(np.ascontiguousarray(value).tobytes())
 
 
+def change(model, seed):
+    """As if it had been trained, which takes longer."""
+    rng = np.random.default_rng(seed)
+    for v in [*model.variables, *model.optimizer.variables]:
+        v.assign(rng.integers(1, 99, v.shape))
+    state = model.optimizer.save_state()
+    for arrays in state.replicas.values():
+        arrays[0] = rng.standard_normal(arrays[0].shape).astype("float32")
+    model.optimizer.load_state(state)
+
+
 def total_error(model):
     """The sum of the residual errors of the replicas of this process."""
     replicas = model.optimizer.save_state().replicas.values()

@@ -64,12 +64,9 @@ class Topology(hyper_parameters.HyperParameters, abc.ABC):
     """Base class: who exchanges gradients with whom.
 
     A subclass is a frozen dataclass of hyper-parameters, registered with
-    `keras.saving.register_keras_serializable`. Derive one that exchanges
-    entries from `EntryTopology`.
+    `keras.saving.register_keras_serializable`. One that exchanges selected
+    entries is an `EntryTopology`; by any other whole gradients are summed.
     """
-
-    # True if selected entries are exchanged, False if whole gradients are.
-    sends_entries: ClassVar[bool] = False
 
     def replicas_per_participant(self, cluster: Cluster) -> int:
         """Returns how many replicas act as one, with one state and payload."""
@@ -104,7 +101,6 @@ class EntryTopology(Topology):
     the same payloads, because all of them apply the sum of the entries.
     """
 
-    sends_entries: ClassVar[bool] = True
     # True if payloads may differ in length from participant to participant.
     can_vary_length: ClassVar[bool] = False
 

@@ -171,11 +171,10 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
             "exchange", exchange, (*partition_lib.EXCHANGES, "auto")
         )
         validation.check_boolean("hierarchical", hierarchical)
-        if telemetry != "ages":
-            validation.check_boolean("telemetry", telemetry)
+        validation.check_boolean("telemetry", telemetry, others=["ages"])
         topology = _choose_topology(topology, hierarchical)
         _check_topology(topology, codec, exchange)
-        if not topology.sends_entries:
+        if not isinstance(topology, topology_lib.EntryTopology):
             exchange = "dense"
         if exchange != "sparse":
             error_feedback.when_dense()  # Says so if it cannot be.
@@ -553,7 +552,7 @@ def _check_topology(
     topology: topology_lib.Topology, codec: codecs.Codec, exchange: str
 ) -> None:
     """Raises where the other arguments do not fit the topology."""
-    if not topology.sends_entries:
+    if not isinstance(topology, topology_lib.EntryTopology):
         if exchange == "auto":
             raise ValueError(
                 '`exchange` must be "sparse" or "dense" with a topology that '
@@ -561,9 +560,7 @@ def _check_topology(
                 'exchange="auto"'
             )
     elif (
-        isinstance(topology, topology_lib.EntryTopology)
-        and codec.payload(k=1, size=2).is_variable
-        and not topology.can_vary_length
+        codec.payload(k=1, size=2).is_variable and not topology.can_vary_length
     ):
         raise ValueError(
             "`codec` must write indices in a fixed length with a topology "

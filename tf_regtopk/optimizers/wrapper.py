@@ -129,8 +129,8 @@ class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
         """
         self.apply_if_finite(grads, trainable_variables)
 
-    # No control flow of the library depends on tensors, so AutoGraph would
-    # translate all of it in vain, in half of the time of a loop's first trace.
+    # AutoGraph would translate all of the library in vain, and for seconds,
+    # because none of its control flow depends on tensors.
     @tracing.untranslated
     def apply_if_finite(
         self,

@@ -38,17 +38,6 @@ def make(strategy):
     return model
 
 
-def change(model, seed):
-    """As if it had been trained, which takes longer."""
-    rng = np.random.default_rng(seed)
-    for v in [*model.variables, *model.optimizer.variables]:
-        v.assign(rng.integers(1, 99, v.shape))
-    state = model.optimizer.save_state()
-    for arrays in state.replicas.values():
-        arrays[0] = rng.standard_normal(arrays[0].shape).astype("float32")
-    model.optimizer.load_state(state)
-
-
 def back_up(backup, model, num_epochs):
     """What `fit` calls; gives what was saved after each epoch."""
     backup.set_model(model)
@@ -56,7 +45,7 @@ def back_up(backup, model, num_epochs):
     saved = []
     for epoch in range(num_epochs):
         backup.on_epoch_begin(epoch)
-        change(model, epoch)
+        resume_program.change(model, epoch)
         backup.on_epoch_end(epoch)
         saved.append(resume_program.fingerprint(model))
     return saved
@@ -140,7 +129,7 @@ def test_a_write_that_is_cut_short(mirrored, tmp_path, monkeypatch):
     model, backup = make(mirrored(2)), tf_regtopk.Backup(tmp_path)
     backup.restore(model)
     saved = back_up(backup, model, 2)
-    change(model, 7)
+    resume_program.change(model, 7)
     # The moment before the file would have got its name.
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
 
@@ -199,7 +188,7 @@ def test_one_bit(what, mirrored, tmp_path):
     backup.restore(model)
     back_up(backup, model, 1)
     [value] = [v.numpy() for v in model.variables if what in v.path][:1]
-    change(model, 5)
+    resume_program.change(model, 5)
     before = resume_program.fingerprint(model)
     path = tmp_path / "epoch-000001.weights.h5"
     data = bytearray(path.read_bytes())

@@ -158,6 +158,14 @@ def test_nothing_of_a_dense_exchange(mirrored):
     assert optimizer.telemetry() == [{}, {}]
 
 
+@pytest.mark.parametrize("telemetry", ["age", None, 1])
+def test_bad_argument(telemetry):
+    with pytest.raises(TypeError, match='`telemetry` must be a boolean or "a'):
+        tf_regtopk.SparsifiedOptimizer(
+            keras.optimizers.SGD(), telemetry=telemetry
+        )
+
+
 def test_not_asked_for():
     variable = keras.Variable(np.zeros(3), dtype="float32")
     optimizer = tf_regtopk.SparsifiedOptimizer(
