@@ -10,7 +10,7 @@ version = runpy.run_path(str(root / "tf_regtopk" / "version.py"))["__version__"]
 
 # TensorFlow comes in several distributions of the same modules: the user names
 # one of the first three extras, or brings an installation.
-tensorflow = "2.21.*"
+tensorflow = ">=2.18"
 examples = [
     "importlib_resources",  # tensorflow-datasets needs it and does not ask.
     "matplotlib>=3.8",
@@ -32,14 +32,14 @@ setuptools.setup(
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.1",
-        "h5py>=3.10",
-        "keras==3.15.*",
+        "h5py",  # In the version that TensorFlow and Keras choose.
+        "keras>=3.10,<4",
         "numpy>=1.26",
     ],
     extras_require={
-        "tensorflow": [f"tensorflow=={tensorflow}"],
-        "tensorflow-cpu": [f"tensorflow-cpu=={tensorflow}"],
-        "and-cuda": [f"tensorflow[and-cuda]=={tensorflow}"],
+        "tensorflow": [f"tensorflow{tensorflow}"],
+        "tensorflow-cpu": [f"tensorflow-cpu{tensorflow}"],
+        "and-cuda": [f"tensorflow[and-cuda]{tensorflow}"],
         "examples": examples,
         "mutation": ["cosmic-ray>=8.7"],
         "test": [
@@ -55,6 +55,9 @@ setuptools.setup(
     classifiers=[
         "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
 )

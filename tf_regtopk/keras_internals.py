@@ -8,6 +8,7 @@ when upstream changes it.
 from collections.abc import Iterator
 from collections.abc import Sequence
 import contextlib
+import operator
 import threading
 import weakref
 
@@ -19,11 +20,43 @@ from tensorflow.python.framework import config
 from tensorflow.python.ops import collective_ops
 from tensorflow.python.ops import control_flow_util
 
+# What is looked up by name in upstream's classes and modules.
+_NEEDED = (
+    (keras.optimizers.Optimizer, "_all_reduce_sum_gradients"),
+    (cross_device_utils, "CollectiveKeys.get_group_key"),
+    (cross_device_utils, "CollectiveKeys.get_instance_key"),
+    (cross_device_utils, "CollectiveReplicaLauncher.batch_all_reduce"),
+    (cross_device_utils, "CollectiveReplicaLauncher._next_instance_key"),
+    (cross_device_utils, "CollectiveReplicaLauncher._get_ordering_token"),
+    (collective_ops, "all_gather_v2"),
+    (collective_ops, "all_to_all_v2"),
+)
+
+
+def check_upstream() -> None:
+    """Raises if Keras or TensorFlow lacks a part that a step relies on.
+
+    Raises:
+        RuntimeError: If a part is missing. Without the first of them gradients
+            would be summed twice.
+    """
+    for owner, path in _NEEDED:
+        try:
+            operator.attrgetter(path)(owner)
+        except AttributeError:
+            raise RuntimeError(
+                "The installed Keras or TensorFlow must have "
+                f"`{owner.__name__}.{path}`, which `tf_regtopk` relies on. "
+                "Install versions of the table in README.md, or a newer "
+                f"`tf_regtopk`. Received: Keras {keras.__version__}, "
+                f"TensorFlow {tf.__version__}"
+            ) from None
+
 
 def take_aggregated_gradients(optimizer: keras.optimizers.Optimizer) -> None:
     """Makes a Keras optimizer take gradients as already summed over replicas.
 
-    Keras 3.15 sums inside the optimizer, in `_all_reduce_sum_gradients`, after
+    Keras sums inside the optimizer, in `_all_reduce_sum_gradients`, after
     clipping and just before the update, and has no switch against the sum. The
     optimizer must be built already, because a `MultiOptimizer` gets its parts
     when it is built.

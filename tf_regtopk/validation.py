@@ -97,10 +97,14 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
 
 
 def check_keras() -> None:
-    """Raises unless Keras is version 3 or newer on the TensorFlow backend."""
-    if int(keras.__version__.split(".")[0]) < 3:
+    """Raises unless Keras is new enough, on the TensorFlow backend."""
+    numbers = keras.__version__.split(".")[:2]
+    if tuple(int(number) for number in numbers) < (3, 10):
         raise ValueError(
-            "`keras` must be version 3 or newer. "
+            "`keras` must be version 3.10 or newer, because older versions "
+            "report wrong losses and metrics under a strategy, and those "
+            "before 3.8 take steps as many times too large as there are "
+            'replicas. Install it by `pip install "keras>=3.10"`. '
             f"Received: keras.__version__={keras.__version__!r}"
         )
     if keras.backend.backend() != "tensorflow":
@@ -222,6 +226,22 @@ def check_shapes(
             f"{name} must have variables of the shapes {expected}. "
             f"Received: {received}{advice}"
         )
+
+
+def check_gradient_shapes(
+    gradients: Sequence[Any], variables: Sequence[Any]
+) -> None:
+    """Raises unless each gradient that there is has its variable's shape."""
+    for gradient, variable in zip(gradients, variables, strict=True):
+        if gradient is None:
+            continue
+        shape = tf.TensorShape(gradient.shape)
+        if not shape.is_compatible_with(tuple(variable.shape)):
+            raise ValueError(
+                "`grads` must have the shapes of their variables. Received: a "
+                f"gradient of shape {shape} for `{variable.name}` of shape "
+                f"{tuple(variable.shape)}"
+            )
 
 
 def check_scores(scores: tf.Tensor, accumulated: tf.Tensor) -> None:

@@ -111,6 +111,25 @@ def test_mean_of_strings_is_local(results):
     assert [r["reduce"]["string"] for r in results] == ["a", "b"]
 
 
+def test_workers_that_were_given_other_arguments_end_with_the_name(results):
+    for worker, other in ((0, 1), (1, 0)):
+        errors = results[worker]["build_differently"]
+        assert {
+            name: error.split("`")[1] for name, error in errors.items()
+        } == {
+            "codec": "codec",
+            "sparsifier": "sparsifier",
+            "density": "sparsifier",
+            "error_feedback": "error_feedback",
+            "inner_optimizer": "inner_optimizer",
+        }
+        assert (
+            f"on worker {worker}, and something else on worker {other}"
+            in errors["codec"]
+        )
+        assert ("bfloat16", "float16")[worker] in errors["codec"]
+
+
 def test_upstream_still_fails(results):
     for result in results:
         error = result["upstream_error"]

@@ -219,6 +219,47 @@ def gather(strategy):
     }
 
 
+def build_differently(strategy):
+    """The errors of optimizers that were given other arguments elsewhere."""
+    worker = strategy.cluster_resolver.task_id
+    # What is one argument on the first worker, and another on the second.
+    pairs = {
+        "codec": [
+            dict(codec=tf_regtopk.Codec(values=values))
+            for values in ("bfloat16", "float16")
+        ],
+        "sparsifier": [
+            dict(sparsifier=tf_regtopk.RegTopK(0.5, mu=mu)) for mu in (1, 2)
+        ],
+        "density": [
+            dict(sparsifier=tf_regtopk.RegTopK(density))
+            for density in (0.5, 0.25)
+        ],
+        "error_feedback": [
+            dict(error_feedback=tf_regtopk.LearnedShift(rate))
+            for rate in (0.5, 0.25)
+        ],
+        "inner_optimizer": [dict(momentum=m) for m in (0.0, 0.9)],
+        "equal": [dict(), dict()],
+    }
+    errors = {}
+    for name, arguments in pairs.items():
+        arguments = arguments[worker]
+        momentum = arguments.pop("momentum", 0.0)
+        if worker and name == "equal":
+            keras.optimizers.SGD()  # The next one has another name.
+        with strategy.scope():
+            variable = keras.Variable(np.zeros(4, "f4"))
+            optimizer = tf_regtopk.SparsifiedOptimizer(
+                keras.optimizers.SGD(0.1, momentum), **arguments
+            )
+            try:
+                optimizer.build([variable])
+            except ValueError as e:
+                errors[name] = str(e)
+    return errors
+
+
 def upstream_error(strategy):
     """The error of `fit` with upstream's `reduce`. `None` if there is none."""
     upstream = tf.distribute.MultiWorkerMirroredStrategy.reduce
@@ -246,6 +287,7 @@ def main(result_path):
         "gather": gather(strategy),
         "train": train(strategy),
         "any_inputs": train_on_any_inputs(strategy),
+        "build_differently": build_differently(strategy),
         # Last, as it leaves the strategy as upstream has it.
         "upstream_error": upstream_error(strategy),
     }

@@ -4,9 +4,12 @@ import inspect
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
+from tensorflow.python.distribute import cross_device_utils
 from tensorflow.python.framework import config
 
+import tf_regtopk
 from tf_regtopk import keras_internals
 
 
@@ -43,6 +46,30 @@ def test_keras_sums_gradients_where_we_turn_it_off(mirrored):
         -1.0,
         -10.0,
     ]
+
+
+@pytest.mark.parametrize(
+    "owner, name, path",
+    [
+        (
+            keras.optimizers.Optimizer,
+            "_all_reduce_sum_gradients",
+            "_all_reduce_sum_gradients",
+        ),
+        (
+            cross_device_utils.CollectiveReplicaLauncher,
+            "_next_instance_key",
+            "CollectiveReplicaLauncher._next_instance_key",
+        ),
+    ],
+)
+def test_an_upstream_without_a_part_is_refused(monkeypatch, owner, name, path):
+    monkeypatch.delattr(owner, name)
+    with pytest.raises(
+        RuntimeError,
+        match=f"must have `[A-Za-z_.]+.{path}`.*Keras {keras.__version__}",
+    ):
+        tf_regtopk.SparsifiedOptimizer(keras.optimizers.SGD())
 
 
 def test_the_method_turned_off_is_as_we_know_it():

@@ -60,7 +60,7 @@ class DensityWarmup(keras.callbacks.Callback):
         self, epoch: int, logs: dict[str, Any] | None = None
     ) -> None:
         optimizer = wrapper.of_model(self.model)
-        density = optimizer.sparsifier.density
+        density = optimizer.default_density
         if epoch < len(self.densities):
             density = self.densities[epoch]
         if density != optimizer.density:

@@ -79,6 +79,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             **kwargs,
         )
         inner_optimizer.is_scaled_locally = False
+        inner_optimizer.expects_skips = True
 
     def build(self, var_list: Sequence[keras.Variable]) -> None:
         """Creates the variables of this and of the inner optimizer.

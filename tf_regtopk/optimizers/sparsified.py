@@ -17,9 +17,12 @@ from tf_regtopk import error_feedback as error_feedback_lib
 from tf_regtopk import keras_internals
 from tf_regtopk import sparsifiers
 from tf_regtopk import validation
+from tf_regtopk import version
+from tf_regtopk.distribute import agreement
 from tf_regtopk.distribute import replica_state
 from tf_regtopk.distribute import topology as topology_lib
 from tf_regtopk.error_feedback import error_accumulation
+from tf_regtopk.optimizers import notices
 from tf_regtopk.optimizers import wrapper
 from tf_regtopk.saving import saved_config
 from tf_regtopk.saving import saved_state
@@ -211,6 +214,11 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
             tf.cast(rate, tf.float32), self._iterations.value.read_value()
         )
 
+    def _build(self, variables: Sequence[keras.Variable]) -> None:
+        # First, because new variables of the first worker go to all others.
+        agreement.check(self._facts(variables))
+        super()._build(variables)
+
     def _create_state(self, variables: Sequence[keras.Variable]) -> None:
         self._participants = topology_lib.Participants(self.topology)
         # Functions that were traced before a change are to know of it.
@@ -223,6 +231,35 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         if kind == "auto":
             kind = self._choose_exchange(variables)
         self._partition = self._new_partition(kind, variables)
+        if self._participants.cluster.worker == 0:
+            notices.tell_what_is_sent(
+                self._partition.wire_report(is_quick=True),
+                type(self.sparsifier).__name__,
+                self._partition.density,
+            )
+
+    def _facts(self, variables: Sequence[keras.Variable]) -> dict[str, Any]:
+        """Returns the arguments in which all workers must agree."""
+        config = self.get_config()
+        return {
+            "version": version.__version__,
+            "trainable_variables": [
+                (list(variable.shape), variable.dtype) for variable in variables
+            ],
+            **{
+                name: saved_config.without_names(config[name])
+                for name in (
+                    "sparsifier",
+                    "codec",
+                    "error_feedback",
+                    "scope",
+                    "dense_below",
+                    "exchange",
+                    "topology",
+                    "inner_optimizer",
+                )
+            },
+        }
 
     def _new_partition(
         self, kind: partition_lib.Exchange, variables: Sequence[keras.Variable]
@@ -231,7 +268,6 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
             kind,
             variables,
             self._participants,
-            self.sparsifier.density,
             partition_lib.Choices(
                 self.sparsifier,
                 self.codec,
@@ -276,11 +312,20 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         return self._exchange_seconds if self.built else None
 
     @property
-    def density(self) -> float:
-        """The share of the entries that is sent, the sparsifier's at first."""
+    def density(self) -> float | None:
+        """The share of the entries that is sent, the sparsifier's at first.
+
+        None if it depends on the variables, and the optimizer is not built.
+        """
         if self.built:
             return self._partition.density
         return self.sparsifier.density
+
+    @property
+    def default_density(self) -> float:
+        """The share of the entries that the sparsifier sends by itself."""
+        validation.check_built(self, "default_density")
+        return self._partition.default_density
 
     def set_density(self, density: float) -> None:
         """Sends another share of the entries from the next step on.
@@ -310,10 +355,11 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         (25, 0.25)
         """
         validation.check_built(self, "set_density")
-        density = dataclasses.replace(self.sparsifier, density=density).density
-        self._change(
-            lambda: self._partition.start_with(density),
+        validation.check_number(
+            "density", density, "in (0, 1]", lambda d: 0 < d <= 1
         )
+        dataclasses.replace(self.sparsifier, density=density)  # Checks it too.
+        self._change(lambda: self._partition.start_with(float(density)))
 
     def _change(self, change: Callable[[], None]) -> None:
         """Changes what a step does, for functions that are traced anew."""
@@ -433,7 +479,7 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         )
         state = exchange.feedback_state
         # Older ones could not have another than the sparsifier's.
-        density = saved.moment.get("density", self.sparsifier.density)
+        density = saved.moment.get("density", exchange.default_density)
         local, *other_parts = state.initial_arrays()
         shared = [*itertools.chain(*other_parts)]
         replicas = saved_state.state_of_replicas(

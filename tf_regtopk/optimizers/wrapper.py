@@ -22,6 +22,7 @@ from tf_regtopk.kernels import tracing
 from tf_regtopk.saving import saved_state
 from tf_regtopk.saving import worker_files
 from tf_regtopk.steps import flat_buffer
+from tf_regtopk.steps import verdict
 
 
 class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
@@ -42,6 +43,7 @@ class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
         name: str | None = None,
     ) -> None:
         validation.check_keras()
+        keras_internals.check_upstream()
         validation.check_inner_optimizer(inner_optimizer, OptimizerWrapper)
         validation.check_strategy()
         validation.check_in_scope_of(
@@ -50,6 +52,8 @@ class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
         super().__init__(learning_rate=0.0, name=name)
         self.inner_optimizer = inner_optimizer
         self.is_scaled_locally = False
+        # A scale of the loss is found by skipping steps.
+        self.expects_skips = False
 
     @abc.abstractmethod
     def _create_state(self, variables: Sequence[keras.Variable]) -> None:
@@ -160,6 +164,7 @@ class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
                 "`trainable_variables` must hold each variable once. Received: "
                 f"{[variable.name for variable in variables]}"
             )
+        validation.check_gradient_shapes(grads, variables)
         if all(grad is None for grad in grads):
             self.inner_optimizer.apply(grads, variables)  # Says so.
         gradients: list[flat_buffer.Gradient] = [None] * len(
@@ -175,6 +180,8 @@ class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
             self._iterations.assign_add(1)
 
         def skip() -> None:
+            if not self.expects_skips:
+                verdict.tell_of_first_skip(self._skipped_steps.value)
             self._skipped_steps.assign_add(1)
 
         return self._step(gradients, apply, skip)

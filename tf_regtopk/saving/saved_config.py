@@ -52,11 +52,42 @@ def complete(saved: Any, record: Any) -> list[Any]:
         value = getattr(record, field.name)
         if field.name not in config:
             config[field.name] = _default_of(field)
+        elif field.name == "density" and value is None:
+            # A density that depends on the variables fits any, because a file
+            # says which one is in force.
+            config[field.name] = None
         elif dataclasses.is_dataclass(value) and isinstance(
             config[field.name], list
         ):
             config[field.name] = complete(config[field.name], value)
     return [name, config]
+
+
+def without_names(value: Any) -> Any:
+    """Returns a configuration without what may differ between equal programs.
+
+    Keras numbers the names of optimizers, and saves functions as their code.
+
+    Args:
+        value: Configuration by `keras.saving.serialize_keras_object`.
+
+    Example:
+
+    >>> import keras
+    >>> sgd = keras.saving.serialize_keras_object(keras.optimizers.SGD())
+    >>> without_names(sgd)["config"].get("name")
+    """
+    if isinstance(value, dict):
+        if value.get("class_name") in ("__lambda__", "function"):
+            return None
+        return {
+            key: without_names(part)
+            for key, part in value.items()
+            if key not in ("name", "module", "build_config")
+        }
+    if isinstance(value, list | tuple):
+        return [without_names(part) for part in value]
+    return value
 
 
 def _default_of(field: dataclasses.Field[Any]) -> Any:

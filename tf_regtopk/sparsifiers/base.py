@@ -19,7 +19,8 @@ class Sparsifier(hyper_parameters.HyperParameters, abc.ABC):
     `keras.saving.register_keras_serializable`.
 
     Args:
-        density: Float in (0, 1]. The share of entries that is sent.
+        density: Float in (0, 1], or None. The share of entries that is sent.
+            None is 0.1 %, but at least 1,000 entries.
     """
 
     # True if entries that are NaN or infinite are always selected first. If
@@ -29,14 +30,36 @@ class Sparsifier(hyper_parameters.HyperParameters, abc.ABC):
     # Names of the numbers that `measure` returns.
     measured: ClassVar[tuple[str, ...]] = ()
 
-    density: float = 0.001
+    density: float | None = None
 
     def __post_init__(self) -> None:
-        self._check_number("density", "in (0, 1]", lambda d: 0 < d <= 1)
+        if self.density is not None:
+            self._check_number(
+                "density", "in (0, 1], or None", lambda d: 0 < d <= 1
+            )
 
     def num_selected(self, num_entries: int) -> int:
-        """Returns k = max(1, round(density * J)) for J = `num_entries`."""
-        return max(1, round(self.density * num_entries))
+        """Returns k for J = `num_entries`.
+
+            k = max(1, round(density * J))
+            k = min(J, max(1000, round(0.001 * J)))    if density is None
+
+        Args:
+            num_entries: J.
+        """
+        if self.density is not None:
+            return max(1, round(self.density * num_entries))
+        # Small models need more entries than 0.1 %, because each step would
+        # change a few weights only (benchmarks/step/default_density.py).
+        return min(num_entries, max(1000, round(0.001 * num_entries)))
+
+    def density_of(self, num_entries: int) -> float:
+        """Returns the share of J = `num_entries` entries that is sent."""
+        if self.density is not None:
+            return self.density
+        return (
+            self.num_selected(num_entries) / num_entries if num_entries else 1.0
+        )
 
     def initial_memory(
         self, k: int, size: int, dtype: tf.DType

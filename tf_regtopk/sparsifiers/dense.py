@@ -26,7 +26,7 @@ class Dense(base.Sparsifier):
 
     selects_non_finite: ClassVar[bool] = True
 
-    density: float = 1.0
+    density: float | None = 1.0
 
     def __post_init__(self) -> None:
         self._check_number("density", "1 for `Dense`", lambda d: d == 1)

@@ -32,7 +32,8 @@ class RandomK(base.Sparsifier):
     """Random-k: the same k entries on every replica, fresh every step.
 
     Args:
-        density: Float in (0, 1]. The share of entries that is sent.
+        density: Float in (0, 1], or None. The share of entries that is sent.
+            None is 0.1 %, but at least 1,000 entries.
         seed: Non-negative integer. Runs with one seed select the same entries.
 
     Source: Stich, Cordonnier, Jaggi, "Sparsified SGD with Memory" (2018).

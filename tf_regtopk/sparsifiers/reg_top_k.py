@@ -71,7 +71,8 @@ class RegTopK(base.Sparsifier):
     """RegTop-k: Top-k that holds back entries which other replicas cancel.
 
     Args:
-        density: Float in (0, 1]. The share of entries that is sent.
+        density: Float in (0, 1], or None. The share of entries that is sent.
+            None is 0.1 %, but at least 1,000 entries.
         mu: Positive float. The larger, the stronger the damping of entries of
             which little remained in the sum over all replicas; with mu -> 0
             this is Top-k. In the distributed linear regression 2 to 20 work

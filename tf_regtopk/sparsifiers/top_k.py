@@ -27,7 +27,8 @@ class TopK(base.Sparsifier):
     """Top-k: the k entries of the largest magnitude.
 
     Args:
-        density: Float in (0, 1]. The share of entries that is sent.
+        density: Float in (0, 1], or None. The share of entries that is sent.
+            None is 0.1 %, but at least 1,000 entries.
 
     Example:
 

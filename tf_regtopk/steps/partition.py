@@ -69,7 +69,6 @@ class Partition:
         kind: `"sparse"` or `"dense"`.
         variables: List of the trainable variables.
         participants: `topology.Participants`.
-        density: Float, the share of the entries to send.
         choices: `Choices`.
     """
 
@@ -78,7 +77,6 @@ class Partition:
         kind: Exchange,
         variables: Sequence[keras.Variable],
         participants: topology.Participants,
-        density: float,
         choices: Choices,
     ) -> None:
         self.kind = kind
@@ -113,7 +111,9 @@ class Partition:
         self.measured = replica_state.ReplicaState(
             self._initial_measured, participants
         )
-        self.start_with(density)
+        # The sparsifier's own.
+        self.default_density = choices.sparsifier.density_of(self._buffer.size)
+        self.start_with(self.default_density)
 
     def start_with(self, density: float) -> None:
         """Sets the share of the entries to send, and forgets the memory."""
@@ -221,13 +221,14 @@ class Partition:
             (self._sparse_slots, self.sparse_step, sparse_state),
         )
 
-    def wire_report(self) -> codecs.WireReport:
+    def wire_report(self, is_quick: bool = False) -> codecs.WireReport:
         """Returns the bytes that each participant sends, as a `WireReport`."""
         return wire_report.report(
             self._payload_codec_of(self._choices.codec),
             self._sparse_variables,
             self._dense_variables,
             self._participants,
+            is_quick,
         )
 
     def initial_memory(self, density: float) -> tuple[tf.Tensor, ...]:

@@ -6,6 +6,7 @@ to the host together, because the host waits for each copy from a device.
 
 from collections.abc import Sequence
 import itertools
+import sys
 from typing import NamedTuple
 
 import tensorflow as tf
@@ -79,6 +80,40 @@ def is_finite(flags: Sequence[Flags]) -> tf.Tensor:
         # check that fails.
         with tf.control_dependencies([c for c in checks if c is not None]):
             return tf.identity(tf.reduce_all(found.are_finite))
+
+
+def tell_of_first_skip(num_skipped: tf.Tensor) -> None:
+    """Prints the usual causes, on the first replica, before the first skip.
+
+    To be called in a replica context. By an operation of the graph, because a
+    function of Python would stay alive as long as the process.
+
+    Args:
+        num_skipped: Scalar integer tensor, the steps skipped so far.
+    """
+    replica = tf.distribute.get_replica_context()
+    rank = tf.convert_to_tensor(replica.replica_id_in_sync_group)
+    if tf.get_static_value(rank) not in (None, 0):
+        return
+
+    def tell() -> tf.Tensor:
+        tf.print(
+            "WARNING:tf_regtopk: A step is skipped on all replicas, because "
+            "the gradient of some replica holds NaN or infinity (or their sum "
+            "might). Usual causes: a batch that leaves a replica without "
+            "samples, of which BatchNormalization makes NaN "
+            "(`drop_remainder=True` avoids such batches); a learning rate that "
+            "is too high; float16 without `tf_regtopk.LossScaleOptimizer`. "
+            "`optimizer.skipped_steps` counts the steps; this is said once.",
+            output_stream=sys.stderr,
+        )
+        return tf.constant(True)
+
+    tf.cond(
+        tf.equal(rank, 0) & tf.equal(num_skipped, 0),
+        tell,
+        lambda: tf.constant(False),
+    )
 
 
 def _assert(

@@ -137,10 +137,21 @@ def test_positional_scope():
         tf_regtopk.SparsifiedOptimizer(sgd(), tf_regtopk.TopK(), "global")
 
 
-def test_keras_2(monkeypatch):
-    monkeypatch.setattr(keras, "__version__", "2.15.0")
-    with pytest.raises(ValueError, match="`keras` must be version 3 or newer"):
+@pytest.mark.parametrize("version", ["2.15.0", "3.5.0", "3.9.2"])
+def test_an_old_keras_is_refused_with_the_reason(monkeypatch, version):
+    monkeypatch.setattr(keras, "__version__", version)
+    with pytest.raises(
+        ValueError,
+        match=r"`keras` must be version 3.10 or newer, because .* wrong losses "
+        rf".*Received: keras.__version__='{version}'",
+    ):
         tf_regtopk.SparsifiedOptimizer(sgd())
+
+
+@pytest.mark.parametrize("version", ["3.10.0", "3.16.0.dev2026010103", "4.0"])
+def test_newer_versions_of_keras(monkeypatch, version):
+    monkeypatch.setattr(keras, "__version__", version)
+    tf_regtopk.SparsifiedOptimizer(sgd())
 
 
 def test_other_backend(monkeypatch):
