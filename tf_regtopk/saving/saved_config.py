@@ -11,6 +11,8 @@ from typing import Any
 
 import keras
 
+from tf_regtopk import sparsifiers
+
 
 def describe(record: Any) -> list[Any]:
     """Returns a record's registered name and its configuration.
@@ -52,15 +54,18 @@ def complete(saved: Any, record: Any) -> list[Any]:
         value = getattr(record, field.name)
         if field.name not in config:
             config[field.name] = _default_of(field)
-        elif field.name == "density" and value is None:
-            # A density that depends on the variables fits any, because a file
-            # says which one is in force.
+        elif field.name == "density" and _chooses_density(record):
+            # Any density fits, because the file says which one is in force.
             config[field.name] = None
         elif dataclasses.is_dataclass(value) and isinstance(
             config[field.name], list
         ):
             config[field.name] = complete(config[field.name], value)
     return [name, config]
+
+
+def _chooses_density(record: Any) -> bool:
+    return isinstance(record, sparsifiers.Sparsifier) and record.density is None
 
 
 def without_names(value: Any) -> Any:

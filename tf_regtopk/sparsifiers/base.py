@@ -34,9 +34,7 @@ class Sparsifier(hyper_parameters.HyperParameters, abc.ABC):
 
     def __post_init__(self) -> None:
         if self.density is not None:
-            self._check_number(
-                "density", "in (0, 1], or None", lambda d: 0 < d <= 1
-            )
+            self._check_number("density", "in (0, 1]", lambda d: 0 < d <= 1)
 
     def num_selected(self, num_entries: int) -> int:
         """Returns k for J = `num_entries`.
@@ -50,7 +48,7 @@ class Sparsifier(hyper_parameters.HyperParameters, abc.ABC):
         if self.density is not None:
             return max(1, round(self.density * num_entries))
         # Small models need more entries than 0.1 %, because each step would
-        # change a few weights only (benchmarks/step/default_density.py).
+        # change a few weights only (examples/studies/default_density.py).
         return min(num_entries, max(1000, round(0.001 * num_entries)))
 
     def density_of(self, num_entries: int) -> float:

@@ -81,6 +81,14 @@ def test_density_follows_the_epochs(mirrored):
     assert model.optimizer.density == model.optimizer.sparsifier.density == 0.1
 
 
+def test_ends_with_the_density_of_a_sparsifier_without(mirrored):
+    model = make_model(mirrored(0), sparsifier=tf_regtopk.TopK())
+    recorder = Recorder()
+    fit(model, [tf_regtopk.DensityWarmup([0.5]), recorder], epochs=2)
+    assert recorder.densities == [0.5, 1.0]
+    assert recorder.num_moved == [[25] * 3, [50] * 3]
+
+
 @pytest.mark.slow
 def test_without_memory(mirrored):
     """Nothing of a step's arguments then tells one density from another."""

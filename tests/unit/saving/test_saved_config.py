@@ -146,3 +146,31 @@ def test_a_newer_format_says_what_reads_it(monkeypatch):
     loaded, _ = saved_state.from_arrays(saved_state.to_arrays(saved))
     assert loaded.layout == saved.layout
     np.testing.assert_equal(loaded.replicas, saved.replicas)
+
+
+def test_a_sparsifier_without_a_density_takes_up_any():
+    """Version 0.1.0 saved 0.001 for it."""
+    saved = ["TopK", {"density": 0.001}]
+    record = tf_regtopk.TopK()
+    assert saved_config.complete(saved, record) == saved_config.describe(record)
+    given = tf_regtopk.TopK(0.01)
+    assert saved_config.complete(saved, given) != saved_config.describe(given)
+
+
+def test_programs_that_differ_in_names_only_are_equal():
+    def describe(momentum=0.9):
+        config = keras.saving.serialize_keras_object(
+            keras.optimizers.SGD(
+                keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.9),
+                momentum,
+            )
+        )
+        return saved_config.without_names(config)
+
+    assert describe() == describe()
+    assert describe() != describe(0.8)
+    assert saved_config.without_names(
+        keras.saving.serialize_keras_object(lambda x: x)
+    ) == saved_config.without_names(
+        keras.saving.serialize_keras_object(lambda y: y)
+    )

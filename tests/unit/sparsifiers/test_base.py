@@ -18,14 +18,14 @@ ALL = [
 
 def test_defaults():
     assert dataclasses.asdict(tf_regtopk.RegTopK()) == {
-        "density": 0.001,
+        "density": None,
         "mu": 4.0,
         "q": 1e8,
         "denominator": "previous",
     }
-    assert tf_regtopk.TopK().density == 0.001
+    assert tf_regtopk.TopK().density is None
     assert dataclasses.asdict(tf_regtopk.RandomK()) == {
-        "density": 0.001,
+        "density": None,
         "seed": 0,
     }
 
@@ -50,6 +50,11 @@ def test_number_of_entries():
     assert tf_regtopk.TopK(0.01).num_selected(1049) == 10
     assert tf_regtopk.TopK(0.01).num_selected(1051) == 11
     assert tf_regtopk.TopK(1).num_selected(7) == 7
+    # Without a density.
+    k_of_size = {1: 1, 999: 999, 19_754: 1000, 999_000: 1000, 3_000_400: 3000}
+    for size, k in k_of_size.items():
+        assert tf_regtopk.TopK().num_selected(size) == k
+        assert tf_regtopk.TopK().density_of(size) == k / size
     for size in range(1, 50):
         for density in (1e-9, 0.3, 0.999999, 1.0):
             assert 1 <= tf_regtopk.TopK(density).num_selected(size) <= size
@@ -59,7 +64,7 @@ def test_number_of_entries():
     "make", [tf_regtopk.TopK, tf_regtopk.RegTopK, tf_regtopk.RandomK]
 )
 @pytest.mark.parametrize(
-    "density", [0, -0.1, 1.0001, math.nan, math.inf, True, "0.1", None]
+    "density", [0, -0.1, 1.0001, math.nan, math.inf, True, "0.1"]
 )
 def test_bad_density(make, density):
     with pytest.raises(
