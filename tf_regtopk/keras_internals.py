@@ -5,11 +5,13 @@ Nothing public serves in place of these parts; each part has a test that fails
 when upstream changes it.
 """
 
+from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
 import contextlib
 import operator
 import threading
+from typing import Any
 import weakref
 
 import keras
@@ -23,6 +25,7 @@ from tensorflow.python.ops import control_flow_util
 # What is looked up by name in upstream's classes and modules.
 _NEEDED = (
     (keras.optimizers.Optimizer, "_all_reduce_sum_gradients"),
+    (keras.optimizers.Optimizer, "_clip_gradients"),
     (cross_device_utils, "CollectiveKeys.get_group_key"),
     (cross_device_utils, "CollectiveKeys.get_instance_key"),
     (cross_device_utils, "CollectiveReplicaLauncher.batch_all_reduce"),
@@ -63,6 +66,28 @@ def take_aggregated_gradients(optimizer: keras.optimizers.Optimizer) -> None:
     """
     for part in (optimizer, *getattr(optimizer, "optimizers", ())):
         part._all_reduce_sum_gradients = list
+
+
+def take_clipping(
+    optimizer: keras.optimizers.Optimizer,
+) -> Callable[[list[Any]], list[Any]]:
+    """Takes the clipping of gradients out of a Keras optimizer.
+
+    Args:
+        optimizer: Optimizer without parts, which clips nothing from now on.
+
+    Returns:
+        Function from the list of gradients, with None where there is none, to
+        the list of the clipped ones. It follows the optimizer's settings.
+    """
+    clip = optimizer._clip_gradients
+    optimizer._clip_gradients = list
+
+    def clip_present(gradients: list[Any]) -> list[Any]:
+        clipped = iter(clip([g for g in gradients if g is not None]))
+        return [None if g is None else next(clipped) for g in gradients]
+
+    return clip_present
 
 
 def strategy_of(

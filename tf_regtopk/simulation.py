@@ -38,6 +38,9 @@ from tf_regtopk.steps import round as round_lib
 _SPARSIFIED = {
     "scope": "global",
     "dense_below": 0,
+    "dense": (),
+    "densities": {},
+    "clipping": "aggregate",
     "exchange": "sparse",
     "topology": topology.AllGather(),
 }

@@ -178,6 +178,16 @@ def check_inner_optimizer(inner_optimizer: Any, wrapper_class: type) -> None:
         )
 
 
+def check_no_parts(inner_optimizer: keras.optimizers.Optimizer) -> None:
+    """Raises if the inner optimizer consists of others, which clip."""
+    if hasattr(inner_optimizer, "optimizers"):
+        raise ValueError(
+            '`clipping="replica"` must go with an inner optimizer that has no '
+            "parts, because each part has a clipping of its own. Received: "
+            f"inner_optimizer={inner_optimizer!r}"
+        )
+
+
 def check_no_base_arguments(arguments: Mapping[str, Any]) -> None:
     """Raises if arguments that belong on the inner optimizer were given."""
     for name, value in arguments.items():

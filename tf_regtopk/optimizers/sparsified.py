@@ -1,6 +1,7 @@
 """The optimizer wrapper: its arguments, choices and reports."""
 
 from collections.abc import Callable
+from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
 import itertools
@@ -31,6 +32,7 @@ from tf_regtopk.steps import auto_exchange
 from tf_regtopk.steps import flat_buffer
 from tf_regtopk.steps import partition as partition_lib
 from tf_regtopk.steps import step
+from tf_regtopk.steps import variable_rules
 
 
 @keras.saving.register_keras_serializable(package="tf_regtopk")
@@ -50,10 +52,10 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
 
     The inner optimizer sees `agg` as it would see the sum of the replicas' full
     gradients, with its own weight decay, moving average and learning-rate
-    schedule.  Its clipping (`clipnorm`, `clipvalue`, `global_clipnorm`) acts on
+    schedule. Its clipping (`clipnorm`, `clipvalue`, `global_clipnorm`) acts on
     the aggregate, where plain Keras clips each replica's gradient before the
-    sum.  The wrapper takes the inner optimizer over: do not use that one
-    elsewhere as well.
+    sum (see `clipping`). The wrapper takes the inner optimizer over: do not use
+    that one elsewhere as well.
 
     If any replica's gradient holds NaN or infinity, no replica takes the step:
     weights, inner optimizer and errors stay as they are, and `skipped_steps`
@@ -90,6 +92,17 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
             momentum of `error_feedback` (and a `clip_norm` of their own).
             Without momentum the inner optimizer sees what it would have seen
             without the wrapper.
+        dense: List of patterns, such as `["bias", "*/embeddings"]`, or a
+            function that takes a `keras.Variable` and returns whether it is
+            meant: further variables that are exchanged densely. A pattern is
+            matched with the names and the paths of variables, and `*` stands
+            for any characters.
+        densities: Dict from pattern to the density of the variables that match
+            it. Each of these variables selects its own entries, and keeps its
+            density when `set_density` changes that of the others.
+        clipping: `"aggregate"`: the inner optimizer clips the sum; or
+            `"replica"`: each replica's gradient is clipped before the error is
+            added, as plain Keras does it.
         exchange: `"sparse"`; `"dense"`, which sums whole gradients by an
             all-reduce, without sparsifier, codec and error, but with the
             momentum of `error_feedback`; or `"auto"`, which runs both a few
@@ -138,6 +151,9 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         error_feedback: error_feedback_lib.ErrorFeedback | None = None,
         scope: Literal["global", "per_variable"] = "global",
         dense_below: int = 0,
+        dense: variable_rules.Pick = (),
+        densities: Mapping[str, float] | None = None,
+        clipping: Literal["aggregate", "replica"] = "aggregate",
         exchange: Literal["sparse", "dense", "auto"] = "sparse",
         topology: topology_lib.Topology | None = None,
         hierarchical: bool = False,
@@ -169,7 +185,12 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
             "NoFeedback()",
         )
         validation.check_choice("scope", scope, ("global", "per_variable"))
-        validation.check_integer("dense_below", dense_below, minimum=0)
+        rules = variable_rules.VariableRules(
+            dense_below, dense, densities or {}
+        )
+        validation.check_choice("clipping", clipping, ("aggregate", "replica"))
+        if clipping == "replica":
+            validation.check_no_parts(inner_optimizer)
         validation.check_choice(
             "exchange", exchange, (*partition_lib.EXCHANGES, "auto")
         )
@@ -186,7 +207,8 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         self.codec = codec
         self.error_feedback = error_feedback
         self.scope = scope
-        self.dense_below = dense_below
+        self.rules = rules
+        self.clips_replicas = clipping == "replica"
         self.exchange = exchange
         self.topology = topology
         self.has_telemetry = telemetry
@@ -254,6 +276,9 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
                     "error_feedback",
                     "scope",
                     "dense_below",
+                    "dense",
+                    "densities",
+                    "clipping",
                     "exchange",
                     "topology",
                     "inner_optimizer",
@@ -273,7 +298,7 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
                 self.codec,
                 self.error_feedback,
                 self.scope,
-                self.dense_below,
+                self.rules,
                 self.has_telemetry,
             ),
         )
@@ -293,6 +318,26 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
             }
         )
         return auto_exchange.choose(self._exchange_seconds)
+
+    @property
+    def dense_below(self) -> int:
+        """Variables with fewer entries than this are exchanged densely."""
+        return self.rules.dense_below
+
+    @property
+    def dense(self) -> variable_rules.Pick:
+        """Patterns or a function, for the variables exchanged densely."""
+        return self.rules.dense
+
+    @property
+    def densities(self) -> dict[str, float]:
+        """The densities of the variables that match a pattern."""
+        return dict(self.rules.densities)
+
+    @property
+    def clipping(self) -> Literal["aggregate", "replica"]:
+        """Says whether the sum is clipped, or each replica's gradient."""
+        return "replica" if self.clips_replicas else "aggregate"
 
     @property
     def hierarchical(self) -> bool:
@@ -336,6 +381,8 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
 
         A function that takes steps must be traced again, for `fit` with
         `model.make_train_function(force=True)`. The old one raises an error.
+        Each new density takes some 15 MB a replica until the process ends,
+        because TensorFlow keeps every program that XLA has compiled.
 
         Args:
             density: Float in (0, 1].
@@ -569,6 +616,9 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
             ),
             "scope": self.scope,
             "dense_below": self.dense_below,
+            "dense": keras.saving.serialize_keras_object(self.dense),
+            "densities": self.densities,
+            "clipping": self.clipping,
             "exchange": self.exchange,
             "topology": keras.saving.serialize_keras_object(self.topology),
             "telemetry": self.has_telemetry,

@@ -54,6 +54,8 @@ class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
         self.is_scaled_locally = False
         # A scale of the loss is found by skipping steps.
         self.expects_skips = False
+        # Whether the inner optimizer's clipping acts before the aggregation.
+        self.clips_replicas = False
 
     @abc.abstractmethod
     def _create_state(self, variables: Sequence[keras.Variable]) -> None:
@@ -104,6 +106,8 @@ class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
         self.inner_optimizer.build(variables)
         _leave_saving_to_wrapper(self.inner_optimizer)
         keras_internals.take_aggregated_gradients(self.inner_optimizer)
+        if self.clips_replicas:
+            self._clip = keras_internals.take_clipping(self.inner_optimizer)
         super().build(variables)
         self._skipped_steps = self.add_variable(
             shape=(),
@@ -172,6 +176,8 @@ class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
         )
         for slot, grad in zip(slots, grads, strict=True):
             gradients[slot] = grad
+        if self.clips_replicas:
+            gradients = self._clip(gradients)
 
         def apply(aggregate: Sequence[flat_buffer.Gradient]) -> None:
             self.inner_optimizer.apply(

@@ -83,6 +83,12 @@ class FlatBuffer:
         """
         return tf.float64 if tf.float64 in self.dtypes else tf.float32
 
+    def first(self, num_variables: int) -> "FlatBuffer":
+        """The buffer of the first variables only."""
+        return FlatBuffer(
+            self.shapes[:num_variables], self.dtypes[:num_variables]
+        )
+
     def groups(
         self, scope: Scope, num_selected: Callable[[int], int]
     ) -> tuple[selection.Group, ...]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 import dataclasses
-import math
+import functools
 from typing import Any
 from typing import Literal
 from typing import NamedTuple
@@ -26,6 +26,7 @@ from tf_regtopk.steps import flat_buffer
 from tf_regtopk.steps import round as round_lib
 from tf_regtopk.steps import sparse_step
 from tf_regtopk.steps import telemetry
+from tf_regtopk.steps import variable_rules
 from tf_regtopk.steps import verdict
 
 Exchange: TypeAlias = Literal["sparse", "dense"]
@@ -47,7 +48,7 @@ class Choices(NamedTuple):
         codec: `Codec`.
         error_feedback: `ErrorFeedback`.
         scope: `"global"` or `"per_variable"`.
-        dense_below: Integer. Variables of fewer entries are exchanged densely.
+        rules: `VariableRules`: which variables are exchanged otherwise.
         telemetry: Whether the numbers of `telemetry` are computed; `"ages"` for
             those of ages as well.
     """
@@ -56,7 +57,7 @@ class Choices(NamedTuple):
     codec: codecs.Codec
     error_feedback: error_feedback_lib.ErrorFeedback
     scope: flat_buffer.Scope
-    dense_below: int
+    rules: variable_rules.VariableRules
     telemetry: bool | Literal["ages"]
 
 
@@ -85,10 +86,12 @@ class Partition:
         self._participants = participants
         self._choices = choices
         self._dense_rule = _rule_when_dense(choices.error_feedback)
-        sparse, dense = _partition(
-            variables, choices.dense_below if kind == "sparse" else math.inf
+        self._slots = (
+            choices.rules.slots(variables)
+            if kind == "sparse"
+            else _all_dense(variables)
         )
-        self._sparse_slots, self._dense_slots = sparse, dense
+        sparse, _, dense = self._slots
         self._sparse_variables = [variables[slot] for slot in sparse]
         self._dense_variables = [variables[slot] for slot in dense]
         self._buffer = flat_buffer.FlatBuffer.for_variables(
@@ -111,8 +114,11 @@ class Partition:
         self.measured = replica_state.ReplicaState(
             self._initial_measured, participants
         )
+        self._steps: dict[float, sparse_step.SparseStep] = {}
         # The sparsifier's own.
-        self.default_density = choices.sparsifier.density_of(self._buffer.size)
+        self.default_density = choices.sparsifier.density_of(
+            self._buffer.first(self._slots.num_default).size
+        )
         self.start_with(self.default_density)
 
     def start_with(self, density: float) -> None:
@@ -121,13 +127,19 @@ class Partition:
         self.memory = replica_state.ReplicaState(
             lambda: self.initial_memory(density), self._participants
         )
+        # Steps are kept, because TensorFlow never frees a compiled program.
+        if density not in self._steps:
+            self._steps[density] = self._step_at(density)
+        self.sparse_step = self._steps[density]
+
+    def _step_at(self, density: float) -> sparse_step.SparseStep:
         # Indices are not compressed for a single participant, because nothing
         # is sent.
         codec = self._choices.codec
         if self._participants.count == 1:
             codec = dataclasses.replace(codec, indices="int32")
         local, shared, _ = self.feedback_state.dtypes
-        self.sparse_step = sparse_step.SparseStep(
+        return sparse_step.SparseStep(
             self._buffer,
             round_lib.Method(
                 self._choices.sparsifier,
@@ -168,7 +180,7 @@ class Partition:
             exchanged.append(sent)
             flags.append(found)
         # The inner optimizer gets the gradients of the others as they are.
-        summed = {*self._sparse_slots, *self._dense_slots}
+        summed = {*self._slots.sparse, *self._slots.dense}
         as_it_is = {
             slot: gradient
             for slot, gradient in enumerate(gradients)
@@ -214,11 +226,11 @@ class Partition:
         )
         return (
             (
-                self._dense_slots,
+                self._slots.dense,
                 self._dense_step,
                 round_lib.State(shared=dense_shared),
             ),
-            (self._sparse_slots, self.sparse_step, sparse_state),
+            (self._slots.sparse, self.sparse_step, sparse_state),
         )
 
     def wire_report(self, is_quick: bool = False) -> codecs.WireReport:
@@ -257,7 +269,10 @@ class Partition:
         """Returns for each local participant the numbers of its last step."""
         return [
             telemetry.by_name(
-                arrays, self._buffer.sizes, self._choices.sparsifier
+                arrays,
+                self._buffer.sizes,
+                self._order,
+                self._choices.sparsifier,
             )
             if arrays
             else {}
@@ -273,12 +288,19 @@ class Partition:
                 "`error_feedback` must keep a residual error to read it. "
                 f"Received: error_feedback={rule!r}"
             )
-        return [
-            [part.numpy() for part in self._buffer.split(arrays[place])]
-            if self._sparse_variables
-            else []
+        if not self._sparse_variables:
+            return [[] for _ in self.feedback_state.local_arrays()]
+        residuals = [
+            self._buffer.split(arrays[place])
             for arrays in self.feedback_state.local_arrays()
         ]
+        return [[parts[i].numpy() for i in self._order] for parts in residuals]
+
+    @property
+    def _order(self) -> list[int]:
+        """The places of the sparse variables, in the order of all variables."""
+        slots = self._slots.sparse
+        return sorted(range(len(slots)), key=slots.__getitem__)
 
     def _initial_measured(self) -> tuple[tf.Tensor, ...]:
         if not self._choices.telemetry or not self._sparse_variables:
@@ -306,10 +328,25 @@ class Partition:
         return local, shared, dense_shared
 
     def _groups_at(self, density: float) -> tuple[selection.Group, ...]:
-        sparsifier = dataclasses.replace(
-            self._choices.sparsifier, density=density
+        def num_selected(density: float, size: int) -> int:
+            at_density = dataclasses.replace(
+                self._choices.sparsifier, density=density
+            )
+            return at_density.num_selected(size)
+
+        num_default = self._slots.num_default
+        groups = self._buffer.first(num_default).groups(
+            self._choices.scope, functools.partial(num_selected, density)
         )
-        return self._buffer.groups(self._choices.scope, sparsifier.num_selected)
+        own = zip(
+            self._buffer.sizes[num_default:],
+            self._slots.own_densities,
+            strict=True,
+        )
+        return (
+            *groups,
+            *(selection.Group(size, num_selected(d, size)) for size, d in own),
+        )
 
     def _payload_codec_of(
         self, codec: codecs.Codec
@@ -331,17 +368,14 @@ def _rule_when_dense(
         return error_feedback_lib.NoFeedback()
 
 
-def _partition(
-    variables: Sequence[keras.Variable], dense_below: float
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The slots of variables exchanged sparsely, and of those densely."""
-    sparse: list[int] = []
-    dense: list[int] = []
-    for slot, variable in enumerate(variables):
-        size = math.prod(variable.shape)
-        # An empty variable has nothing to exchange.  A "gradient"
-        # to overwrite with (float8 scales) is no summand but the next value,
-        # and the inner optimizer assigns it.
-        if size and not getattr(variable, "overwrite_with_gradient", False):
-            (sparse if size >= dense_below else dense).append(slot)
-    return tuple(sparse), tuple(dense)
+def _all_dense(variables: Sequence[keras.Variable]) -> variable_rules.Slots:
+    """The slots of an exchange by which no variable is sent sparsely."""
+    return variable_rules.Slots(
+        (),
+        (),
+        tuple(
+            slot
+            for slot, variable in enumerate(variables)
+            if variable_rules.can_be_summed(variable)
+        ),
+    )

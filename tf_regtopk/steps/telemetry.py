@@ -154,6 +154,7 @@ def of_settle(
 def by_name(
     arrays: Sequence[np.ndarray],
     sizes: Sequence[int],
+    order: Sequence[int],
     sparsifier: sparsifiers.Sparsifier,
 ) -> dict[str, Any]:
     """Returns the numbers of one replica by their names.
@@ -161,6 +162,7 @@ def by_name(
     Args:
         arrays: NumPy arrays as of `initial`.
         sizes: Number of entries of each variable.
+        order: For each variable of the result its place in the flat buffer.
         sparsifier: `Sparsifier`.
 
     Returns:
@@ -180,6 +182,9 @@ def by_name(
             [part.mean() for part in np.split(ages, np.cumsum(sizes)[:-1])]
         )
         found["oldest"] = float(ages.max())
+    for name, value in found.items():
+        if name.endswith("_by_variable"):
+            found[name] = value[np.asarray(order)]
     names = (*_SCALARS, *sparsifier.measured)
     return found | dict(zip(names, map(float, scalars), strict=True))
 
