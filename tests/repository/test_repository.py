@@ -50,7 +50,7 @@ PUBLIC = {
 }
 # Each layer imports only from those before it.
 LAYERS = (
-    ("keras_internals", "validation", "version"),
+    ("keras_internals", "log", "validation", "version"),
     ("hyper_parameters", "kernels"),
     ("distribute", "selection", "sparsifiers"),
     ("codecs", "saving"),

@@ -23,7 +23,7 @@ def use_the_library() -> tuple[float, int, list[float]]:
         exchange="auto",
         telemetry=True,
     )
-    density: float = optimizer.density
+    density: float | None = optimizer.density
     optimizer.set_density(0.1)
     sent_bytes: int = optimizer.wire_report().sent_bytes
     norms: list[float] = [n["gradient"] for n in optimizer.telemetry()]

@@ -381,8 +381,8 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
 
         A function that takes steps must be traced again, for `fit` with
         `model.make_train_function(force=True)`. The old one raises an error.
-        Each new density takes some 15 MB a replica until the process ends,
-        because TensorFlow keeps every program that XLA has compiled.
+        Each new density takes memory until the process ends, because TensorFlow
+        keeps every program that XLA has compiled.
 
         Args:
             density: Float in (0, 1].
