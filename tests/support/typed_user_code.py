@@ -12,7 +12,7 @@ import tensorflow as tf
 import tf_regtopk
 
 
-def use_the_library() -> tuple[float, int, list[float]]:
+def use_the_library() -> tuple[float | None, int, list[float]]:
     optimizer = tf_regtopk.SparsifiedOptimizer(
         keras.optimizers.SGD(0.1),
         tf_regtopk.RegTopK(density=0.01, mu=2.0, denominator="current"),
