@@ -28,6 +28,8 @@ from tf_regtopk.error_feedback.learned_shift import LearnedShift
 from tf_regtopk.error_feedback.no_feedback import NoFeedback
 from tf_regtopk.optimizers.loss_scale import LossScaleOptimizer
 from tf_regtopk.optimizers.sparsified import SparsifiedOptimizer
+from tf_regtopk.optimizers.wrapping import unwrap
+from tf_regtopk.optimizers.wrapping import wrap
 from tf_regtopk.saving.worker_files import worker_path
 from tf_regtopk.sparsifiers.base import Sparsifier
 from tf_regtopk.sparsifiers.dense import Dense
@@ -71,5 +73,7 @@ __all__ = [
     "WireReport",
     "__version__",
     "load_scope",
+    "unwrap",
     "worker_path",
+    "wrap",
 ]

@@ -238,7 +238,14 @@ def test_foreign_file(mirrored, tmp_path):
         )
         ours.optimizer.build(ours.trainable_variables)
     assert_refused(
-        ours, tmp_path / "m.weights.h5", "saved by a `SparsifiedOptimizer`"
+        ours, tmp_path / "m.weights.h5", "saved by a plain optimizer without"
+    )
+    with mirrored(2).scope():
+        model.compile("adam", "mse")
+        model.optimizer.build(model.trainable_variables)
+    model.save_weights(tmp_path / "m.weights.h5")
+    assert_refused(
+        ours, tmp_path / "m.weights.h5", r"then call `tf_regtopk.wrap\(model\)`"
     )
 
 

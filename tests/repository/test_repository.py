@@ -46,7 +46,9 @@ PUBLIC = {
     "WireReport",
     "__version__",
     "load_scope",
+    "unwrap",
     "worker_path",
+    "wrap",
 }
 # Each layer imports only from those before it.
 LAYERS = (

@@ -46,6 +46,8 @@ def test_keras_sums_gradients_where_we_turn_it_off(mirrored):
         -1.0,
         -10.0,
     ]
+    keras_internals.sum_gradients_again(optimizer)
+    assert "_all_reduce_sum_gradients" not in vars(optimizer)
 
 
 @pytest.mark.parametrize(
@@ -118,3 +120,65 @@ def test_op_determinism():
     finally:
         config.disable_op_determinism()
     assert not keras_internals.is_op_determinism_enabled()
+
+
+def test_keras_saves_the_optimizer_that_compile_was_given():
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    model.optimizer = keras.optimizers.Adam()
+    config = model.get_compile_config()
+    assert config["optimizer"]["class_name"] == "SGD"
+    optimizer = keras.optimizers.Lion()
+    model.train_function = 1
+    keras_internals.replace_optimizer(model, optimizer)
+    assert model.optimizer is optimizer and model.train_function is None
+    config = model.get_compile_config()
+    assert config["optimizer"]["class_name"] == "Lion"
+    assert config["loss"] == "mse"
+    optimizer.build(model.trainable_variables)
+    kernel, bias = keras_internals.variables_of(optimizer)
+    assert kernel is model.layers[0].kernel and bias is model.layers[0].bias
+
+
+def test_tensorflow_leaves_the_positions_of_unknown_children(tmp_path):
+    found = []
+
+    class Positions:
+        def append(self, position):
+            found.append(position)
+
+    class Deferred:
+        def setdefault(self, *_):
+            return Positions()
+
+        def pop(self, _, default):
+            return default
+
+    class Unknowing(tf.Module):
+        def _lookup_dependency(self, name, cached_dependencies=None):
+            if cached_dependencies is None:
+                return super()._lookup_dependency(name)
+            return None
+
+        @property
+        def _deferred_dependencies(self):
+            return Deferred()
+
+    saved, restored = tf.Module(), Unknowing()
+    saved.a, restored.a = tf.Variable(1.0), tf.Variable(2.0)
+    path = tf.train.Checkpoint(child=saved).write(str(tmp_path / "c"))
+    status = tf.train.Checkpoint(child=restored).read(path)
+    [position] = found
+    checkpoint = position.checkpoint
+    [node] = [
+        checkpoint.object_graph_proto.nodes[number]
+        for number, bound in checkpoint.object_by_proto_id.items()
+        if bound is restored
+    ]
+    assert [child.local_name for child in node.children] == ["a"]
+    with pytest.raises(AssertionError):
+        status.assert_existing_objects_matched()
+    position.restore(restored.a)
+    assert restored.a.numpy() == 1.0
+    assert restored.a._update_uid == checkpoint.restore_uid
+    status.assert_existing_objects_matched()

@@ -2,11 +2,8 @@
 
 from collections.abc import Iterator
 import contextlib
-import glob
 import os
 import re
-import shutil
-import tempfile
 from typing import Any
 
 from absl import logging
@@ -21,8 +18,13 @@ from tf_regtopk.optimizers import wrapper
 from tf_regtopk.saving import saved_state
 from tf_regtopk.saving import worker_files
 
-_PARTIAL, _DELETED = "partial.", ".deleted-"
+_PARTIAL, _DAMAGED, _DELETED = "partial.", "damaged.", "epochs.deleted"
 _REST = "tf_regtopk"
+# The names of the files that a backup writes, and of no others. An epoch has at
+# most 9 digits, because workers tell each other an int32.
+_EPOCH_FILE = re.compile(
+    r"epoch-(\d{6}|[1-9]\d{6,8})(\.worker-\d+-of-\d+)?\.weights\.h5"
+)
 
 
 class Backup(keras.callbacks.Callback):
@@ -34,11 +36,13 @@ class Backup(keras.callbacks.Callback):
     same folder, whether or not they share a disk, and writes its own files; the
     workers agree on the newest epoch that all of them can load. Another number
     of workers or replicas can go on, if it can read the files of all. A file
-    gets its name once it is complete, and the epoch before stays. Callbacks
-    that change the training at the end of an epoch come before this one.
+    gets its name once it is complete, and the epoch before stays: training goes
+    on from the epoch before where the newest file is damaged. Callbacks that
+    change the training at the end of an epoch come before this one.
 
     Args:
-        directory: Path of a folder, the same on every worker.
+        directory: Path of a folder, the same on every worker. Other files in
+            the folder stay as they are.
 
     Example:
 
@@ -79,16 +83,8 @@ class Backup(keras.callbacks.Callback):
             ValueError: If they cannot be loaded, or differ in their weights.
         """
         wrapper.of_model(model)  # Builds it.
-        strategy = model.distribute_strategy
         self._clean_up()
-        epoch = self._newest_of_all(strategy)
-        if epoch:
-            logging.info("Resuming %s after epoch %d", self.directory, epoch)
-            with load_scope.load_scope(
-                self._path(epoch), strategy, model
-            ) as path:
-                model.load_weights(path)
-                _load_rest(model, path)
+        epoch = self._load_newest(model)
         _check_workers_agree(model)
         for found, path in self._files():
             if found > epoch:  # Some workers had saved it, and not all.
@@ -96,6 +92,60 @@ class Backup(keras.callbacks.Callback):
                 _remove(path)
         self._restored, self._next_epoch = model, epoch
         return epoch
+
+    def _load_newest(self, model: keras.Model) -> int:
+        """Loads the newest epoch that all workers can load, and returns it."""
+        strategy = model.distribute_strategy
+        refused: dict[int, Exception] = {}
+        for epoch in self._epochs_of_all(strategy):
+            error = self._load(epoch, model)
+            # All workers go on from the same epoch.
+            could = collectives.gather_from_workers(
+                [int(error is None)], strategy
+            )[:, 0]
+            if could.all():
+                logging.info(
+                    "Resuming %s after epoch %d", self.directory, epoch
+                )
+                self._keep_damaged(refused, epoch)
+                return epoch
+            refused[epoch] = error or ValueError(
+                "The backups of all replicas must be as they were written. "
+                f"Received: for epoch {epoch} others at the replicas "
+                f"{np.flatnonzero(could == 0).tolist()}, whose logs say why"
+            )
+        for error in refused.values():
+            raise error
+        return 0
+
+    def _keep_damaged(self, refused: dict[int, Exception], epoch: int) -> None:
+        """Renames the files that were refused, and says which and why."""
+        for damaged, path in self._files():
+            if damaged in refused:
+                _rename(path, _DAMAGED)
+        for damaged, error in refused.items():
+            logging.warning(
+                "Resuming %s after epoch %d, because the backup of epoch %d "
+                'cannot be loaded (kept as "%s..."): %s',
+                self.directory,
+                epoch,
+                damaged,
+                _DAMAGED,
+                error,
+            )
+
+    def _load(self, epoch: int, model: keras.Model) -> Exception | None:
+        """Loads the backup of an epoch, or returns why not."""
+        strategy = model.distribute_strategy
+        try:
+            with load_scope.load_scope(
+                self._path(epoch), strategy, model
+            ) as path:
+                model.load_weights(path)
+                _load_rest(model, path)
+        except (FileNotFoundError, ValueError) as error:
+            return error
+        return None
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         if self._restored is not self.model:
@@ -136,40 +186,55 @@ class Backup(keras.callbacks.Callback):
     def delete(self) -> None:
         """Deletes the backups, all at once, when all workers are done.
 
-        To be called by every worker. It waits for the others.
+        To be called by every worker. It waits for the others. The folder goes
+        as well, if nothing else is in it and it can be removed.
         """
         if self._restored is None:
             raise ValueError("`Backup.restore(model)` must be called first")
-        collectives.gather_from_workers([0], self._restored.distribute_strategy)
-        away = tempfile.mkdtemp(
-            prefix=f"{os.path.basename(self.directory)}{_DELETED}",
-            dir=os.path.dirname(os.path.abspath(self.directory)),
-        )
-        with contextlib.suppress(FileNotFoundError):  # A shared folder.
-            os.rename(self.directory, os.path.join(away, "backup"))
-        shutil.rmtree(away)
+        strategy = self._restored.distribute_strategy
+        collectives.gather_from_workers([0], strategy)
+        # From here on the backups count as deleted, also if this ends midway.
+        with open(os.path.join(self.directory, _DELETED), "w"):
+            pass
+        _flush(self.directory)
+        # Nobody needs the folder of several workers for that any more.
+        collectives.gather_from_workers([0], strategy)
+        self._remove_files()
+        # A mount point, a link, or a folder with other files in it stays.
+        with contextlib.suppress(OSError):
+            os.rmdir(self.directory)
 
     def _clean_up(self) -> None:
         """Removes what an earlier run was about to write or to delete."""
-        os.makedirs(self.directory, exist_ok=True)
-        for name in os.listdir(self.directory):
-            if name.startswith(_PARTIAL):
-                _remove(os.path.join(self.directory, name))
-        for folder in glob.glob(f"{glob.escape(self.directory)}{_DELETED}*"):
-            shutil.rmtree(folder, ignore_errors=True)
+        # A link may lead to a folder that is not there yet.
+        os.makedirs(os.path.realpath(self.directory), exist_ok=True)
+        if os.path.exists(os.path.join(self.directory, _DELETED)):
+            self._remove_files()
+        for _, path in self._files(_PARTIAL):
+            _remove(path)
+
+    def _remove_files(self) -> None:
+        """Removes every file that backups have written here, the mark last."""
+        for prefix in ("", _PARTIAL, _DAMAGED):
+            for _, path in self._files(prefix):
+                _remove(path)
+        _remove(os.path.join(self.directory, _DELETED))
 
     def _path(self, epoch: int) -> str:
         return os.path.join(self.directory, f"epoch-{epoch:06d}.weights.h5")
 
-    def _files(self) -> Iterator[tuple[int, str]]:
+    def _files(self, prefix: str = "") -> Iterator[tuple[int, str]]:
         """Epoch and path of every backup here, of any worker."""
-        for name in os.listdir(self.directory):
-            match = re.match(r"epoch-(\d+)\.", name)
-            if match:
-                yield int(match.group(1)), os.path.join(self.directory, name)
+        # Another worker may have removed a folder that they share.
+        with contextlib.suppress(FileNotFoundError):
+            for name in os.listdir(self.directory):
+                match = _EPOCH_FILE.fullmatch(name.removeprefix(prefix))
+                path = os.path.join(self.directory, name)
+                if name.startswith(prefix) and match and os.path.isfile(path):
+                    yield int(match.group(1)), path
 
-    def _newest_of_all(self, strategy: tf.distribute.Strategy) -> int:
-        """The newest epoch that every worker can load, the same on each."""
+    def _epochs_of_all(self, strategy: tf.distribute.Strategy) -> list[int]:
+        """The epochs that every worker has, the same on each, newest first."""
         here = sorted({epoch for epoch, _ in self._files()})
         loadable = [
             epoch
@@ -180,9 +245,9 @@ class Backup(keras.callbacks.Callback):
         newest = ([0, 0] + loadable)[-2:]
         of_all = collectives.gather_from_workers([len(here), *newest], strategy)
         common = set.intersection(*(set(row[1:].tolist()) for row in of_all))
-        epoch = max(common, default=0)
+        epochs = sorted(common - {0}, reverse=True)
         # One file without its peers is a first backup cut short: no loss.
-        if not epoch and max(row[0] for row in of_all) > 1:
+        if not epochs and max(row[0] for row in of_all) > 1:
             raise FileNotFoundError(
                 "The backups must be there of every worker for one of the last "
                 f"two epochs. Received: in {self.directory!r} those of epochs "
@@ -190,9 +255,9 @@ class Backup(keras.callbacks.Callback):
                 "workers the folders back; or, if the run had ended or is to "
                 "start anew, delete these"
             )
-        if here and not epoch:
+        if here and not epochs:
             logging.warning("The first backup was cut short. Starting anew")
-        return epoch
+        return epochs
 
 
 def _check_workers_agree(model: keras.Model) -> None:
@@ -249,6 +314,12 @@ def _checksum(model: keras.Model) -> int:
 def _remove(path: str) -> None:
     with contextlib.suppress(FileNotFoundError):  # A shared folder.
         os.remove(path)
+
+
+def _rename(path: str, prefix: str) -> None:
+    directory, name = os.path.split(path)
+    with contextlib.suppress(FileNotFoundError):  # A shared folder.
+        os.replace(path, os.path.join(directory, prefix + name))
 
 
 def _flush(path: str) -> None:

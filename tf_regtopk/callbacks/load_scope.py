@@ -82,7 +82,8 @@ def _check_loaded(
         raise ValueError(
             "The residual errors must be loaded within `load_scope`. Received: "
             "an optimizer that was not built, or files without them. Call "
-            "`sparsified.build(model.trainable_variables)` before"
+            "`sparsified.build(model.trainable_variables)` before; and load "
+            "what was saved by a plain optimizer without `load_scope`"
         )
     if model is not None:
         moment = wrapper.of_model(model).moment

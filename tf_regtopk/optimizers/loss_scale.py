@@ -1,9 +1,11 @@
 """Loss scaling for `mixed_float16` that all replicas agree on."""
 
+from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tf_regtopk import validation
@@ -92,6 +94,16 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         wrapper.build_once_for_all_replicas(
             self, lambda: super(LossScaleOptimizer, self).build(var_list)
         )
+
+    def load_own_variables(self, store: Mapping[str, np.ndarray]) -> None:
+        own = self._variables
+        inner = self.inner_optimizer.inner_optimizer
+        if self.built and len(store.keys()) == len(own) + len(inner.variables):
+            # Keras's own has saved this, around the plain inner optimizer.
+            for i, variable in enumerate(own):
+                variable.assign(store[str(i)])
+            return
+        super().load_own_variables(store)
 
     def apply(
         self,

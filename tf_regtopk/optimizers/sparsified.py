@@ -546,6 +546,12 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         state.assign_local([parts[:split] for parts in replicas])
         memory.assign_local([parts[split:] for parts in replicas])
 
+    def _clear_state(self) -> None:
+        state, memory = self._states()
+        for part in (state, memory):
+            arrays = list(itertools.chain(*part.initial_arrays()))
+            part.assign_local([arrays] * len(part.replicas))
+
     def _states(
         self,
     ) -> tuple[replica_state.ReplicaState, replica_state.ReplicaState]:

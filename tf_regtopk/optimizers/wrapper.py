@@ -11,6 +11,7 @@ from typing import Any
 from typing import Self
 import warnings
 
+from absl import logging
 import keras
 import numpy as np
 import numpy.typing as npt
@@ -20,12 +21,13 @@ from tf_regtopk import keras_internals
 from tf_regtopk import validation
 from tf_regtopk.kernels import tracing
 from tf_regtopk.saving import saved_state
-from tf_regtopk.saving import worker_files
 from tf_regtopk.steps import flat_buffer
 from tf_regtopk.steps import verdict
 
 
-class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
+class OptimizerWrapper(
+    keras_internals.CheckpointedAsInner, keras.optimizers.Optimizer, abc.ABC
+):
     """Aggregates gradients in its own way, and lets an inner optimizer apply.
 
     To Keras this is an optimizer with the inner one's learning rate, step count
@@ -68,6 +70,27 @@ class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
     @abc.abstractmethod
     def load_state(self, saved: saved_state.SavedState) -> None:
         """Loads a `saved_state.SavedState`, or raises and changes nothing."""
+
+    @abc.abstractmethod
+    def _clear_state(self) -> None:
+        """Gives the aggregation's state the values of a new optimizer."""
+
+    @property
+    def counters(self) -> list[keras.Variable]:
+        """The variables of the wrapper's own that change: steps and skips."""
+        return [self._iterations, self._skipped_steps]
+
+    def start_without_state(self) -> None:
+        """Starts as if new, because only the inner optimizer was saved."""
+        logging.warning(
+            "Optimizer '%s' goes on from what was saved without its residual "
+            "errors, as by a plain optimizer: these start at zero",
+            self.name,
+        )
+        if self.built:
+            self._clear_state()
+            for counter in self.counters:
+                counter.assign(0)
 
     @abc.abstractmethod
     def _step(
@@ -117,7 +140,15 @@ class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
         )
         self._create_state(variables)
         # `tf.train.Checkpoint` tracks it, and restores at once what it has.
-        setattr(self, worker_files.CHECKPOINT_KEY, _CheckpointedState(self))
+        setattr(self, keras_internals.CHECKPOINT_KEY, _CheckpointedState(self))
+
+    def release_inner_optimizer(self) -> None:
+        """Makes a plain Keras optimizer of the inner one again."""
+        keras_internals.sum_gradients_again(self.inner_optimizer)
+        for part in _parts(self.inner_optimizer):
+            for name in ("save_own_variables", "load_own_variables"):
+                if name in vars(part):
+                    delattr(part, name)
 
     def apply(
         self,
@@ -219,7 +250,8 @@ class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
         except KeyError:
             raise ValueError(
                 "`trainable_variables` must be those the optimizer was built "
-                f"with. Received the unknown variable: {variable}"
+                f"with. Received the unknown variable: {variable}. For a new "
+                "set of variables make a new optimizer"
             ) from None
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -310,8 +342,15 @@ class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
     def load_own_variables(self, store: Mapping[str, np.ndarray]) -> None:
         arrays = {name: store[name] for name in store.keys()}  # noqa: SIM118
         if not self.built:
-            numbered = {n: a for n, a in arrays.items() if n.isdigit()}
-            super().load_own_variables(numbered)  # Warns, and loads nothing.
+            # Else Keras would warn of the inner optimizer as well.
+            _leave_saving_to_wrapper(self.inner_optimizer)
+            if arrays:
+                warnings.warn(
+                    f"The optimizer '{self.name}' is not built yet, and loads "
+                    "nothing of what was saved. To go on from there call "
+                    "`sparsified.build(model.trainable_variables)` before.",
+                    stacklevel=2,
+                )
             return
         if not arrays:
             warnings.warn(
@@ -321,11 +360,24 @@ class OptimizerWrapper(keras.optimizers.Optimizer, abc.ABC):
             )
             return
         # All is checked before anything is assigned.
+        if self._is_of_inner_optimizer(arrays):
+            self.start_without_state()
+            for i, variable in enumerate(self.inner_optimizer.variables):
+                variable.assign(arrays[str(i)])
+            return
         saved, values = saved_state.from_arrays(arrays)
         validation.check_loaded_shapes(self.variables, values)
         self.load_state(saved)
         for variable, value in zip(self.variables, values, strict=True):
             variable.assign(value)
+
+    def _is_of_inner_optimizer(self, arrays: Mapping[str, np.ndarray]) -> bool:
+        """Returns whether the inner optimizer could have saved these arrays."""
+        variables = self.inner_optimizer.variables
+        return arrays.keys() == {str(i) for i in range(len(variables))} and all(
+            tuple(variable.shape) == arrays[str(i)].shape
+            for i, variable in enumerate(variables)
+        )
 
     def get_config(self) -> dict[str, Any]:
         # The base class's config is left out, because its arguments belong to
@@ -359,10 +411,21 @@ class _CheckpointedState(tf.train.experimental.PythonState):
         self._wrapper = wrapper
 
     def serialize(self) -> bytes:
-        return saved_state.to_bytes(self._wrapper.save_state())
+        return saved_state.to_bytes(
+            self._wrapper.save_state(),
+            [counter.numpy() for counter in self._wrapper.counters],
+        )
 
     def deserialize(self, string_value: bytes) -> None:
-        self._wrapper.load_state(saved_state.from_bytes(string_value))
+        saved, values = saved_state.from_bytes(string_value)
+        self._wrapper.load_state(saved)
+        # Version 0.1.0 stored the counters as variables, which TensorFlow
+        # restores.
+        if values:
+            for counter, value in zip(
+                self._wrapper.counters, values, strict=True
+            ):
+                counter.assign(value)
 
 
 def _leave_saving_to_wrapper(
@@ -373,8 +436,15 @@ def _leave_saving_to_wrapper(
     Else it would store them twice, and load them even where the wrapper has
     refused what was saved.
     """
-    for part in (inner_optimizer, *getattr(inner_optimizer, "optimizers", ())):
+    for part in _parts(inner_optimizer):
         part.save_own_variables = part.load_own_variables = lambda store: None
+
+
+def _parts(
+    optimizer: keras.optimizers.Optimizer,
+) -> list[keras.optimizers.Optimizer]:
+    """An optimizer, and those of which a `MultiOptimizer` consists."""
+    return [optimizer, *getattr(optimizer, "optimizers", ())]
 
 
 def of_model(model: keras.Model) -> "OptimizerWrapper":

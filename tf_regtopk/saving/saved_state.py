@@ -107,9 +107,10 @@ def from_arrays(
     if _DESCRIPTION not in arrays:
         raise ValueError(
             "The state must have been saved by a `SparsifiedOptimizer`. "
-            f"Received: arrays of the names {sorted(arrays)[:5]}. To go on "
-            "from the weights of a model that another optimizer has trained, "
-            "load them before `compile`"
+            f"Received: arrays of the names {sorted(arrays)[:5]}. What another "
+            "optimizer has saved is for a model compiled with that optimizer: "
+            "load it there, and then call `tf_regtopk.wrap(model)`; or load "
+            "the weights alone before `compile`"
         )
     try:
         own_checksum, text = np.split(
@@ -174,19 +175,21 @@ def _check_format(description: dict[str, Any]) -> None:
         )
 
 
-def to_bytes(saved: SavedState) -> bytes:
-    """Converts a `SavedState` to the bytes of an .npz file."""
+def to_bytes(
+    saved: SavedState, variables: Iterable[npt.ArrayLike] = ()
+) -> bytes:
+    """Converts what `to_arrays` takes to the bytes of an .npz file."""
     file = io.BytesIO()
     # Any, because a checker would take an array for `allow_pickle`.
-    arrays: dict[str, Any] = to_arrays(saved)
+    arrays: dict[str, Any] = to_arrays(saved, variables)
     np.savez(file, **arrays)
     return file.getvalue()
 
 
-def from_bytes(data: bytes) -> SavedState:
+def from_bytes(data: bytes) -> tuple[SavedState, list[np.ndarray]]:
     """Inverts `to_bytes`."""
     with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-        return from_arrays(arrays)[0]
+        return from_arrays(arrays)
 
 
 def is_saved_in(names: Iterable[str]) -> bool:

@@ -20,13 +20,12 @@ import zipfile
 import h5py
 import tensorflow as tf
 
+from tf_regtopk import keras_internals
 from tf_regtopk.distribute import strategy as strategy_lib
 from tf_regtopk.saving import saved_state
 
 # These suffixes stay at the end, because Keras tells files apart by them.
 _SUFFIXES = (".weights.h5", ".h5", ".keras")
-# The state of the wrapper has this name in a `tf.train.Checkpoint`.
-CHECKPOINT_KEY = "_checkpointed_state"
 
 # The files of all workers, and the list of what has been loaded.
 _scope: contextvars.ContextVar[
@@ -173,9 +172,9 @@ def read_states(path: str) -> list[saved_state.SavedState]:
         return _read_h5(path)
     reader = tf.train.load_checkpoint(path)
     return [
-        saved_state.from_bytes(reader.get_tensor(key))
+        saved_state.from_bytes(reader.get_tensor(key))[0]
         for key in reader.get_variable_to_shape_map()
-        if CHECKPOINT_KEY in key.split("/")
+        if set(keras_internals.CHECKPOINT_KEYS) & set(key.split("/"))
     ]
 
 

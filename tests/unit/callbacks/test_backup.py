@@ -13,6 +13,7 @@ import resume_program
 import tensorflow as tf
 
 import tf_regtopk
+from tf_regtopk.callbacks import backup as backup_lib
 from tf_regtopk.distribute import collectives
 from tf_regtopk.distribute import strategy as strategy_lib
 
@@ -89,7 +90,7 @@ def test_what_not_all_workers_have_is_removed(mirrored, tmp_path, monkeypatch):
     backup.restore(model)
     saved = back_up(backup, model, 3)
     # As if another worker had epoch 2 only.
-    monkeypatch.setattr(tf_regtopk.Backup, "_newest_of_all", lambda *_: 2)
+    monkeypatch.setattr(tf_regtopk.Backup, "_epochs_of_all", lambda *_: [2])
     assert tf_regtopk.Backup(tmp_path).restore(model) == 2
     assert resume_program.fingerprint(model) == saved[1]
     assert os.listdir(tmp_path) == ["epoch-000002.weights.h5"]
@@ -118,11 +119,151 @@ def test_delete_needs_a_restore_and_cleans_up(mirrored, tmp_path):
     backup = tf_regtopk.Backup(tmp_path / "backup")
     with pytest.raises(ValueError, match="must be called first"):
         backup.delete()
-    # A run that was ended while it deleted.
-    os.makedirs(tmp_path / "backup.deleted-x" / "backup")
     backup.restore(make(mirrored(0)))
     backup.delete()
     assert os.listdir(tmp_path) == []
+
+
+def test_a_deletion_that_is_cut_short(mirrored, tmp_path, monkeypatch):
+    """The next run starts anew, and does not go on from what is left."""
+    model, backup = make(mirrored(0)), tf_regtopk.Backup(tmp_path)
+    backup.restore(model)
+    back_up(backup, model, 3)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        calls = []
+
+        def interrupt(path):
+            calls.append(path)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            os.unlink(path)
+
+        patch.setattr(backup_lib, "_remove", interrupt)
+        backup.delete()
+    assert len(os.listdir(tmp_path)) == 2  # A backup, and the mark.
+    assert tf_regtopk.Backup(tmp_path).restore(model) == 0
+    assert os.listdir(tmp_path) == []
+
+
+FOREIGN = (
+    "thesis.txt",
+    "partial.notes",
+    "damaged.goods",
+    "epoch-2026.notes.txt",
+    "epoch-2026.weights.h5",
+    "epoch-000007.keras",
+    "epoch-99999999999.weights.h5",
+)
+FOREIGN_FOLDERS = (
+    "epoch-000099.weights.h5",
+    "partial.epoch-000099.weights.h5",
+    "epoch-000099.x",
+    "partial.x",
+)
+
+
+def test_what_others_have_put_there_stays(mirrored, tmp_path):
+    folder = tmp_path / "backup"
+    for name in FOREIGN_FOLDERS:
+        os.makedirs(folder / name)
+        (folder / name / "kept").write_text("")
+    for name in FOREIGN:
+        (folder / name).write_text("")
+    os.makedirs(tmp_path / "backup.deleted-thesis")
+    foreign = sorted([*FOREIGN, *FOREIGN_FOLDERS])
+    model, backup = make(mirrored(0)), tf_regtopk.Backup(folder)
+    assert backup.restore(model) == 0
+    back_up(backup, model, 2)
+    (folder / "partial.epoch-000003.worker-1-of-2.weights.h5").write_text("")
+    backup = tf_regtopk.Backup(folder)
+    assert backup.restore(model) == 2
+    assert set(os.listdir(folder)) - set(foreign) == {
+        "epoch-000001.weights.h5",
+        "epoch-000002.weights.h5",
+    }
+    backup.delete()
+    assert sorted(os.listdir(folder)) == foreign
+    assert sorted(os.listdir(tmp_path)) == ["backup", "backup.deleted-thesis"]
+
+
+def test_a_folder_that_cannot_be_removed(mirrored, tmp_path, monkeypatch):
+    """As a mount point, or in a parent that is not writable."""
+    model, backup = make(mirrored(0)), tf_regtopk.Backup(tmp_path)
+    backup.restore(model)
+    back_up(backup, model, 1)
+
+    def refuse(*_):
+        raise OSError("Device or resource busy")
+
+    for name in ("rmdir", "rename"):
+        monkeypatch.setattr(os, name, refuse)
+    backup.delete()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_that_is_a_link(mirrored, tmp_path):
+    model, folder = make(mirrored(0)), tmp_path / "backup"
+    os.symlink(tmp_path / "disk", folder)  # To what is not there yet.
+    backup = tf_regtopk.Backup(folder)
+    backup.restore(model)
+    back_up(backup, model, 1)
+    assert os.listdir(tmp_path / "disk") == ["epoch-000001.weights.h5"]
+    backup.delete()
+    assert os.path.islink(folder)
+    assert os.listdir(tmp_path / "disk") == []
+
+
+def test_the_intact_backup_before_a_damaged_one(mirrored, tmp_path, caplog):
+    model, backup = make(mirrored(2)), tf_regtopk.Backup(tmp_path)
+    backup.restore(model)
+    saved = back_up(backup, model, 2)
+    (tmp_path / "epoch-000002.weights.h5").write_bytes(b"no weights")
+    other, backup = make(mirrored(2)), tf_regtopk.Backup(tmp_path)
+    with caplog.at_level("WARNING", "absl"):
+        assert backup.restore(other) == 1
+    assert resume_program.fingerprint(other) == saved[0]
+    [line] = [r.message for r in caplog.records if "cannot be" in r.message]
+    assert "after epoch 1, because the backup of epoch 2 cannot" in line
+    assert "file signature not found" in line
+    assert sorted(os.listdir(tmp_path)) == [
+        "damaged.epoch-000002.weights.h5",
+        "epoch-000001.weights.h5",
+    ]
+    backup.set_model(other)
+    backup.on_epoch_end(1)
+    backup.delete()
+    assert not os.path.exists(tmp_path)
+
+
+def test_a_backup_that_is_damaged_at_another_worker(
+    mirrored, tmp_path, monkeypatch
+):
+    """All workers go on from the same epoch."""
+    model, backup = make(mirrored(0)), tf_regtopk.Backup(tmp_path)
+    backup.restore(model)
+    saved = back_up(backup, model, 2)
+    attempts = []
+
+    def gather(numbers, _):
+        if len(numbers) > 1:
+            return np.array([numbers, numbers])
+        attempts.append(numbers)
+        return np.array([numbers, [int(len(attempts) >= 2)]])
+
+    monkeypatch.setattr(collectives, "gather_from_workers", gather)
+    assert tf_regtopk.Backup(tmp_path).restore(model) == 1
+    assert resume_program.fingerprint(model) == saved[0]
+    monkeypatch.setattr(
+        collectives,
+        "gather_from_workers",
+        lambda numbers, _: (
+            np.array([numbers, [0] * len(numbers)])
+            if len(numbers) == 1
+            else np.array([numbers, numbers])
+        ),
+    )
+    with pytest.raises(ValueError, match=r"others at the replicas \[1\]"):
+        tf_regtopk.Backup(tmp_path).restore(model)
 
 
 def test_a_write_that_is_cut_short(mirrored, tmp_path, monkeypatch):
@@ -231,9 +372,8 @@ def newest(directories, monkeypatch):
                 lambda _, n=number: (n, len(directories)),
             )
             try:
-                results.append(
-                    tf_regtopk.Backup(directory)._newest_of_all(None)
-                )
+                epochs = tf_regtopk.Backup(directory)._epochs_of_all(None)
+                results.append(max(epochs, default=0))
             except InterruptedError:
                 pass
             except FileNotFoundError as e:

@@ -27,7 +27,8 @@ def test_state_round_trip():
     np.testing.assert_array_equal(back.shared, saved.shared)
     np.testing.assert_array_equal(variables[0], np.ones(3))
     assert variables[1] == 2
-    assert saved_state.from_bytes(saved_state.to_bytes(saved))[:3] == saved[:3]
+    back, variables = saved_state.from_bytes(saved_state.to_bytes(saved, [7]))
+    assert back[:3] == saved[:3] and variables == [7]
 
 
 @pytest.mark.parametrize(
