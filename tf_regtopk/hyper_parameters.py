@@ -6,6 +6,9 @@ import inspect
 from types import FunctionType
 from typing import Any
 from typing import Self
+import warnings
+
+import keras
 
 from tf_regtopk import validation
 
@@ -22,6 +25,10 @@ class HyperParameters:
             than the methods that they override, as a subclass written for an
             older version does.
     """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        _check_is_dataclass(cls)
+        return super().__new__(cls)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -52,6 +59,50 @@ class HyperParameters:
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
         return cls(**config)
+
+
+def warn_if_unregistered(*records: Any) -> None:
+    """Warns of classes that Keras will not find when it loads a model.
+
+    Args:
+        *records: Records, with records in their fields; other values do not
+            count.
+    """
+    for record in records:
+        if not isinstance(record, HyperParameters):
+            continue
+        class_ = type(record)
+        if keras.saving.get_registered_name(class_) == class_.__name__:
+            warnings.warn(
+                f"The class `{class_.__name__}` should be registered by "
+                "`@keras.saving.register_keras_serializable(package=...)` "
+                "above it, because the configuration of the optimizer, which "
+                "is saved with the model, has its name. Else loading needs "
+                f"`custom_objects={{{class_.__name__!r}: ...}}`.",
+                stacklevel=3,
+            )
+        warn_if_unregistered(
+            *(getattr(record, f.name) for f in dataclasses.fields(record))
+        )
+
+
+def _check_is_dataclass(cls: type) -> None:
+    """Raises if a class has parameters that its dataclass does not know."""
+    for class_ in cls.__mro__:
+        if class_ is HyperParameters or "__dataclass_fields__" in vars(class_):
+            return
+        fields = [
+            name
+            for name, kind in inspect.get_annotations(class_).items()
+            if "ClassVar" not in str(kind)
+        ]
+        if fields or "__init__" in vars(class_):
+            raise TypeError(
+                f"`{class_.__name__}` must be a frozen dataclass, whose "
+                "parameters are its fields: write "
+                "`@dataclasses.dataclass(frozen=True)` above it. Received: a "
+                f"class with {fields or '`__init__`'} of its own"
+            )
 
 
 def _check_arguments(

@@ -293,6 +293,58 @@ def check_local_state(
         )
 
 
+def check_memory(
+    method: str, returned: Sequence[tf.Tensor], before: Sequence[tf.Tensor]
+) -> None:
+    """Raises unless a sparsifier returns a memory like that of before.
+
+    Args:
+        method: Name of the class and its method.
+        returned: Tuple of the tensors that the method has returned.
+        before: Tuple of the tensors of `initial_memory`.
+    """
+
+    def describe(tensors: Sequence[tf.Tensor]) -> list[str]:
+        return [f"{tensor.dtype.name}{tensor.shape}" for tensor in tensors]
+
+    if describe(returned) != describe(before):
+        raise ValueError(
+            f"`{method}` must return tensors of the shapes and dtypes of "
+            f"`initial_memory`, {describe(before)}. "
+            f"Received: {describe(returned)}"
+        )
+
+
+def check_words(method: str, words: tf.Tensor, num_words: int) -> None:
+    """Raises unless a codec has written as many words as it says.
+
+    Args:
+        method: Name of the class and its method.
+        words: Tensor that the method has returned.
+        num_words: What `num_words` of the class says.
+    """
+    if words.dtype != tf.uint32 or not words.shape.is_compatible_with(
+        [num_words]
+    ):
+        raise ValueError(
+            f"`{method}` must return a uint32 tensor of as many words as "
+            f"`num_words` says, {num_words}. "
+            f"Received: dtype={words.dtype.name}, shape={words.shape}"
+        )
+
+
+def check_values(
+    method: str, values: tf.Tensor, k: int, dtype: tf.DType
+) -> None:
+    """Raises unless a codec has decoded k values of a dtype."""
+    if values.dtype != dtype or not values.shape.is_compatible_with([k]):
+        raise ValueError(
+            f"`{method}` must return a tensor of shape ({k},) and dtype "
+            f"{dtype.name}. "
+            f"Received: shape={values.shape}, dtype={values.dtype.name}"
+        )
+
+
 def check_replica_context() -> None:
     """Raises unless the call is in a replica context, with its gradients."""
     if tf.distribute.in_cross_replica_context():

@@ -8,6 +8,7 @@ import resume_program
 import tensorflow as tf
 
 import tf_regtopk
+from tf_regtopk.saving import saved_state
 from tf_regtopk.saving import worker_files
 
 FILES = ("m.keras", "m.weights.h5", "checkpoint")
@@ -107,6 +108,87 @@ def test_the_optimizer_itself_changes_nothing(files, mirrored):
     after = resume_program.fingerprint(model)
     for name in ("optimizer", "replicas"):
         assert after[name] == before[name]
+
+
+STATES = {
+    "no replicas": (
+        lambda s: s._replace(num_replicas=0),
+        "must be an integer >= 1. Received: num_replicas=0",
+    ),
+    "fewer than none": (
+        lambda s: s._replace(num_replicas=-1),
+        "num_replicas=-1",
+    ),
+    "a replica too many": (
+        lambda s: s._replace(replicas={**s.replicas, 2: s.replicas[1]}),
+        r"of those from 0 to 1. Received: \[0, 1, 2\]",
+    ),
+    "an error of NaN": (
+        lambda s: with_part(s, 0, np.full_like(s.replicas[1][0], np.nan)),
+        "must be finite. Received: ",
+    ),
+    "an index out of range": (
+        lambda s: with_part(s, 1, s.replicas[1][1] + 1000),
+        "memory of `RegTopK` must be of a gradient of",
+    ),
+    "another shape": (
+        lambda s: with_part(s, 0, s.replicas[1][0][:-1]),
+        r"arrays of a replica must be \['float32",
+    ),
+    "another dtype": (
+        lambda s: with_part(s, 1, s.replicas[1][1].astype("int64")),
+        "Received: .*'int64",
+    ),
+    "a part too many": (
+        lambda s: s._replace(shared=[np.zeros(2, "f4")]),
+        "arrays of a replica must be",
+    ),
+    "another density": (
+        lambda s: s._replace(moment={**s.moment, "density": 7.0}),
+        "`density` must be in",
+    ),
+    "another exchange": (
+        lambda s: s._replace(moment={**s.moment, "exchange": "none"}),
+        "`exchange` must be",
+    ),
+    "another `dense_below`": (
+        lambda s: s._replace(
+            layout={**s.layout, "dense_variables": ["bias_0"]}
+        ),
+        r"dense_variables=\[\]. Received: .*bias_0.*`dense_below`",
+    ),
+}
+
+
+def with_part(saved, part, array):
+    """Replaces an array of the last replica."""
+    arrays = list(saved.replicas[1])
+    arrays[part] = array
+    return saved._replace(replicas={**saved.replicas, 1: arrays})
+
+
+def test_states_that_cannot_be_loaded(mirrored):
+    """With right checksums, and without `load_scope`."""
+    model = make(mirrored(2))
+    optimizer = model.optimizer
+    good = optimizer.save_state()
+    resume_program.change(model, seed=1)
+    before = resume_program.fingerprint(model)
+    variables = [v.numpy() + 1 for v in optimizer.variables]
+    for name, (spoil, match) in STATES.items():
+        arrays = saved_state.to_arrays(spoil(good), variables)
+        with pytest.raises(ValueError, match=match):
+            optimizer.load_own_variables(arrays)
+        assert resume_program.fingerprint(model) == before, name
+    optimizer.load_own_variables(saved_state.to_arrays(good, variables))
+    assert resume_program.fingerprint(model) != before
+
+
+def test_dense_below_is_not_in_files_of_version_0_1_0(mirrored):
+    optimizer = make(mirrored(0)).optimizer
+    state = optimizer.save_state()
+    del state.layout["dense_variables"]
+    optimizer.load_state(state)
 
 
 def test_hyper_parameters_of_any_number_type(mirrored, tmp_path):

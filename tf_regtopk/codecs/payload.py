@@ -169,8 +169,17 @@ class PayloadCodec:
             that every receiver decodes, `[k]`.
         """
         words = self.values.encode(values, stream)
-        sent = self.values.decode(words, self.indices.k, self.dtype)
-        words = tf.concat([words, self.indices.encode(indices)], axis=0)
+        validation.check_words(
+            f"{type(self.values).__name__}.encode", words, self.num_value_words
+        )
+        sent = self._decode_values(words)
+        index_words = self.indices.encode(indices)
+        validation.check_words(
+            f"{type(self.indices).__name__}.encode",
+            index_words,
+            self.indices.num_words,
+        )
+        words = tf.concat([words, index_words], axis=0)
         return tf.bitcast(words, tf.int32), sent
 
     def num_used(self, payload: tf.Tensor) -> tf.Tensor:
@@ -233,7 +242,14 @@ class PayloadCodec:
         )
 
     def _decode_values(self, words: tf.Tensor) -> tf.Tensor:
-        return self.values.decode(words, self.indices.k, self.dtype)
+        values = self.values.decode(words, self.indices.k, self.dtype)
+        validation.check_values(
+            f"{type(self.values).__name__}.decode",
+            values,
+            self.indices.k,
+            self.dtype,
+        )
+        return values
 
     def _decodes_all_at_once(self, num_payloads: int) -> bool:
         """Returns whether the device suits operations on all payloads."""

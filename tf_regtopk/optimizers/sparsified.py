@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from tf_regtopk import codecs
 from tf_regtopk import error_feedback as error_feedback_lib
+from tf_regtopk import hyper_parameters
 from tf_regtopk import keras_internals
 from tf_regtopk import sparsifiers
 from tf_regtopk import validation
@@ -68,7 +69,8 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
     with the model, by Keras and by `tf.train.Checkpoint`, and training goes on
     to the bit. Another number of replicas gets the same total of errors. Of
     several workers each saves its own, see `Backup` and `worker_path`.
-    `model.set_weights` leaves both as they are.
+    `model.set_weights` leaves both as they are. `wrap` does all this for a
+    model that is compiled already.
 
     Args:
         inner_optimizer: The `keras.optimizers.Optimizer` to wrap. Created in
@@ -520,28 +522,35 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
 
     def load_state(self, saved: saved_state.SavedState) -> None:
         """Loads a `SavedState`, or raises and changes nothing."""
+        saved_state.check_replicas(saved)
         exchange = self._partition_for(saved)
-        saved_state.check_layout(
-            self._completed(saved.layout), self._layout_of(exchange)
-        )
+        layout = self._layout_of(exchange)
+        saved_state.check_layout(self._completed(saved.layout, layout), layout)
         state = exchange.feedback_state
         # Older ones could not have another than the sparsifier's.
         density = saved.moment.get("density", exchange.default_density)
         local, *other_parts = state.initial_arrays()
         shared = [*itertools.chain(*other_parts)]
+        initial_memory = [p.numpy() for p in exchange.initial_memory(density)]
         replicas = saved_state.state_of_replicas(
             worker_files.complete(saved, state.replicas, state.num_replicas),
             state.replicas,
             state.num_replicas,
             local,
             shared,
-            [part.numpy() for part in exchange.initial_memory(density)],
+            initial_memory,
         )
+        split = len(local) + len(shared)
+        saved_state.check_state(
+            replicas, [*local, *shared, *initial_memory], split
+        )
+        for parts in replicas:
+            exchange.check_memory(parts[split:])
+        # All is checked before anything is assigned.
         if exchange is not self._partition:
             self._change(lambda: setattr(self, "_partition", exchange))
         if density != self.density:
             self.set_density(density)
-        split = len(local) + len(shared)
         state, memory = self._states()
         state.assign_local([parts[:split] for parts in replicas])
         memory.assign_local([parts[split:] for parts in replicas])
@@ -565,7 +574,7 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         kind = saved.moment.get("exchange", "sparse")
         if kind == self.chosen_exchange:
             return self._partition
-        if self.exchange != "auto":
+        if self.exchange != "auto" or kind not in partition_lib.EXCHANGES:
             raise ValueError(
                 f'`exchange` must be "auto" or "{kind}" to load what was saved '
                 f'with exchange="{kind}". Received: exchange="{self.exchange}"'
@@ -595,9 +604,14 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
             },
         }
 
-    def _completed(self, layout: dict[str, Any]) -> dict[str, Any]:
+    def _completed(
+        self, layout: dict[str, Any], own: dict[str, Any]
+    ) -> dict[str, Any]:
         """The layout of a file of any version, to compare with one's own."""
+        # Version 0.1.0 did not store these.
+        dense = saved_state.DENSE_VARIABLES
         return {
+            dense: own[dense],
             **layout,
             **{
                 name: saved_config.complete(layout[name], record)
@@ -613,6 +627,12 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         }
 
     def get_config(self) -> dict[str, Any]:
+        hyper_parameters.warn_if_unregistered(
+            self.sparsifier,
+            self.codec.values,
+            self.error_feedback,
+            self.topology,
+        )
         return {
             **super().get_config(),
             "sparsifier": keras.saving.serialize_keras_object(self.sparsifier),

@@ -25,6 +25,8 @@ import numpy.typing as npt
 from tf_regtopk import version
 
 _DESCRIPTION = "replica_state"
+# What a layout calls the variables that are exchanged densely.
+DENSE_VARIABLES = "dense_variables"
 # Format 1 has no number, because version 0.1.0 wrote none. Format 2 names the
 # package of a class as well (`saved_config.py`), and has what is shared once.
 _FORMAT = 2
@@ -246,10 +248,63 @@ def check_layout(saved: dict[str, Any], layout: dict[str, Any]) -> None:
     for key in sorted({*layout, *saved}):
         expected, received = layout.get(key), saved.get(key)
         if expected != received:
+            advice = ""
+            if key == DENSE_VARIABLES:
+                advice = ". (`dense_below` says which variables these are)"
             raise ValueError(
                 "The saved residual errors must be of an optimizer with "
-                f"{key}={expected}. Received: {key}={received}"
+                f"{key}={expected}. Received: {key}={received}{advice}"
             )
+
+
+def check_replicas(saved: SavedState) -> None:
+    """Raises unless the numbers of the replicas make sense."""
+    count = saved.num_replicas
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(
+            "The saved number of replicas must be an integer >= 1. "
+            f"Received: num_replicas={count!r}"
+        )
+    if not set(saved.replicas) <= set(range(count)):
+        raise ValueError(
+            f"The saved replicas must be of those from 0 to {count - 1}. "
+            f"Received: {sorted(saved.replicas)}"
+        )
+
+
+def check_state(
+    replicas: Sequence[Sequence[np.ndarray]],
+    initial: Sequence[np.ndarray],
+    num_errors: int,
+) -> None:
+    """Raises unless the replicas of a process can resume with some arrays.
+
+    Args:
+        replicas: For each replica its list of arrays.
+        initial: Arrays of the right shapes and dtypes.
+        num_errors: How many of these are errors, which are finite; the others
+            are the memory of the sparsifier.
+    """
+
+    def describe(arrays: Sequence[np.ndarray]) -> list[str]:
+        return [f"{array.dtype}{list(array.shape)}" for array in arrays]
+
+    for parts in replicas:
+        parts = [np.asarray(part) for part in parts]
+        if describe(parts) != describe(initial):
+            raise ValueError(
+                f"The saved arrays of a replica must be {describe(initial)}. "
+                f"Received: {describe(parts)}"
+            )
+        for part, first in zip(
+            parts[:num_errors], initial[:num_errors], strict=True
+        ):
+            if not np.all(np.isfinite(part) | ~np.isfinite(first)):
+                raise ValueError(
+                    "The saved residual errors must be finite. Received: "
+                    f"{np.sum(~np.isfinite(part))} entries that are NaN or "
+                    "infinite"
+                )
 
 
 def combine(saved: SavedState, others: Iterable[SavedState]) -> SavedState:

@@ -1,9 +1,11 @@
 """The base class of sparsifiers."""
 
 import abc
+from collections.abc import Sequence
 import dataclasses
 from typing import ClassVar
 
+import numpy as np
 import tensorflow as tf
 
 from tf_regtopk import hyper_parameters
@@ -74,6 +76,16 @@ class Sparsifier(hyper_parameters.HyperParameters, abc.ABC):
         """
         del k, size, dtype
         return ()
+
+    def is_valid_memory(self, memory: Sequence[np.ndarray], size: int) -> bool:
+        """Returns whether a loaded memory makes sense, before it is used.
+
+        Args:
+            memory: NumPy arrays of the shapes and dtypes of `initial_memory`.
+            size: J, the number of entries of the gradient.
+        """
+        del memory, size
+        return True
 
     @abc.abstractmethod
     def score(

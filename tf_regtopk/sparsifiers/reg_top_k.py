@@ -1,11 +1,13 @@
 """RegTop-k."""
 
+from collections.abc import Sequence
 import dataclasses
 import math
 from typing import ClassVar
 from typing import Literal
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tf_regtopk import validation
@@ -115,6 +117,10 @@ class RegTopK(base.Sparsifier):
         del size
         # Delta is NaN, that is not defined, because nothing has been sent yet.
         return tf.range(k), tf.fill([k], tf.constant(math.nan, dtype))
+
+    def is_valid_memory(self, memory: Sequence[np.ndarray], size: int) -> bool:
+        indices, _ = memory
+        return bool(np.all((indices >= 0) & (indices < size)))
 
     def score(
         self, a: tf.Tensor, memory: tuple[tf.Tensor, tf.Tensor], step: tf.Tensor

@@ -257,13 +257,24 @@ class Partition:
         shapes = [list(variable.shape) for variable in self.variables]
         has_double = any(v.dtype == "float64" for v in self.variables)
         return {
-            "variables": saved_state.canonical_names(
-                [getattr(v, "path", v.name) for v in self.variables]
-            ),
+            "variables": _names_of(self.variables),
+            saved_state.DENSE_VARIABLES: _names_of(self._dense_variables),
             "shapes": shapes,
             "dtype": "float64" if has_double else "float32",
             "scope": self._choices.scope,
         }
+
+    def check_memory(self, memory: Sequence[np.ndarray]) -> None:
+        """Raises unless the sparsifier can go on with a saved memory."""
+        if self.kind == "dense":
+            return
+        sparsifier = self._choices.sparsifier
+        if not sparsifier.is_valid_memory(memory, self._buffer.size):
+            raise ValueError(
+                f"The saved memory of `{type(sparsifier).__name__}` must be of "
+                f"a gradient of {self._buffer.size} entries. "
+                f"Received: {list(memory)}"
+            )
 
     def telemetry(self) -> list[dict[str, Any]]:
         """Returns for each local participant the numbers of its last step."""
@@ -356,6 +367,13 @@ class Partition:
         if not k:
             return None
         return codec.payload(k, self._buffer.size, self._buffer.dtype)
+
+
+def _names_of(variables: Sequence[keras.Variable]) -> list[str]:
+    """The names of variables in a layout."""
+    return saved_state.canonical_names(
+        [getattr(v, "path", v.name) for v in variables]
+    )
 
 
 def _rule_when_dense(

@@ -189,12 +189,15 @@ def settle(
         they are are the same objects.
     """
     indices, values, local = sent
-    memory = method.sparsifier.remember(
+    remembered = method.sparsifier.remember(
         memory,
         indices,
         missing.applied(indices, values) if missing else values,
         selection.take(total, indices),
         step.number,
+    )
+    validation.check_memory(
+        f"{type(method.sparsifier).__name__}.remember", remembered, memory
     )
     after = method.error_feedback.update(local, indices, values, total, step)
     validation.check_local_state(
@@ -202,4 +205,4 @@ def settle(
     )
     if missing:
         after = missing.keep_state(local, after)
-    return tuple(after), memory
+    return tuple(after), remembered

@@ -304,3 +304,61 @@ def test_index_codecs_that_cannot_be_saved():
         tf_regtopk.Codec(Unknown)
     with pytest.raises(TypeError, match="a subclass of `IndexCodec`"):
         tf_regtopk.Codec(int)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lying(tf_regtopk.ValueCodec):
+    """Half precision of a number of words that is not its own."""
+
+    said: int = 3
+    decoded: int = 4
+
+    def num_words(self, k, dtype):
+        return self.said
+
+    def encode(self, values, stream):
+        return tf.bitcast(
+            tf.reshape(tf.cast(values, tf.float16), [-1, 2]), "uint32"
+        )
+
+    def decode(self, words, k, dtype):
+        return tf.zeros([self.decoded], dtype)
+
+
+@pytest.mark.parametrize(
+    "values, match",
+    [
+        (
+            Lying(),
+            r"`Lying.encode` must return a uint32 tensor of as many words as "
+            r"`num_words` says, 3. Received: dtype=uint32, shape=\(2,\)",
+        ),
+        (
+            Lying(2, 5),
+            r"`Lying.decode` must return a tensor of shape \(4,\) and dtype "
+            r"float32. Received: shape=\(5,\)",
+        ),
+    ],
+)
+def test_a_codec_that_is_wrong_about_itself(values, match):
+    codec = tf_regtopk.Codec("int32", values).payload(4, 100)
+    with pytest.raises(ValueError, match=match):
+        codec.encode(tf.range(4), tf.ones([4]), (0, 0))
+
+
+def test_an_index_codec_that_is_wrong_about_itself():
+    @keras.saving.register_keras_serializable("test_payload")
+    class Short(tf_regtopk.IndexCodec):
+        @property
+        def num_words(self):
+            return self.k + 1
+
+        def encode(self, indices):
+            return tf.bitcast(indices, tf.uint32)
+
+        def decode(self, words):
+            return tf.bitcast(words, tf.int32), tf.constant(True)
+
+    codec = tf_regtopk.Codec(Short).payload(4, 100)
+    with pytest.raises(ValueError, match="`Short.encode` must return.*says, 5"):
+        codec.encode(tf.range(4), tf.ones([4]), (0, 0))

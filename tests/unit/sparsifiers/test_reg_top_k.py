@@ -11,6 +11,14 @@ import tf_regtopk
 STEP = tf.constant(0, tf.int64)
 
 
+def test_memory_of_another_gradient():
+    sparsifier = tf_regtopk.RegTopK()
+    delta = np.full(2, np.nan)
+    assert sparsifier.is_valid_memory([np.array([0, 9]), delta], 10)
+    assert not sparsifier.is_valid_memory([np.array([0, 10]), delta], 10)
+    assert not sparsifier.is_valid_memory([np.array([-1, 9]), delta], 10)
+
+
 def test_reg_top_k_damps_what_the_others_cancel():
     """Two steps by hand: ratios 0, 1/2, 1, 2 and -1 of sum to own part."""
     sparsifier = tf_regtopk.RegTopK(0.8, mu=0.5)
