@@ -6,7 +6,6 @@ import os
 import re
 from typing import Any
 
-from absl import logging
 import h5py
 import keras
 import numpy as np
@@ -14,6 +13,7 @@ import tensorflow as tf
 
 from tf_regtopk.callbacks import load_scope
 from tf_regtopk.distribute import collectives
+from tf_regtopk.log import logger
 from tf_regtopk.optimizers import wrapper
 from tf_regtopk.saving import saved_state
 from tf_regtopk.saving import worker_files
@@ -37,7 +37,8 @@ class Backup(keras.callbacks.Callback):
     workers agree on the newest epoch that all of them can load. Another number
     of workers or replicas can go on, if it can read the files of all. A file
     gets its name once it is complete, and the epoch before stays: training goes
-    on from the epoch before where the newest file is damaged. Callbacks that
+    on from the epoch before where the newest file is damaged. Replicas whose
+    weights have drifted apart end the training with an error. Callbacks that
     change the training at the end of an epoch come before this one.
 
     Args:
@@ -88,7 +89,7 @@ class Backup(keras.callbacks.Callback):
         _check_workers_agree(model)
         for found, path in self._files():
             if found > epoch:  # Some workers had saved it, and not all.
-                logging.warning("Removing %s, which not all have", path)
+                logger.warning("Removing %s, which not all have", path)
                 _remove(path)
         self._restored, self._next_epoch = model, epoch
         return epoch
@@ -104,9 +105,7 @@ class Backup(keras.callbacks.Callback):
                 [int(error is None)], strategy
             )[:, 0]
             if could.all():
-                logging.info(
-                    "Resuming %s after epoch %d", self.directory, epoch
-                )
+                logger.info("Resuming %s after epoch %d", self.directory, epoch)
                 self._keep_damaged(refused, epoch)
                 return epoch
             refused[epoch] = error or ValueError(
@@ -124,7 +123,7 @@ class Backup(keras.callbacks.Callback):
             if damaged in refused:
                 _rename(path, _DAMAGED)
         for damaged, error in refused.items():
-            logging.warning(
+            logger.warning(
                 "Resuming %s after epoch %d, because the backup of epoch %d "
                 'cannot be loaded (kept as "%s..."): %s',
                 self.directory,
@@ -167,6 +166,7 @@ class Backup(keras.callbacks.Callback):
     def on_epoch_end(
         self, epoch: int, logs: dict[str, Any] | None = None
     ) -> None:
+        _check_replicas_agree(self.model)
         path = worker_files.worker_path(
             self._path(epoch + 1), self.model.distribute_strategy
         )
@@ -256,7 +256,7 @@ class Backup(keras.callbacks.Callback):
                 "start anew, delete these"
             )
         if here and not epochs:
-            logging.warning("The first backup was cut short. Starting anew")
+            logger.warning("The first backup was cut short. Starting anew")
         return epochs
 
 
@@ -271,6 +271,36 @@ def _check_workers_agree(model: keras.Model) -> None:
             "The workers' backups must be of the same run. Received: steps "
             f"{of_all[:, 0].tolist()} and weights with the checksums "
             f"{of_all[:, 1].tolist()}"
+        )
+
+
+def _check_replicas_agree(model: keras.Model) -> None:
+    """Raises on all workers unless all replicas have the same weights.
+
+    Between two steps they have, because they apply the same sums.
+    """
+    strategy = model.distribute_strategy
+    of_variables = [
+        strategy.experimental_local_results(variable.value)
+        for variable in model.trainable_variables
+    ]
+    # An int32 takes 31 of a checksum's bits.
+    of_local = [
+        saved_state.checksum(v.numpy() for v in of_replica) >> 1
+        for of_replica in zip(*of_variables, strict=True)
+    ]
+    gathered = collectives.gather_from_workers(of_local, strategy)
+    checksums = [
+        int(of_worker[replica % len(of_local)])
+        for replica, of_worker in enumerate(gathered)
+    ]
+    if len(set(checksums)) > 1:
+        raise RuntimeError(
+            "All replicas must have the same weights after an epoch, and this "
+            "epoch is not backed up. Go back to the backup before, and look "
+            "for what sets weights on one worker only, or for workers of "
+            "different versions or processors. Received: weights with the "
+            f"checksums {checksums}"
         )
 
 

@@ -85,8 +85,7 @@ def is_finite(flags: Sequence[Flags]) -> tf.Tensor:
 def tell_of_first_skip(num_skipped: tf.Tensor) -> None:
     """Prints the usual causes, on the first replica, before the first skip.
 
-    To be called in a replica context. By an operation of the graph, because a
-    function of Python would stay alive as long as the process.
+    To be called in a replica context.
 
     Args:
         num_skipped: Scalar integer tensor, the steps skipped so far.

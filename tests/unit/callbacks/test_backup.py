@@ -115,6 +115,20 @@ def test_workers_with_different_weights_are_refused(
         tf_regtopk.Backup(tmp_path).restore(model)
 
 
+def test_replicas_that_have_drifted_apart_are_not_backed_up(mirrored, tmp_path):
+    strategy = mirrored(2)
+    model, backup = make(strategy), tf_regtopk.Backup(tmp_path)
+    backup.restore(model)
+    back_up(backup, model, 1)
+    _, second = strategy.experimental_local_results(
+        model.trainable_variables[1].value
+    )
+    second.assign(2 * second + 1)
+    with pytest.raises(RuntimeError, match="must have the same weights after"):
+        backup.on_epoch_end(1)
+    assert len(os.listdir(tmp_path)) == 1
+
+
 def test_delete_needs_a_restore_and_cleans_up(mirrored, tmp_path):
     backup = tf_regtopk.Backup(tmp_path / "backup")
     with pytest.raises(ValueError, match="must be called first"):
@@ -219,7 +233,7 @@ def test_the_intact_backup_before_a_damaged_one(mirrored, tmp_path, caplog):
     saved = back_up(backup, model, 2)
     (tmp_path / "epoch-000002.weights.h5").write_bytes(b"no weights")
     other, backup = make(mirrored(2)), tf_regtopk.Backup(tmp_path)
-    with caplog.at_level("WARNING", "absl"):
+    with caplog.at_level("WARNING", "tf_regtopk"):
         assert backup.restore(other) == 1
     assert resume_program.fingerprint(other) == saved[0]
     [line] = [r.message for r in caplog.records if "cannot be" in r.message]
