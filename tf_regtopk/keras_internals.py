@@ -5,9 +5,11 @@ Nothing public serves in place of these parts; each part has a test that fails
 when upstream changes it.
 """
 
+from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
 import contextlib
+import functools
 import threading
 import weakref
 
@@ -30,6 +32,35 @@ def take_aggregated_gradients(optimizer: keras.optimizers.Optimizer) -> None:
     """
     for part in (optimizer, *getattr(optimizer, "optimizers", ())):
         part._all_reduce_sum_gradients = list
+
+
+def divide_by_no_zeros(optimizer: keras.optimizers.Optimizer) -> None:
+    """Makes Keras's Adafactor take gradients of which most entries are zero.
+
+    Adafactor divides each entry by the root of v = r c / mean(r), in which r
+    and c are the means of the squares in its row and in its column. Where all
+    of both are 0, v underflows, and 0 / 0 is NaN. Adafactor stores v by the
+    public `assign` before it divides, so that a tiny number can take the place
+    of 0. Nothing else changes, to the bit.
+
+    The optimizer must be built already, as for `take_aggregated_gradients`.
+    """
+    for part in (optimizer, *getattr(optimizer, "optimizers", ())):
+        if isinstance(part, keras.optimizers.Adafactor):
+            part.assign = functools.partial(_assign_no_zeros, part.assign)
+
+
+def _assign_no_zeros(
+    assign: Callable[[keras.Variable, tf.Tensor], None],
+    variable: keras.Variable,
+    value: tf.Tensor | tf.IndexedSlices,
+) -> None:
+    """Calls `assign` with a tiny number in the place of zeros."""
+    if not isinstance(value, tf.IndexedSlices):
+        # The smallest normal number, because others may be taken for 0.
+        tiny = 2.0 ** (-14 if value.dtype == tf.float16 else -126)
+        value = tf.where(tf.equal(value, 0), tf.cast(tiny, value.dtype), value)
+    assign(variable, value)
 
 
 def strategy_of(
