@@ -9,6 +9,7 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
 import contextlib
+import functools
 import operator
 import threading
 from typing import Any
@@ -89,13 +90,6 @@ def take_clipping(
         return [None if g is None else next(clipped) for g in gradients]
 
     return clip_present
-
-
-def sum_gradients_again(optimizer: keras.optimizers.Optimizer) -> None:
-    """Undoes `take_aggregated_gradients`."""
-    for part in (optimizer, *getattr(optimizer, "optimizers", ())):
-        if "_all_reduce_sum_gradients" in vars(part):
-            del part._all_reduce_sum_gradients
 
 
 def variables_of(
@@ -259,6 +253,43 @@ class _Positions:
 
     def append(self, position: "restore.CheckpointPosition") -> None:
         self._restore_child(self._name, position)
+
+
+def divide_by_no_zeros(optimizer: keras.optimizers.Optimizer) -> None:
+    """Makes Keras's Adafactor take gradients of which most entries are zero.
+
+    Adafactor divides each entry by the root of v = r c / mean(r), in which r
+    and c are the means of the squares in its row and in its column. Where all
+    of both are 0, v underflows, and 0 / 0 is NaN. Adafactor stores v by the
+    public `assign` before it divides, so that a tiny number can take the place
+    of 0. Nothing else changes, to the bit.
+
+    The optimizer must be built already, as for `take_aggregated_gradients`.
+    """
+    for part in (optimizer, *getattr(optimizer, "optimizers", ())):
+        if isinstance(part, keras.optimizers.Adafactor):
+            part.assign = functools.partial(_assign_no_zeros, part.assign)
+
+
+def _assign_no_zeros(
+    assign: Callable[[keras.Variable, tf.Tensor], None],
+    variable: keras.Variable,
+    value: tf.Tensor | tf.IndexedSlices,
+) -> None:
+    """Calls `assign` with a tiny number in the place of zeros."""
+    if not isinstance(value, tf.IndexedSlices):
+        # The smallest normal number, because others may be taken for 0.
+        tiny = 2.0 ** (-14 if value.dtype == tf.float16 else -126)
+        value = tf.where(tf.equal(value, 0), tf.cast(tiny, value.dtype), value)
+    assign(variable, value)
+
+
+def give_back(optimizer: keras.optimizers.Optimizer) -> None:
+    """Undoes what the functions above have changed in an optimizer."""
+    for part in (optimizer, *getattr(optimizer, "optimizers", ())):
+        for name in ("_all_reduce_sum_gradients", "_clip_gradients", "assign"):
+            if name in vars(part):
+                delattr(part, name)
 
 
 def strategy_of(

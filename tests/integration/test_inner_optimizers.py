@@ -8,6 +8,221 @@ import tensorflow as tf
 
 import tf_regtopk
 
+# Every optimizer of Keras, with its momentum where it has a choice.
+EVERY_OPTIMIZER = {
+    "sgd": lambda: keras.optimizers.SGD(0.05),
+    "momentum": lambda: keras.optimizers.SGD(0.05, momentum=0.9),
+    "nesterov": lambda: keras.optimizers.SGD(0.05, 0.9, nesterov=True),
+    "rmsprop": lambda: keras.optimizers.RMSprop(0.01),
+    "adam": lambda: keras.optimizers.Adam(0.01),
+    "amsgrad": lambda: keras.optimizers.Adam(0.01, amsgrad=True),
+    "adamw": lambda: keras.optimizers.AdamW(0.01),
+    "nadam": lambda: keras.optimizers.Nadam(0.01),
+    "adamax": lambda: keras.optimizers.Adamax(0.01),
+    "adagrad": lambda: keras.optimizers.Adagrad(0.01),
+    "adadelta": lambda: keras.optimizers.Adadelta(1.0),
+    "adafactor": lambda: keras.optimizers.Adafactor(0.01),
+    "muon": lambda: keras.optimizers.Muon(0.01),
+    "lion": lambda: keras.optimizers.Lion(0.001),
+    "lamb": lambda: keras.optimizers.Lamb(0.01),
+    "ftrl": lambda: keras.optimizers.Ftrl(0.05),
+    "schedulefree": lambda: keras.optimizers.ScheduleFreeAdamW(0.01),
+}
+# Those that say which of the others updates a variable, or scale the loss.
+WITHOUT_UPDATE = {"LossScaleOptimizer", "MultiOptimizer", "Optimizer"}
+
+
+def test_the_list_has_every_optimizer_of_keras():
+    found = {
+        name
+        for name, value in vars(keras.optimizers).items()
+        if isinstance(value, type)
+        and issubclass(value, keras.optimizers.Optimizer)
+    }
+    listed = {type(make()).__name__ for make in EVERY_OPTIMIZER.values()}
+    assert found - WITHOUT_UPDATE == listed
+
+
+def run_every_optimizer(strategy, shapes, sides, num_steps):
+    """Trains variables of each optimizer, each replica to a place of its own.
+
+    A `MultiOptimizer` of all of them makes it one program.
+
+    Args:
+        strategy: `tf.distribute.Strategy`.
+        shapes: List of shapes; each optimizer has a variable of each.
+        sides: List of `(wrap, order)`: a function of the `MultiOptimizer`, and
+            the numbers of the places of the replicas.
+        num_steps: Number of steps.
+
+    Yields:
+        After each step for each side a dict of arrays, by the name of the
+        optimizer and the place of the shape.
+    """
+    count = strategy.num_replicas_in_sync
+    rng = np.random.default_rng(0)
+    places = {
+        (name, i): tf.constant(rng.standard_normal((count, *shape)), "float32")
+        for name in EVERY_OPTIMIZER
+        for i, shape in enumerate(shapes)
+    }
+    made = []
+    with strategy.scope():
+        for wrap, order in sides:
+            parts = {name: make() for name, make in EVERY_OPTIMIZER.items()}
+            optimizer = wrap(
+                keras.optimizers.MultiOptimizer(
+                    lambda v, parts=parts: parts[v.path]
+                )
+            )
+            variables = {
+                (name, i): keras.Variable(
+                    np.ones(shapes[i], "float32"), name=name
+                )
+                for name, i in places
+            }
+            optimizer.build([*variables.values()])
+            made.append((optimizer, variables, tf.constant(order)))
+
+    @tf.function(autograph=False)
+    def step():
+        for optimizer, variables, order in made:
+            small_models.custom_loop_step(
+                strategy,
+                optimizer,
+                [*variables.values()],
+                lambda n, variables=variables, order=order: [
+                    (v.value - tf.gather(places[key], order[n])) / count
+                    for key, v in variables.items()
+                ],
+            )
+
+    for _ in range(num_steps):
+        step()
+        yield [
+            {key: v.numpy() for key, v in variables.items()}
+            for _, variables, _ in made
+        ]
+
+
+def wrapped(density):
+    return lambda inner: tf_regtopk.SparsifiedOptimizer(
+        inner, tf_regtopk.RegTopK(density)
+    )
+
+
+def test_every_optimizer_takes_gradients_of_zeros(mirrored):
+    """Adafactor divides by zero where a row and a column are zeros."""
+    *_, [weights] = run_every_optimizer(
+        mirrored(0), [(6, 5)], [(wrapped(0.05), [0])], num_steps=20
+    )
+    for key, value in weights.items():
+        assert np.isfinite(value).all() and np.any(value != 1.0), key
+
+
+@pytest.mark.slow
+def test_every_optimizer_does_what_it_does_unwrapped(mirrored):
+    """To the bit, because the sum of two numbers has no order."""
+    *_, (plain, dense, sparse) = run_every_optimizer(
+        mirrored(2),
+        [(6, 5), (2, 3, 4), (9, 4), (5,)],
+        [
+            (lambda inner: inner, [0, 1]),
+            (wrapped(1.0), [0, 1]),
+            (wrapped(0.01), [0, 1]),
+        ],
+        num_steps=20,
+    )
+    for key, value in plain.items():
+        np.testing.assert_array_equal(dense[key], value, err_msg=key)
+        assert np.isfinite(sparse[key]).all(), key
+
+
+@pytest.mark.slow
+def test_every_optimizer_at_density_one_is_within_the_order_of_the_sum(
+    mirrored,
+):
+    """Of three replicas, which sums in another order tell from each other."""
+    orders = [[0, 1, 2], [1, 2, 0], [2, 0, 1]]
+    steps = [
+        *run_every_optimizer(
+            mirrored(3),
+            [(6, 5), (2, 3, 4), (9, 4), (5,)],
+            [*((lambda inner: inner, order) for order in orders)]
+            + [(wrapped(1.0), orders[0])],
+            num_steps=20,
+        )
+    ]
+    for key in steps[0][0]:
+        plain, *others, dense = (side[key] for side in steps[0])
+        np.testing.assert_allclose(dense, plain, atol=1e-6, err_msg=key)
+        plain, *others, dense = (side[key] for side in steps[-1])
+        apart = max(np.abs(other - plain).max() for other in others)
+        # Three orders are a sample of all the roundings that may occur.
+        assert np.abs(dense - plain).max() <= 4 * apart + 1e-7, key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*EVERY_OPTIMIZER, "multi"])
+def test_every_optimizer_trains_every_kind_of_layer(name, mirrored):
+    def inner():
+        if name != "multi":
+            return EVERY_OPTIMIZER[name]()
+        return keras.optimizers.MultiOptimizer(
+            keras.optimizers.OptimizerMap(
+                keras.optimizers.SGD(0.05),
+                {".*kernel": keras.optimizers.Adafactor(0.01)},
+            )
+        )
+
+    def build():
+        return keras.Sequential(
+            [
+                keras.Input([6], dtype="int32"),
+                keras.layers.Embedding(40, 12),
+                keras.layers.Conv1D(8, 3, activation="relu"),
+                keras.layers.BatchNormalization(),
+                keras.layers.Flatten(),
+                keras.layers.Dense(16, activation="relu"),
+                keras.layers.LayerNormalization(),
+                keras.layers.Dense(1),
+            ]
+        )
+
+    x = np.random.default_rng(0).integers(0, 40, [64, 6])
+    model = small_models.fit(
+        mirrored(2),
+        small_models.wrap(inner, tf_regtopk.RegTopK(0.01)),
+        build,
+        (x, np.sin(x.sum(axis=1, keepdims=True))),
+        epochs=6,
+        batch_size=16,
+    )
+    assert model.optimizer.skipped_steps.numpy() == 0
+    assert all(np.isfinite(weight).all() for weight in model.get_weights())
+    losses = model.history.history["loss"]
+    if name != "momentum":  # Of the sum, it is too much here.
+        assert losses[-1] < losses[0]
+
+
+def test_adafactor_without_zero_rows_is_as_before():
+    """Only where it would divide by zero does it do anything else."""
+    gradient = np.random.default_rng(0).standard_normal((7, 4))
+    variables = []
+    for wrap in (lambda o: o, small_models.wrap):
+        variable = keras.Variable(np.ones((7, 4), "float32"))
+        optimizer = keras.optimizers.Adafactor(0.1)
+        if wrap is small_models.wrap:
+            optimizer = tf_regtopk.SparsifiedOptimizer(
+                optimizer, tf_regtopk.Dense()
+            )
+        for scale in (1.0, 1e-8, 1e8):
+            optimizer.apply(
+                [tf.constant(scale * gradient, "float32")], [variable]
+            )
+        variables.append(variable.numpy())
+    np.testing.assert_array_equal(*variables)
+
 
 @pytest.mark.parametrize(
     "inner, num_replicas",

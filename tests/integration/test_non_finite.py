@@ -1,9 +1,12 @@
 """Gradients with NaN or infinity: all replicas skip the whole step."""
 
+import warnings
+
 import flat_gradients
 import keras
 import numpy as np
 import pytest
+import small_models
 import tensorflow as tf
 
 import tf_regtopk
@@ -151,6 +154,84 @@ def test_skipped_steps_outlive_saving(tmp_path):
     model.save(tmp_path / "m.keras")
     loaded = keras.saving.load_model(tmp_path / "m.keras")
     assert loaded.optimizer.skipped_steps.numpy() == 1
+
+
+# ----- Weights that are lost after the exchange -----
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class DividesByZero(keras.optimizers.SGD):
+    def update_step(self, gradient, variable, learning_rate):
+        variable.assign_sub(learning_rate * gradient / tf.abs(gradient))
+
+
+@pytest.mark.parametrize("num_replicas, jit_compile", [(2, False), (0, True)])
+def test_weights_lost_in_the_inner_update_are_said_once(
+    num_replicas, jit_compile, mirrored
+):
+    with pytest.warns(UserWarning) as found:
+        model = small_models.fit(
+            mirrored(num_replicas),
+            small_models.wrap(DividesByZero, tf_regtopk.TopK(0.2)),
+            jit_compile=jit_compile,
+        )
+    # As plain Keras it goes on, for callbacks that look after the loss.
+    assert np.isnan(model.history.history["loss"]).all()
+    assert model.optimizer.skipped_steps.numpy() > 0
+    [message] = [
+        str(w.message) for w in found if "NaN or infinity" in str(w.message)
+    ]
+    assert "The weights of " in message and "kernel hold" in message
+    assert "the update of DividesByZero made them so" in message
+
+
+def test_steps_that_are_skipped_with_finite_weights_say_nothing():
+    variable = keras.Variable([1.0, 1.0])
+    optimizer = tf_regtopk.SparsifiedOptimizer(
+        keras.optimizers.SGD(), tf_regtopk.TopK(0.5)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.apply([tf.constant([np.nan, 0.0])], [variable])
+        optimizer.finalize_variable_values([variable])
+
+
+@pytest.mark.parametrize(
+    "rule, exchange, gradients, name",
+    [
+        # Each sum of two is finite, and so is each change that is sent.
+        (tf_regtopk.EF21(), "sparse", [1.0e38, 1.8e38], "Sum . of EF21"),
+        (
+            tf_regtopk.Accumulate(momentum=0.9),
+            "dense",
+            [1.0e38] * 3,
+            "Sum . of Accumulate",
+        ),
+        # The optimizer's own momentum.
+        (None, "dense", [1.0e38] * 3, "The weights of .*SGD made them so"),
+    ],
+)
+def test_sums_that_overflow_over_the_steps_are_said(
+    rule, exchange, gradients, name, mirrored
+):
+    """Such a step is taken: no replica looks through what it has summed up."""
+    strategy = mirrored(2)
+    with strategy.scope():
+        variable = keras.Variable([0.0, 0.0])
+        optimizer = tf_regtopk.SparsifiedOptimizer(
+            keras.optimizers.SGD(1.0, momentum=0.0 if rule else 0.9),
+            tf_regtopk.TopK(1.0),
+            error_feedback=rule,
+            exchange=exchange,
+        )
+        optimizer.build([variable])
+    step = flat_gradients.step_function(strategy, optimizer, [variable])
+    for gradient in gradients:
+        step(np.full((2, 2), gradient))
+    assert np.isinf(variable.numpy()).all()
+    assert optimizer.skipped_steps.numpy() == 0
+    with pytest.warns(UserWarning, match=name):
+        step(np.full((2, 2), np.nan))
 
 
 # ----- Loss scaling -----

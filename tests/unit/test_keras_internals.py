@@ -46,7 +46,7 @@ def test_keras_sums_gradients_where_we_turn_it_off(mirrored):
         -1.0,
         -10.0,
     ]
-    keras_internals.sum_gradients_again(optimizer)
+    keras_internals.give_back(optimizer)
     assert "_all_reduce_sum_gradients" not in vars(optimizer)
 
 
@@ -86,6 +86,30 @@ def test_the_method_turned_off_is_as_we_know_it():
     result = keras.optimizers.SGD()._all_reduce_sum_gradients(pairs)
     assert len(result) == 1 and result[0][1] is variable
     np.testing.assert_array_equal(result[0][0], 2.0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_adafactor_divides_by_zero_where_we_keep_it_from_it(dtype):
+    """In the rows and columns of zeros; and the rest stays to the bit."""
+    gradient = np.zeros((3, 4))
+    gradient[1, 2] = 0.1
+
+    def weights_after_steps(change):
+        variable = keras.Variable(np.ones((3, 4)), dtype=dtype)
+        optimizer = keras.optimizers.Adafactor(0.01)
+        optimizer.build([variable])
+        change(optimizer)
+        for _ in range(2):
+            optimizer.apply([tf.constant(gradient, dtype)], [variable])
+        return variable.numpy().astype("float32")
+
+    plain = weights_after_steps(lambda optimizer: None)
+    assert np.isnan(plain).any()
+    kept = weights_after_steps(keras_internals.divide_by_no_zeros)
+    assert kept[1, 2] < 1.0 and np.isfinite(kept).all()
+    np.testing.assert_array_equal(kept[gradient == 0], 1.0)
+    same = ~np.isnan(plain)
+    np.testing.assert_array_equal(kept[same], plain[same])
 
 
 def test_strategy_of_an_optimizer(mirrored):

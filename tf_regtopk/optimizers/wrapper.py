@@ -21,6 +21,7 @@ from tf_regtopk import keras_internals
 from tf_regtopk import validation
 from tf_regtopk.kernels import tracing
 from tf_regtopk.saving import saved_state
+from tf_regtopk.steps import finiteness
 from tf_regtopk.steps import flat_buffer
 from tf_regtopk.steps import verdict
 
@@ -58,6 +59,7 @@ class OptimizerWrapper(
         self.expects_skips = False
         # Whether the inner optimizer's clipping acts before the aggregation.
         self.clips_replicas = False
+        self._has_warned_of_loss = False
 
     @abc.abstractmethod
     def _create_state(self, variables: Sequence[keras.Variable]) -> None:
@@ -131,6 +133,7 @@ class OptimizerWrapper(
         keras_internals.take_aggregated_gradients(self.inner_optimizer)
         if self.clips_replicas:
             self._clip = keras_internals.take_clipping(self.inner_optimizer)
+        keras_internals.divide_by_no_zeros(self.inner_optimizer)
         super().build(variables)
         self._skipped_steps = self.add_variable(
             shape=(),
@@ -144,7 +147,7 @@ class OptimizerWrapper(
 
     def release_inner_optimizer(self) -> None:
         """Makes a plain Keras optimizer of the inner one again."""
-        keras_internals.sum_gradients_again(self.inner_optimizer)
+        keras_internals.give_back(self.inner_optimizer)
         for part in _parts(self.inner_optimizer):
             for name in ("save_own_variables", "load_own_variables"):
                 if name in vars(part):
@@ -220,8 +223,32 @@ class OptimizerWrapper(
             if not self.expects_skips:
                 verdict.tell_of_first_skip(self._skipped_steps.value)
             self._skipped_steps.assign_add(1)
+            # Looking at all weights costs little, because few steps are
+            # skipped.
+            finiteness.call_if_not_finite(self._kept(), self._warn_of_loss)
 
         return self._step(gradients, apply, skip)
+
+    def _kept(self) -> dict[str, tf.Variable]:
+        """Weights that no later step could make finite, by what to say."""
+        inner = type(self.inner_optimizer).__name__
+        return {
+            f"The weights of {getattr(variable, 'path', variable.name)} hold "
+            "NaN or infinity, though all gradients that were applied were "
+            f"finite: the update of {inner} made them so. Go back to a backup "
+            f"and lower the learning rate; or see whether {inner} divides by "
+            "zero where a gradient is 0, as most entries of a sparsified one "
+            "are (then it needs a positive `epsilon`).": variable.value
+            for variable in self._trainable_variables
+            # Such a variable gets another value in every step.
+            if not getattr(variable, "overwrite_with_gradient", False)
+        }
+
+    def _warn_of_loss(self, message: str) -> None:
+        """Warns once of numbers of `_kept` that are NaN or infinite."""
+        if not self._has_warned_of_loss:
+            self._has_warned_of_loss = True
+            warnings.warn(message, stacklevel=2)
 
     def _variables_of(
         self,
@@ -320,6 +347,8 @@ class OptimizerWrapper(
     def finalize_variable_values(
         self, var_list: Sequence[keras.Variable]
     ) -> None:
+        # The last step may have lost weights, and no later step says so.
+        finiteness.call_if_not_finite(self._kept(), self._warn_of_loss)
         self.inner_optimizer.finalize_variable_values(var_list)
 
     def set_weights(self, weights: Iterable[npt.ArrayLike]) -> None:

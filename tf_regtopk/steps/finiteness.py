@@ -1,8 +1,13 @@
 """Tests for NaN and infinity in the numbers of a step."""
 
+from collections.abc import Callable
 from collections.abc import Iterable
+from collections.abc import Mapping
 
+import numpy as np
 import tensorflow as tf
+
+from tf_regtopk import keras_internals
 
 
 def largest_magnitude(*tensors: tf.Tensor) -> tf.Tensor:
@@ -49,3 +54,29 @@ def are_finite(tensors: Iterable[tf.Tensor | tf.IndexedSlices]) -> tf.Tensor:
         [tf.reduce_all(tf.math.is_finite(v)) for v in values]
         + [tf.constant(True)]
     )
+
+
+def call_if_not_finite(
+    messages: Mapping[str, tf.Variable], call: Callable[[str], None]
+) -> None:
+    """Calls a Python function when some variable holds NaN or infinity.
+
+    In a program that XLA compiles as a whole nothing is called, because such a
+    program cannot call Python.
+
+    Args:
+        messages: Variables by what to say when they are not finite.
+        call: Function of the message of the first one that is not finite.
+    """
+    if keras_internals.in_xla_context():
+        return
+
+    def look(flags: np.ndarray) -> None:
+        for message, is_finite in zip(messages, flags, strict=True):
+            if not is_finite:
+                call(message)
+                break
+
+    flags = tf.stack([are_finite([v]) for v in messages.values()])
+    with tf.device("CPU:0"):
+        tf.numpy_function(look, [flags], [])

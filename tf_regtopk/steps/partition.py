@@ -276,6 +276,18 @@ class Partition:
                 f"Received: {list(memory)}"
             )
 
+    def kept_sums(self) -> list[tf.Variable]:
+        """This replica's variables in which gradients add up."""
+        return [
+            variable
+            for variable, dtype in zip(
+                tf.nest.flatten(self.feedback_state.variables()),
+                tf.nest.flatten(self.feedback_state.dtypes),
+                strict=True,
+            )
+            if dtype.is_floating
+        ]
+
     def telemetry(self) -> list[dict[str, Any]]:
         """Returns for each local participant the numbers of its last step."""
         return [
