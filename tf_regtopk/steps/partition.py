@@ -337,10 +337,17 @@ def _partition(
     sparse: list[int] = []
     dense: list[int] = []
     for slot, variable in enumerate(variables):
-        size = math.prod(variable.shape)
-        # An empty variable has nothing to exchange.  A "gradient"
-        # to overwrite with (float8 scales) is no summand but the next value,
-        # and the inner optimizer assigns it.
-        if size and not getattr(variable, "overwrite_with_gradient", False):
+        if is_summed(variable):
+            size = math.prod(variable.shape)
             (sparse if size >= dense_below else dense).append(slot)
     return tuple(sparse), tuple(dense)
+
+
+def is_summed(variable: keras.Variable) -> bool:
+    """Returns whether the replicas' gradients of a variable are summed."""
+    # An empty variable has nothing to exchange.  A "gradient" to overwrite with
+    # (float8 scales) is no summand but the next value, and the inner optimizer
+    # assigns it.
+    return math.prod(variable.shape) > 0 and not getattr(
+        variable, "overwrite_with_gradient", False
+    )
