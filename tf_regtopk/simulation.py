@@ -40,6 +40,7 @@ _SPARSIFIED = {
     "dense_below": 0,
     "exchange": "sparse",
     "topology": topology.AllGather(),
+    "accumulation_steps": 1,
 }
 # What Keras adds to the equations of an optimizer.
 _INNER = {

@@ -26,6 +26,7 @@ from tf_regtopk.saving import saved_state
 from tf_regtopk.saving import worker_files
 from tf_regtopk.steps import auto_exchange
 from tf_regtopk.steps import flat_buffer
+from tf_regtopk.steps import local_accumulation
 from tf_regtopk.steps import partition as partition_lib
 from tf_regtopk.steps import step
 
@@ -99,6 +100,13 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
             of each worker sum their gradients densely, and workers exchange
             entries. N then is the number of workers, and each sends its payload
             once, however many devices it has.
+        accumulation_steps: Integer m. Each replica adds up the gradients of m
+            batches, and the replicas exchange only the mean of the m: as one
+            batch m times larger would be. The other m - 1 batches send
+            nothing. `iterations`, and with it learning-rate schedules, counts
+            exchanges. A number that is not finite skips the exchange of all m
+            batches. All m must have gradients of the same variables. Takes an
+            array of J numbers.
         telemetry: Boolean. Whether each step also finds the numbers that
             `telemetry()` reads: norms, and how much was cancelled among the
             replicas. Takes some passes over the gradient. With `"ages"` each
@@ -138,6 +146,7 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         exchange: Literal["sparse", "dense", "auto"] = "sparse",
         topology: topology_lib.Topology | None = None,
         hierarchical: bool = False,
+        accumulation_steps: int = 1,
         telemetry: bool | Literal["ages"] = False,
         name: str | None = None,
         # Arguments of the base class get an error that says where to set them.
@@ -171,6 +180,8 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
             "exchange", exchange, (*partition_lib.EXCHANGES, "auto")
         )
         validation.check_boolean("hierarchical", hierarchical)
+        validation.check_integer("accumulation_steps", accumulation_steps, 1)
+        validation.check_no_inner_accumulation(inner_optimizer)
         validation.check_boolean("telemetry", telemetry, others=["ages"])
         topology = _choose_topology(topology, hierarchical)
         _check_topology(topology, codec, exchange)
@@ -186,9 +197,20 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         self.dense_below = dense_below
         self.exchange = exchange
         self.topology = topology
+        self.accumulation_steps = accumulation_steps
         self.has_telemetry = telemetry
 
     def _step(
+        self,
+        gradients: Sequence[flat_buffer.Gradient],
+        apply: Callable[[Sequence[flat_buffer.Gradient]], None],
+        skip: Callable[[], None],
+    ) -> tf.Tensor:
+        if self._accumulation is None:
+            return self._take_step(gradients, apply, skip)
+        return self._accumulation.step(gradients, self._take_step, apply, skip)
+
+    def _take_step(
         self,
         gradients: Sequence[flat_buffer.Gradient],
         apply: Callable[[Sequence[flat_buffer.Gradient]], None],
@@ -223,6 +245,11 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         if kind == "auto":
             kind = self._choose_exchange(variables)
         self._partition = self._new_partition(kind, variables)
+        self._accumulation = None
+        if self.accumulation_steps > 1:
+            self._accumulation = local_accumulation.LocalAccumulation(
+                variables, self.accumulation_steps
+            )
 
     def _new_partition(
         self, kind: partition_lib.Exchange, variables: Sequence[keras.Variable]
@@ -423,6 +450,9 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
                 )
             },
             shared=kept[0][num_local:],
+            accumulated=self._accumulation.save(state.replicas)
+            if self._accumulation
+            else {},
         )
 
     def load_state(self, saved: saved_state.SavedState) -> None:
@@ -436,14 +466,19 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         density = saved.moment.get("density", self.sparsifier.density)
         local, *other_parts = state.initial_arrays()
         shared = [*itertools.chain(*other_parts)]
+        ranks = state.replicas, state.num_replicas
+        complete = worker_files.complete(saved, *ranks)
         replicas = saved_state.state_of_replicas(
-            worker_files.complete(saved, state.replicas, state.num_replicas),
-            state.replicas,
-            state.num_replicas,
+            complete,
+            *ranks,
             local,
             shared,
             [part.numpy() for part in exchange.initial_memory(density)],
         )
+        if self._accumulation:
+            load_accumulated = self._accumulation.prepare(complete, *ranks)
+        else:
+            local_accumulation.check_saved(saved, num_batches=1)
         if exchange is not self._partition:
             self._change(lambda: setattr(self, "_partition", exchange))
         if density != self.density:
@@ -452,6 +487,8 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         state, memory = self._states()
         state.assign_local([parts[:split] for parts in replicas])
         memory.assign_local([parts[split:] for parts in replicas])
+        if self._accumulation:
+            load_accumulated()
 
     def _states(
         self,
@@ -484,6 +521,7 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
             "weights": saved_state.checksum(
                 variable.numpy() for variable in self._trainable_variables
             ),
+            **local_accumulation.moment_of(self._accumulation),
         }
 
     def _layout_of(self, exchange: partition_lib.Partition) -> dict[str, Any]:
@@ -526,6 +564,12 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
             "exchange": self.exchange,
             "topology": keras.saving.serialize_keras_object(self.topology),
             "telemetry": self.has_telemetry,
+            # Without it, files are as those of versions that do not know it.
+            **(
+                {"accumulation_steps": self.accumulation_steps}
+                if self.accumulation_steps > 1
+                else {}
+            ),
         }
 
 
