@@ -43,6 +43,7 @@ _SPARSIFIED = {
     "clipping": "aggregate",
     "exchange": "sparse",
     "topology": topology.AllGather(),
+    "accumulation_steps": 1,
 }
 # What Keras adds to the equations of an optimizer.
 _INNER = {

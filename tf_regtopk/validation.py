@@ -188,6 +188,20 @@ def check_no_parts(inner_optimizer: keras.optimizers.Optimizer) -> None:
         )
 
 
+def check_no_inner_accumulation(
+    inner_optimizer: keras.optimizers.Optimizer,
+) -> None:
+    """Raises if the inner optimizer would accumulate what has been sent."""
+    steps = inner_optimizer.gradient_accumulation_steps
+    if steps:
+        raise ValueError(
+            "`gradient_accumulation_steps` of the `inner_optimizer` must be "
+            f"None: pass `accumulation_steps={steps}` to the wrapper, which "
+            "accumulates before anything is sent. Received: "
+            f"gradient_accumulation_steps={steps}"
+        )
+
+
 def check_no_base_arguments(arguments: Mapping[str, Any]) -> None:
     """Raises if arguments that belong on the inner optimizer were given."""
     for name, value in arguments.items():
@@ -205,6 +219,11 @@ def check_no_base_setting(name: str, value: Any) -> None:
 
 
 def _refuse_base_setting(name: str, value: Any) -> None:
+    if name == "gradient_accumulation_steps":
+        raise ValueError(
+            "`gradient_accumulation_steps` must be `accumulation_steps` of the "
+            f"wrapper. Received: {name}={value!r}"
+        )
     raise ValueError(
         f"`{name}` must be set on the `inner_optimizer`, not on the "
         f"wrapper. Received: {name}={value!r}"

@@ -1,7 +1,6 @@
 """Branches that all replicas take together."""
 
 from collections.abc import Callable
-from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -9,10 +8,10 @@ import tensorflow as tf
 
 def call_on_all_replicas(
     condition: tf.Tensor,
-    if_true: Callable[..., None],
-    if_false: Callable[[], None],
+    if_true: Callable[..., tf.Tensor | None],
+    if_false: Callable[..., tf.Tensor | None],
     args: tuple[Any, ...],
-) -> None:
+) -> tf.Tensor | None:
     """Calls one of two functions on every replica, in its replica context.
 
     To be called in a replica context. The branch is taken outside of it,
@@ -21,35 +20,38 @@ def call_on_all_replicas(
 
     Args:
         condition: Scalar bool tensor, the same on every replica.
-        if_true: Function of `args`, without a result.
-        if_false: Function of no arguments, without a result.
+        if_true: Function of `args`.
+        if_false: Function of `args`.
         args: Tuple of structures of tensors of this replica.
+
+    Returns:
+        What the function that was called has returned on the first replica of
+        this process: a tensor in the memory of the host, or None.
     """
 
     def branch(
         strategy: tf.distribute.Strategy,
         condition: tf.Tensor,
         tensors: tuple[tf.Tensor, ...],
-    ) -> None:
+    ) -> tf.Tensor | None:
         condition = strategy.experimental_local_results(condition)[0]
 
-        def call_if_true(*tensors: tf.Tensor) -> None:
-            if_true(
-                *tf.nest.pack_sequence_as(args, tensors, expand_composites=True)
+        def call(function: Callable[..., tf.Tensor | None]) -> tf.Tensor | None:
+            def call_packed(*tensors: tf.Tensor) -> tf.Tensor | None:
+                return function(
+                    *tf.nest.pack_sequence_as(
+                        args, tensors, expand_composites=True
+                    )
+                )
+
+            results = strategy.extended.call_for_each_replica(
+                call_packed, args=tensors
             )
+            return strategy.experimental_local_results(results)[0]
 
-        def call(
-            function: Callable[..., None], tensors: Sequence[tf.Tensor] = ()
-        ) -> None:
-            strategy.extended.call_for_each_replica(function, args=tensors)
-
-        tf.cond(
-            condition,
-            lambda: call(call_if_true, tensors),
-            lambda: call(if_false),
-        )
+        return tf.cond(condition, lambda: call(if_true), lambda: call(if_false))
 
     tensors = tf.nest.flatten(args, expand_composites=True)
-    tf.distribute.get_replica_context().merge_call(
+    return tf.distribute.get_replica_context().merge_call(
         branch, args=(condition, tuple(tensors))
     )

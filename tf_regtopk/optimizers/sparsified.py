@@ -31,6 +31,7 @@ from tf_regtopk.saving import saved_state
 from tf_regtopk.saving import worker_files
 from tf_regtopk.steps import auto_exchange
 from tf_regtopk.steps import flat_buffer
+from tf_regtopk.steps import local_accumulation
 from tf_regtopk.steps import partition as partition_lib
 from tf_regtopk.steps import step
 from tf_regtopk.steps import variable_rules
@@ -117,6 +118,13 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
             of each worker sum their gradients densely, and workers exchange
             entries. N then is the number of workers, and each sends its payload
             once, however many devices it has.
+        accumulation_steps: Integer m. Each replica adds up the gradients of m
+            batches, and the replicas exchange only the mean of the m: as one
+            batch m times larger would be. The other m - 1 batches send
+            nothing. `iterations`, and with it learning-rate schedules, counts
+            exchanges. A number that is not finite skips the exchange of all m
+            batches. All m must have gradients of the same variables. Takes an
+            array of J numbers.
         telemetry: Boolean. Whether each step also finds the numbers that
             `telemetry()` reads: norms, and how much was cancelled among the
             replicas. Takes some passes over the gradient. With `"ages"` each
@@ -159,6 +167,7 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         exchange: Literal["sparse", "dense", "auto"] = "sparse",
         topology: topology_lib.Topology | None = None,
         hierarchical: bool = False,
+        accumulation_steps: int = 1,
         telemetry: bool | Literal["ages"] = False,
         name: str | None = None,
         # Arguments of the base class get an error that says where to set them.
@@ -197,6 +206,8 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
             "exchange", exchange, (*partition_lib.EXCHANGES, "auto")
         )
         validation.check_boolean("hierarchical", hierarchical)
+        validation.check_integer("accumulation_steps", accumulation_steps, 1)
+        validation.check_no_inner_accumulation(inner_optimizer)
         validation.check_boolean("telemetry", telemetry, others=["ages"])
         topology = _choose_topology(topology, hierarchical)
         _check_topology(topology, codec, exchange)
@@ -213,6 +224,7 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         self.clips_replicas = clipping == "replica"
         self.exchange = exchange
         self.topology = topology
+        self.accumulation_steps = accumulation_steps
         self.has_telemetry = telemetry
 
     def _step(
@@ -221,6 +233,18 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         apply: Callable[[Sequence[flat_buffer.Gradient]], None],
         skip: Callable[[], None],
     ) -> tf.Tensor:
+        if self._accumulation is None:
+            return self._take_step(gradients, apply, skip)
+        return self._accumulation.step(gradients, self._take_step, apply, skip)
+
+    def _take_step(
+        self,
+        gradients: Sequence[flat_buffer.Gradient],
+        apply: Callable[[Sequence[flat_buffer.Gradient]], None],
+        skip: Callable[[], None],
+    ) -> tf.Tensor:
+        if self.clips_replicas:
+            gradients = self._clip(gradients)
         return step.take_step(
             self._partition,
             gradients,
@@ -268,6 +292,11 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         if kind == "auto":
             kind = self._choose_exchange(variables)
         self._partition = self._new_partition(kind, variables)
+        self._accumulation = None
+        if self.accumulation_steps > 1:
+            self._accumulation = local_accumulation.LocalAccumulation(
+                variables, self.accumulation_steps
+            )
         if self._participants.cluster.worker == 0:
             notices.tell_what_is_sent(
                 self._partition.wire_report(is_quick=True),
@@ -299,6 +328,7 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
                     "inner_optimizer",
                 )
             },
+            "accumulation_steps": self.accumulation_steps,
         }
 
     def _new_partition(
@@ -531,6 +561,9 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
                 )
             },
             shared=kept[0][num_local:],
+            accumulated=self._accumulation.save(state.replicas)
+            if self._accumulation
+            else {},
         )
 
     def load_state(self, saved: saved_state.SavedState) -> None:
@@ -545,10 +578,11 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         local, *other_parts = state.initial_arrays()
         shared = [*itertools.chain(*other_parts)]
         initial_memory = [p.numpy() for p in exchange.initial_memory(density)]
+        ranks = state.replicas, state.num_replicas
+        complete = worker_files.complete(saved, *ranks)
         replicas = saved_state.state_of_replicas(
-            worker_files.complete(saved, state.replicas, state.num_replicas),
-            state.replicas,
-            state.num_replicas,
+            complete,
+            *ranks,
             local,
             shared,
             initial_memory,
@@ -559,6 +593,10 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         )
         for parts in replicas:
             exchange.check_memory(parts[split:])
+        if self._accumulation:
+            load_accumulated = self._accumulation.prepare(complete, *ranks)
+        else:
+            local_accumulation.check_saved(saved, num_batches=1)
         # All is checked before anything is assigned.
         if exchange is not self._partition:
             self._change(lambda: setattr(self, "_partition", exchange))
@@ -567,12 +605,16 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         state, memory = self._states()
         state.assign_local([parts[:split] for parts in replicas])
         memory.assign_local([parts[split:] for parts in replicas])
+        if self._accumulation:
+            load_accumulated()
 
     def _clear_state(self) -> None:
         state, memory = self._states()
         for part in (state, memory):
             arrays = list(itertools.chain(*part.initial_arrays()))
             part.assign_local([arrays] * len(part.replicas))
+        if self._accumulation:
+            self._accumulation.clear()
 
     def _states(
         self,
@@ -605,6 +647,7 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
             "weights": saved_state.checksum(
                 variable.numpy() for variable in self._trainable_variables
             ),
+            **local_accumulation.moment_of(self._accumulation),
         }
 
     def _layout_of(self, exchange: partition_lib.Partition) -> dict[str, Any]:
@@ -661,6 +704,12 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
             "exchange": self.exchange,
             "topology": keras.saving.serialize_keras_object(self.topology),
             "telemetry": self.has_telemetry,
+            # Without it, files are as those of versions that do not know it.
+            **(
+                {"accumulation_steps": self.accumulation_steps}
+                if self.accumulation_steps > 1
+                else {}
+            ),
         }
 
 

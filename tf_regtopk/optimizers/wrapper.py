@@ -110,7 +110,7 @@ class OptimizerWrapper(
             skip: Function to be called instead if a number is not finite.
 
         Returns:
-            Scalar bool tensor, True if the step was taken.
+            Scalar bool tensor, False if the step was skipped.
         """
 
     def build(self, variables: Sequence[keras.Variable]) -> None:
@@ -179,10 +179,11 @@ class OptimizerWrapper(
         grads: Iterable[flat_buffer.Gradient],
         trainable_variables: Iterable[keras.Variable] | None = None,
     ) -> tf.Tensor:
-        """Applies gradients, and returns whether the step was taken.
+        """Applies gradients, and returns whether no step was skipped.
 
         Returns:
-            Scalar bool tensor, the same on every replica.
+            Scalar bool tensor, False if the step was skipped, the same on every
+            replica.
         """
         grads = list(grads)
         if not grads:
@@ -210,8 +211,6 @@ class OptimizerWrapper(
         )
         for slot, grad in zip(slots, grads, strict=True):
             gradients[slot] = grad
-        if self.clips_replicas:
-            gradients = self._clip(gradients)
 
         def apply(aggregate: Sequence[flat_buffer.Gradient]) -> None:
             self.inner_optimizer.apply(
@@ -430,7 +429,14 @@ class OptimizerWrapper(
                 config[name] = keras.saving.deserialize_keras_object(
                     value, custom_objects=custom_objects
                 )
-        return cls(**config)
+        inner = config["inner_optimizer"]
+        accumulates = inner.gradient_accumulation_steps
+        # Version 0.1.0 let the inner optimizer accumulate, so files may say so.
+        if "accumulation_steps" not in config:
+            inner.gradient_accumulation_steps = None
+        wrapper = cls(**config)
+        inner.gradient_accumulation_steps = accumulates
+        return wrapper
 
 
 class _CheckpointedState(tf.train.experimental.PythonState):

@@ -6,12 +6,15 @@ unchanged each resumes with exactly its own state, and any other number N' of
 replicas gets the same total:
 
     e_n = (sum over the N saved replicas m of e_m) / N'     for n = 1 .. N'
+
+The same holds for the gradients of batches that have not been exchanged yet.
 """
 
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import io
+import itertools
 import json
 import re
 from typing import Any
@@ -50,6 +53,10 @@ class SavedState(NamedTuple):
         shared: List of arrays, the state that is the same on all replicas.
             None in a file of format 1, where each replica has it between its
             own state and the memory.
+        accumulated: Dict from a replica's rank to a list, for each device that
+            shares the replica's state, of lists of arrays: the sums of the
+            gradients of an accumulation that has not been exchanged. Empty
+            between accumulations.
     """
 
     layout: dict[str, Any]
@@ -57,6 +64,7 @@ class SavedState(NamedTuple):
     num_replicas: int
     replicas: dict[int, list[np.ndarray]]
     shared: Sequence[np.ndarray] | None = ()
+    accumulated: Mapping[int, Sequence[Sequence[np.ndarray]]] = {}
 
 
 def to_arrays(
@@ -77,6 +85,10 @@ def to_arrays(
             arrays[_name(n, i)] = np.asarray(part)
     for i, part in enumerate(saved.shared or ()):
         arrays[_shared_name(i)] = np.asarray(part)
+    for n, devices in saved.accumulated.items():
+        for device, parts in enumerate(devices):
+            for i, part in enumerate(parts):
+                arrays[_accumulated_name(n, device, i)] = np.asarray(part)
     description = {
         "format": 1 if saved.shared is None else _FORMAT,
         "library": version.__version__,
@@ -87,6 +99,11 @@ def to_arrays(
         "shared": len(saved.shared or ()),
         "checksums": {name: checksum([a]) for name, a in arrays.items()},
     }
+    if saved.accumulated:
+        description["accumulated"] = {
+            str(n): [len(parts) for parts in devices]
+            for n, devices in saved.accumulated.items()
+        }
     text = np.frombuffer(json.dumps(description).encode(), np.uint8)
     own_checksum = np.array([checksum([text])], "<u4").view(np.uint8)
     return {_DESCRIPTION: np.concatenate([own_checksum, text]), **arrays}
@@ -139,6 +156,16 @@ def from_arrays(
                 for n, num_parts in description["replicas"].items()
             },
             _read_shared(arrays, description),
+            {
+                int(n): [
+                    [
+                        np.asarray(arrays[_accumulated_name(n, device, i)])
+                        for i in range(num_parts)
+                    ]
+                    for device, num_parts in enumerate(devices)
+                ]
+                for n, devices in description.get("accumulated", {}).items()
+            },
         )
     except NewerFormatError:
         raise
@@ -321,9 +348,11 @@ def combine(saved: SavedState, others: Iterable[SavedState]) -> SavedState:
         ValueError: If no `SavedState` has some of the replicas.
     """
     replicas = dict(saved.replicas)
+    accumulated = dict(saved.accumulated)
     for other in others:
         if other[:3] == saved[:3]:
             replicas.update(other.replicas)
+            accumulated.update(other.accumulated)
     missing = sorted(set(range(saved.num_replicas)) - set(replicas))
     if missing:
         raise ValueError(
@@ -331,7 +360,7 @@ def combine(saved: SavedState, others: Iterable[SavedState]) -> SavedState:
             f"of the run as they were at step {saved.moment['step']}. "
             f"Received: none with the replicas {missing}"
         )
-    return saved._replace(replicas=replicas)
+    return saved._replace(replicas=replicas, accumulated=accumulated)
 
 
 def needs_others(
@@ -411,6 +440,70 @@ def state_of_replicas(
     return [[*state, *common, *memory] for _ in replicas]
 
 
+def accumulated_of_replicas(
+    saved: SavedState,
+    replicas: Sequence[int],
+    num_replicas: int,
+    initial: Sequence[Sequence[np.ndarray]],
+) -> list[Sequence[Sequence[np.ndarray]]]:
+    """Returns the accumulated gradients with which a process's replicas resume.
+
+    Args:
+        saved: `SavedState`.
+        replicas: Ranks of the replicas to load.
+        num_replicas: Number of replicas in the run that loads.
+        initial: For each device that shares a replica's state, the list of its
+            initial arrays: zeros.
+
+    Returns:
+        List like `initial` for each of `replicas`.
+
+    Raises:
+        ValueError: If the arrays are of other shapes or dtypes.
+
+    Example:
+
+    >>> saved = SavedState(
+    ...     {}, {}, 1, {}, accumulated={0: [[np.array([1.0, 2.0])]]})
+    >>> accumulated_of_replicas(
+    ...     saved, [1], num_replicas=2, initial=[[np.zeros(2)]])
+    [[[array([0.5, 1. ])]]]
+    """
+    expected = _shapes(initial[0])
+    for parts in itertools.chain(*saved.accumulated.values()):
+        if _shapes(parts) != expected:
+            raise ValueError(
+                "The saved accumulated gradients must be of the shapes and "
+                f"dtypes {expected}. Received: {_shapes(parts)}"
+            )
+
+    def spread(
+        of_devices: Sequence[Sequence[np.ndarray]], num_devices: int
+    ) -> Sequence[Sequence[np.ndarray]]:
+        if not of_devices:
+            return initial
+        share = [
+            (np.sum(values, axis=0, dtype=np.float64) / num_devices).astype(
+                values[0].dtype
+            )
+            for values in zip(*of_devices, strict=True)
+        ]
+        return [share] * len(initial)
+
+    if num_replicas != saved.num_replicas:
+        of_devices = [*itertools.chain(*saved.accumulated.values())]
+        return [spread(of_devices, num_replicas * len(initial))] * len(replicas)
+    found = [saved.accumulated.get(n, ()) for n in replicas]
+    return [
+        parts if len(parts) == len(initial) else spread(parts, len(initial))
+        for parts in found
+    ]
+
+
+def _shapes(arrays: Sequence[np.ndarray]) -> list[tuple[tuple[int, ...], str]]:
+    return [(array.shape, array.dtype.name) for array in arrays]
+
+
 def _separate(
     saved: SavedState, num_local: int, num_shared: int
 ) -> tuple[dict[int, list[np.ndarray]], Sequence[np.ndarray]]:
@@ -432,3 +525,7 @@ def _name(replica: int, part: int) -> str:
 
 def _shared_name(part: int) -> str:
     return f"shared_part_{part}"
+
+
+def _accumulated_name(replica: int | str, device: int, part: int) -> str:
+    return f"replica_{replica}_device_{device}_accumulated_{part}"

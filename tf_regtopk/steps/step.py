@@ -56,6 +56,6 @@ def take_step(
 
     # The branch is outside of the replicas, which could not meet inside of it.
     branches.call_on_all_replicas(
-        is_taken, settle, skip, (exchanged, tuple(moment))
+        is_taken, settle, lambda *_: skip(), (exchanged, tuple(moment))
     )
     return is_taken
