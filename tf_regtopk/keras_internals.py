@@ -72,7 +72,7 @@ def take_aggregated_gradients(optimizer: keras.optimizers.Optimizer) -> None:
 
 def take_clipping(
     optimizer: keras.optimizers.Optimizer,
-) -> Callable[[list[Any]], list[Any]]:
+) -> Callable[[Sequence[Any]], list[Any]]:
     """Takes the clipping of gradients out of a Keras optimizer.
 
     Args:
@@ -85,7 +85,7 @@ def take_clipping(
     clip = optimizer._clip_gradients
     optimizer._clip_gradients = list
 
-    def clip_present(gradients: list[Any]) -> list[Any]:
+    def clip_present(gradients: Sequence[Any]) -> list[Any]:
         clipped = iter(clip([g for g in gradients if g is not None]))
         return [None if g is None else next(clipped) for g in gradients]
 

@@ -1,5 +1,6 @@
 """A check that all workers were given the same arguments."""
 
+from collections.abc import Callable
 from collections.abc import Mapping
 import json
 from typing import Any
@@ -14,27 +15,28 @@ from tf_regtopk.distribute import strategy as strategy_lib
 _MOST_FACTS = 32
 
 
-def check(facts: Mapping[str, Any]) -> None:
-    """Raises on every worker unless the facts of all workers are equal.
+def check(describe: Callable[[], Mapping[str, Any]]) -> None:
+    """Raises on every worker unless all workers describe the same facts.
 
     To be called in the scope of the strategy, outside of its replicas, by all
     workers at the same time. Without several workers nothing is done.
 
     Args:
-        facts: Dict from the name of an argument to a value that JSON can hold,
-            with the same names on every worker.
+        describe: Function that returns a dict from the name of an argument to
+            a value that JSON can hold, with the same names on every worker.
 
     Raises:
         ValueError: If facts differ. The error names them.
 
     Example:
 
-    >>> check({"version": "0.2.0", "scope": "global"})
+    >>> check(lambda: {"version": "0.2.0", "scope": "global"})
     """
     strategy = tf.distribute.get_strategy()
     worker, num_workers = strategy_lib.worker_number(strategy)
     if num_workers == 1:
         return
+    facts = describe()
     hashes = [_hash(value) for value in facts.values()]
     gathered = collectives.gather_from_workers(
         hashes + [0] * (_MOST_FACTS - len(hashes)), strategy

@@ -200,14 +200,11 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
             dense_below, dense, densities or {}
         )
         validation.check_choice("clipping", clipping, ("aggregate", "replica"))
-        if clipping == "replica":
-            validation.check_no_parts(inner_optimizer)
         validation.check_choice(
             "exchange", exchange, (*partition_lib.EXCHANGES, "auto")
         )
         validation.check_boolean("hierarchical", hierarchical)
         validation.check_integer("accumulation_steps", accumulation_steps, 1)
-        validation.check_no_inner_accumulation(inner_optimizer)
         validation.check_boolean("telemetry", telemetry, others=["ages"])
         topology = _choose_topology(topology, hierarchical)
         _check_topology(topology, codec, exchange)
@@ -216,6 +213,9 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         if exchange != "sparse":
             error_feedback.when_dense()  # Says so if it cannot be.
         super().__init__(inner_optimizer, name=name)
+        validation.check_no_inner_accumulation(inner_optimizer)
+        if clipping == "replica":
+            validation.check_no_parts(inner_optimizer)
         self.sparsifier = sparsifier
         self.codec = codec
         self.error_feedback = error_feedback
@@ -277,7 +277,7 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
 
     def _build(self, variables: Sequence[keras.Variable]) -> None:
         # First, because new variables of the first worker go to all others.
-        agreement.check(self._facts(variables))
+        agreement.check(lambda: self._facts(variables))
         super()._build(variables)
 
     def _create_state(self, variables: Sequence[keras.Variable]) -> None:
