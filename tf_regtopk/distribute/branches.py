@@ -49,9 +49,7 @@ def call_on_all_replicas(
             )
             return strategy.experimental_local_results(results)[0]
 
-        return tf.cond(
-            condition, lambda: call(if_true), lambda: call(if_false)
-        )
+        return tf.cond(condition, lambda: call(if_true), lambda: call(if_false))
 
     tensors = tf.nest.flatten(args, expand_composites=True)
     return tf.distribute.get_replica_context().merge_call(

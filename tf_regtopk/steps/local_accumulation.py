@@ -20,7 +20,6 @@ import numpy as np
 import tensorflow as tf
 
 from tf_regtopk import keras_internals
-from tf_regtopk import validation
 from tf_regtopk.distribute import branches
 from tf_regtopk.distribute import replica_state
 from tf_regtopk.distribute import topology
