@@ -23,6 +23,7 @@ from tensorflow.python.eager import context
 from tensorflow.python.framework import config
 from tensorflow.python.ops import collective_ops
 from tensorflow.python.ops import control_flow_util
+from tensorflow.python.ops import resource_variable_ops
 
 # What is looked up by name in upstream's classes and modules.
 _NEEDED = (
@@ -336,6 +337,68 @@ def abort_collectives(message: str) -> None:
     context.context().abort_collective_ops(tf.errors.DEADLINE_EXCEEDED, message)
 
 
+# Far from the keys that TensorFlow counts, and from the largest int32.
+_FIRST_INSTANCE_KEY = 1 << 29
+_COUNTER = "_tf_regtopk_counter"
+
+
+def let_collectives_run_in_loops(
+    strategy: tf.distribute.Strategy,
+) -> None:
+    """Lets functions with collectives be called in loops and branches.
+
+    A collective needs a new key each time, the same on all replicas.
+    TensorFlow 2.21 feeds the key when a function is called, which a function
+    within a loop or a branch never is: "You must feed a value for placeholder
+    tensor". Keras calls such functions with `steps_per_execution`. There, the
+    key is counted in the graph, when the collective runs.
+
+    Args:
+        strategy: A `tf.distribute.Strategy`.
+    """
+    for name in ("_cross_device_ops", "_host_cross_device_ops"):
+        collectives = getattr(strategy.extended, name, None)
+        for launcher in getattr(collectives, "_launchers", ()):
+            if not hasattr(launcher, _COUNTER):
+                with tf.init_scope(), tf.device("CPU:0"):
+                    # This class, as for the launcher's own variable, because
+                    # the strategy in scope would make one for each replica.
+                    counter = resource_variable_ops.ResourceVariable(
+                        _FIRST_INSTANCE_KEY, dtype=tf.int32, trainable=False
+                    )
+                setattr(launcher, _COUNTER, counter)
+                _count_in_loops(launcher, counter)
+
+
+def _count_in_loops(
+    launcher: "cross_device_utils.CollectiveReplicaLauncher",
+    counter: tf.Variable,
+) -> None:
+    next_instance_key = launcher._next_instance_key
+
+    def next_key() -> tf.Tensor:
+        if not _is_in_function_of_loop():
+            return next_instance_key()
+        with tf.device("CPU:0"):
+            # All workers run the same collectives in the same order.
+            return tf.convert_to_tensor(counter.assign_add(1))
+
+    launcher._next_instance_key = next_key
+
+
+def _is_in_function_of_loop() -> bool:
+    """Whether a function is traced that a loop or a branch calls."""
+    graph = tf.compat.v1.get_default_graph()
+    is_in_function = False
+    while hasattr(graph, "outer_graph"):
+        if not getattr(graph, "is_control_flow_graph", False):
+            is_in_function = True
+        elif is_in_function:
+            return True
+        graph = graph.outer_graph
+    return False
+
+
 def can_gather_at_once() -> bool:
     """Returns whether `gather_at_once` serves this replica's context.
 
@@ -540,4 +603,7 @@ def _group_launcher(
     # start in one order on all devices: NCCL lets a collective block the
     # collectives behind it.
     of_group._ordering_token = launcher._ordering_token
+    # A device runs its collectives of all groups in one order.
+    if hasattr(launcher, _COUNTER):
+        _count_in_loops(of_group, getattr(launcher, _COUNTER))
     return of_group

@@ -1,10 +1,5 @@
 """Two workers of two devices each, whose gradients are summed first."""
 
-import json
-import shutil
-import subprocess
-import sys
-
 import exchange_program
 import multi_worker_launcher
 import numpy as np
@@ -13,25 +8,15 @@ import pytest
 from tf_regtopk.steps import auto_exchange
 
 
-def has_own_network():
-    unshare = shutil.which("unshare")
-    return (
-        unshare is not None
-        and subprocess.run([unshare, "--net", "true"]).returncode == 0
-    )
-
-
 @pytest.fixture(scope="module")
 def workers(tmp_path_factory):
     """What each of two workers found, and whether they were alone."""
-    directory = tmp_path_factory.mktemp("exchange")
-    command = [sys.executable, multi_worker_launcher.__file__]
-    command += [exchange_program.__file__, "2", directory, "300"]
-    is_alone = has_own_network()
-    if is_alone:
-        command = ["unshare", "--net", *command]
-    subprocess.run(command, check=True, timeout=330)
-    return json.loads((directory / "results.json").read_text()), is_alone
+    return multi_worker_launcher.run_workers_alone(
+        exchange_program.__file__,
+        num_workers=2,
+        directory=tmp_path_factory.mktemp("exchange"),
+        timeout=300,
+    )
 
 
 @pytest.mark.parametrize("feedback", exchange_program.FEEDBACK)
@@ -48,6 +33,15 @@ def test_hierarchical_workers_are_replicas_of_summed_gradients(
         np.testing.assert_allclose(
             actual["weights"], expected, rtol=1e-5, atol=1e-5
         )
+
+
+def test_hierarchical_workers_accumulate(workers):
+    """The same batches twice, as one: sums within a worker are as few."""
+    results, _ = workers
+    for result in results:
+        actual = result["hierarchical"]["accumulated"]
+        expected = result["hierarchical"]["accumulate"]["weights"]
+        np.testing.assert_allclose(actual[1::2], expected, rtol=1e-6)
 
 
 def test_a_hierarchical_state_is_saved_once_a_worker(workers):

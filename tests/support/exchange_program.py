@@ -210,6 +210,12 @@ def main(result_path):
             "num_replicas": saved.num_replicas,
             "replicas": sorted(saved.replicas),
         }
+    result["hierarchical"]["accumulated"], _ = train(
+        strategy,
+        np.repeat(g, 2, axis=0),
+        hierarchical=True,
+        accumulation_steps=2,
+    )
     with strategy.scope():
         worker = strategy.cluster_resolver.task_id
         state = replica_state.ReplicaState(lambda: tf.constant(worker))

@@ -4,6 +4,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from tf_regtopk import keras_internals
 from tf_regtopk import validation
 from tf_regtopk.distribute import watchdog
 
@@ -97,6 +98,7 @@ class MultiWorkerMirroredStrategy(tf.distribute.MultiWorkerMirroredStrategy):
             cluster_resolver=cluster_resolver,
             communication_options=communication_options,
         )
+        keras_internals.let_collectives_run_in_loops(self)
         self.watchdog = None
         if timeout_seconds is not None and worker_number(self)[1] > 1:
             self.watchdog = watchdog.Watchdog(timeout_seconds)
