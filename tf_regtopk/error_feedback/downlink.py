@@ -71,6 +71,10 @@ class CompressedDownlink(base.ErrorFeedback):
         )
 
     @property
+    def has_momentum(self) -> bool:
+        return self.error_feedback.has_momentum
+
+    @property
     def needs_learning_rate(self) -> bool:
         return self.error_feedback.needs_learning_rate
 

@@ -20,6 +20,7 @@ from tf_regtopk import validation
 from tf_regtopk.distribute import replica_state
 from tf_regtopk.distribute import topology as topology_lib
 from tf_regtopk.error_feedback import error_accumulation
+from tf_regtopk.optimizers import momentum
 from tf_regtopk.optimizers import wrapper
 from tf_regtopk.saving import saved_config
 from tf_regtopk.saving import saved_state
@@ -179,6 +180,7 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         if exchange != "sparse":
             error_feedback.when_dense()  # Says so if it cannot be.
         super().__init__(inner_optimizer, name=name)
+        momentum.warn_if_doubled(inner_optimizer, error_feedback)
         self.sparsifier = sparsifier
         self.codec = codec
         self.error_feedback = error_feedback
