@@ -55,7 +55,8 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
 
     If any replica's gradient holds NaN or infinity, no replica takes the step:
     weights, inner optimizer and errors stay as they are, and `skipped_steps`
-    counts it.
+    counts it. If the inner optimizer makes weights NaN or infinite of finite
+    gradients, the next step that is skipped and the end of `fit` warn of it.
 
     Without a strategy, or with a single replica, nothing is exchanged, but
     entries are selected all the same.
