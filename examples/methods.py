@@ -75,9 +75,7 @@ class Hyper(NamedTuple):
             self.density, self.mu, denominator=self.denominator
         )
 
-    def sparsified(
-        self, sparsifier, error_feedback=None, momentum=0.0, scale=1.0
-    ):
+    def sparsified(self, sparsifier, error_feedback=None, momentum=0.0):
         """The inner optimizer, wrapped.
 
         Args:
@@ -85,10 +83,9 @@ class Hyper(NamedTuple):
             error_feedback: `tf_regtopk.ErrorFeedback`, error accumulation if it
                 is None.
             momentum: As of `inner`: that after the sum.
-            scale: As of `inner`.
         """
         return tf_regtopk.SparsifiedOptimizer(
-            self.inner(momentum, scale),
+            self.inner(momentum),
             sparsifier,
             codec=self.codec,
             error_feedback=error_feedback,
@@ -111,15 +108,15 @@ METHODS = {
     "randomk": lambda h: h.sparsified(
         tf_regtopk.RandomK(h.density), momentum=h.momentum
     ),
-    "dgc": lambda h: h.sparsified(
-        h.topk(),
-        tf_regtopk.Accumulate(h.momentum, factor_masking=h.momentum > 0),
+    "dgc": lambda h: tf_regtopk.methods.deep_gradient_compression(
+        h.inner(0.0), h.momentum, h.density, codec=h.codec
     ),
-    "ef21": lambda h: h.sparsified(
-        h.topk(),
-        tf_regtopk.EF21(1 - h.momentum),
+    "ef21": lambda h: tf_regtopk.methods.ef21_sgdm(
         # EF21 averages gradients where momentum adds them up.
-        scale=1 / (1 - h.momentum),
+        h.inner(0.0, scale=1 / (1 - h.momentum)),
+        1 - h.momentum,
+        h.density,
+        codec=h.codec,
     ),
     "shift": lambda h: h.sparsified(
         h.topk(), tf_regtopk.LearnedShift(momentum=h.momentum)

@@ -1,5 +1,6 @@
 """Keras training that sends only the gradient entries worth sending."""
 
+from tf_regtopk import methods
 from tf_regtopk.callbacks.backup import Backup
 from tf_regtopk.callbacks.density_warmup import DensityWarmup
 from tf_regtopk.callbacks.load_scope import load_scope
@@ -73,6 +74,7 @@ __all__ = [
     "WireReport",
     "__version__",
     "load_scope",
+    "methods",
     "unwrap",
     "worker_path",
     "wrap",

@@ -6,18 +6,6 @@ import keras
 import tensorflow as tf
 
 import tf_regtopk
-from tf_regtopk.error_feedback import equations
-
-
-@keras.saving.register_keras_serializable(package="examples")
-@dataclasses.dataclass(frozen=True)
-class MaskedShift(tf_regtopk.LearnedShift):
-    """With factor masking: u is 0 where something was sent."""
-
-    def update(self, local, indices, sent, total, step):
-        e, h, *_ = super().update(local, indices, sent, total, step)
-        masked = (equations.clear_sent(u, indices) for u in local[2:])
-        return (e, h, *masked)
 
 
 @keras.saving.register_keras_serializable(package="examples")
@@ -43,7 +31,10 @@ class RoundedShift(tf_regtopk.LearnedShift):
 # first has no momentum then, and the second rounds.
 METHODS = {
     "shift_masked": lambda h: h.sparsified(
-        h.regtopk(), MaskedShift(momentum=h.momentum)
+        h.regtopk(),
+        tf_regtopk.LearnedShift(
+            momentum=h.momentum, factor_masking=h.momentum > 0
+        ),
     ),
     "shift_rounded": lambda h: h.sparsified(
         h.regtopk(), RoundedShift(momentum=h.momentum)

@@ -125,7 +125,7 @@ def test_methods_are_what_their_flags_say():
         "shift_fast": (regtopk, tf_regtopk.LearnedShift(1, 0.75), 0.0, 0.5),
         "shift_masked": (
             regtopk,
-            shift_variants.MaskedShift(momentum=0.75),
+            tf_regtopk.LearnedShift(momentum=0.75, factor_masking=True),
             0.0,
             0.5,
         ),

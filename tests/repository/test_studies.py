@@ -122,11 +122,13 @@ def test_digits_study_rounds_values(tmp_path):
             density=0.02,
             learning_rates=0.05,
             rounds=50,
+            evaluate_every=1,
         )
         run = summary["methods"]["topk"]["runs"]["0"]
         results.append((run["bytes_a_step"], run["accuracy"]))
     (exact_bytes, exact), (ternary_bytes, ternary) = results
     assert ternary_bytes < 0.4 * exact_bytes
+    # After each of 50 steps, because any one accuracy may be the same.
     assert ternary != exact
 
 

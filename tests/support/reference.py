@@ -30,6 +30,7 @@ class Workers:
         mu, q, denominator: RegTop-k's.
         seed: Random-k's.
         feedback: A rule of error feedback, `Accumulate` if None.
+        values: "float32", or "ternary": signs and one magnitude, the mean.
     """
 
     def __init__(
@@ -44,7 +45,9 @@ class Workers:
         denominator="previous",
         seed=0,
         feedback=None,
+        values="float32",
     ):
+        self.values = values
         self.method, self.num_workers = method, num_workers
         self.groups = [sum(sizes)] if scope == "global" else list(sizes)
         self.density, self.mu, self.q = density, mu, q
@@ -87,6 +90,9 @@ class Workers:
                 s[n, start + chosen] = True
                 start += size
         sent = np.where(s, a, 0.0)
+        if self.values == "ternary":
+            means = np.abs(sent).sum(axis=1) / s.sum(axis=1)
+            sent = np.sign(sent) * means[:, np.newaxis]
         agg = np.sum(self.w * sent, axis=0)
         result = self.feedback.update(a, s, sent, agg)
         self.a_prev, self.s_prev, self.agg_prev = a, s, agg
@@ -164,8 +170,9 @@ class EF21:
 class LearnedShift:
     """e_n, h_n and u_n for each worker, and p for all."""
 
-    def __init__(self, rate=None, momentum=0.0):
+    def __init__(self, rate=None, momentum=0.0, factor_masking=False):
         self.rate, self.momentum = rate, momentum
+        self.factor_masking = factor_masking
 
     def start(self, num_workers, size, density):
         self.e, self.h, self.u = np.zeros((3, num_workers, size))
@@ -181,6 +188,8 @@ class LearnedShift:
         self.e = a - sent
         self.p = self.momentum * self.p + self.h.mean(axis=0)
         self.h = self.h + self.rate * (1 - self.momentum) * sent
+        if self.factor_masking:
+            self.u = np.where(s, 0.0, self.u)
         return agg + self.p
 
 

@@ -61,6 +61,14 @@ class ErrorFeedback(hyper_parameters.HyperParameters, abc.ABC):
         return None
 
     @property
+    def has_momentum(self) -> bool:
+        """True if the rule applies momentum, and the inner optimizer shall not.
+
+        The optimizer warns of a momentum that is applied twice.
+        """
+        return False
+
+    @property
     def needs_learning_rate(self) -> bool:
         """True if the rule reads `Step.learning_rate`."""
         return False

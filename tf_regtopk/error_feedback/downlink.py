@@ -28,13 +28,7 @@ class CompressedDownlink(base.ErrorFeedback):
         E = A - aggregate
 
     Sparse ternary compression as a whole is
-
-    >>> import tf_regtopk
-    >>> stc = tf_regtopk.SparsifiedOptimizer(
-    ...     keras.optimizers.SGD(0.1),
-    ...     tf_regtopk.TopK(density=0.01),
-    ...     codec=tf_regtopk.Codec("golomb", "ternary"),
-    ...     error_feedback=CompressedDownlink())
+    `tf_regtopk.methods.sparse_ternary_compression`.
 
     In an all-gather there is no way back, every replica computes the same, and
     no byte is saved: this is to compare with, and for who relays aggregates.
@@ -69,6 +63,10 @@ class CompressedDownlink(base.ErrorFeedback):
         validation.check_instance(
             "codec", self.codec, codecs.Codec, 'Codec(values="ternary")'
         )
+
+    @property
+    def has_momentum(self) -> bool:
+        return self.error_feedback.has_momentum
 
     @property
     def needs_learning_rate(self) -> bool:

@@ -34,6 +34,10 @@ class EF21(base.ErrorFeedback):
         self._check_number("momentum", "in (0, 1]", lambda m: 0 < m <= 1)
 
     @property
+    def has_momentum(self) -> bool:
+        return self.momentum < 1
+
+    @property
     def num_local(self) -> int:
         return 1 if self.momentum == 1 else 2
 

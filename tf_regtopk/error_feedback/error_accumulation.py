@@ -64,11 +64,16 @@ class Accumulate(base.ErrorFeedback):
             "follow_learning_rate", self.follow_learning_rate
         )
         if self.clip_norm is not None:
-            self._check_number("clip_norm", "positive", lambda c: c > 0)
+            # The limit is above 0, as a smaller norm would be 0 in float32.
+            self._check_number("clip_norm", "positive", lambda c: c > 1e-37)
 
     @property
     def num_local(self) -> int:
         return 2 if self.momentum else 1
+
+    @property
+    def has_momentum(self) -> bool:
+        return self.momentum > 0
 
     @property
     def needs_learning_rate(self) -> bool:

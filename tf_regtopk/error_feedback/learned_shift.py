@@ -6,6 +6,7 @@ from typing import ClassVar
 import keras
 import tensorflow as tf
 
+from tf_regtopk import validation
 from tf_regtopk.error_feedback import base
 from tf_regtopk.error_feedback import equations
 from tf_regtopk.error_feedback import momentum_of_sum
@@ -27,6 +28,7 @@ class LearnedShift(base.ErrorFeedback):
         u = m u + g - h,    a = e + u,              e = a - sent
         p = m p + H,        aggregate = total + p
         h = h + rate (1 - m) sent,                  H alike
+        u = 0 where sent                            (factor masking)
 
     It keeps e and h, and the shared H; with momentum u and p as well.
 
@@ -35,6 +37,9 @@ class LearnedShift(base.ErrorFeedback):
             linear regression a quarter of the density learns too slowly, and
             four times the density diverges.
         momentum: Float m in [0, 1).
+        factor_masking: Boolean. Whether the momentum of each sent entry is
+            cleared. That has helped where the data of the workers are alike,
+            and has harmed where they differ.
 
     A relative of EC-SGD-DIANA (Gorbunov et al., 2020), which learns the shift
     from a second message.
@@ -44,11 +49,22 @@ class LearnedShift(base.ErrorFeedback):
 
     rate: float | None = None
     momentum: float = 0.0
+    factor_masking: bool = False
 
     def __post_init__(self) -> None:
         if self.rate is not None:
             self._check_number("rate", "in (0, 1]", lambda r: 0 < r <= 1)
         self._check_number("momentum", "in [0, 1)", lambda m: 0 <= m < 1)
+        validation.check_boolean("factor_masking", self.factor_masking)
+        if self.factor_masking and not self.momentum:
+            raise ValueError(
+                "`factor_masking` must go with `momentum`, which it masks. "
+                "Received: factor_masking=True, momentum=0"
+            )
+
+    @property
+    def has_momentum(self) -> bool:
+        return self.momentum > 0
 
     @property
     def num_local(self) -> int:
@@ -85,6 +101,8 @@ class LearnedShift(base.ErrorFeedback):
         a, h, *u = local
         e = equations.residual_error(a, indices, sent)
         h = equations.add_sent(h, indices, self._rate(step) * sent)
+        if self.factor_masking:
+            u = [equations.clear_sent(u[0], indices)]
         return (e, h, *u)
 
     def aggregate(
@@ -97,6 +115,7 @@ class LearnedShift(base.ErrorFeedback):
         return total + p, (h_sum, p)
 
     def when_dense(self) -> base.ErrorFeedback:
+        # Factor masking is for what was held back.
         return momentum_of_sum.momentum_of_sum(self.momentum)
 
     def _rate(self, step: base.Step) -> float:

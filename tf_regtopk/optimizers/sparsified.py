@@ -24,6 +24,7 @@ from tf_regtopk.distribute import agreement
 from tf_regtopk.distribute import replica_state
 from tf_regtopk.distribute import topology as topology_lib
 from tf_regtopk.error_feedback import error_accumulation
+from tf_regtopk.optimizers import momentum
 from tf_regtopk.optimizers import notices
 from tf_regtopk.optimizers import wrapper
 from tf_regtopk.saving import saved_config
@@ -61,7 +62,8 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
 
     If any replica's gradient holds NaN or infinity, no replica takes the step:
     weights, inner optimizer and errors stay as they are, and `skipped_steps`
-    counts it.
+    counts it. If the inner optimizer makes weights NaN or infinite of finite
+    gradients, the next step that is skipped and the end of `fit` warn of it.
 
     Without a strategy, or with a single replica, nothing is exchanged, but
     entries are selected all the same.
@@ -216,6 +218,7 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         validation.check_no_inner_accumulation(inner_optimizer)
         if clipping == "replica":
             validation.check_no_parts(inner_optimizer)
+        momentum.warn_if_doubled(inner_optimizer, error_feedback)
         self.sparsifier = sparsifier
         self.codec = codec
         self.error_feedback = error_feedback

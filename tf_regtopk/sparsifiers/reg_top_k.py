@@ -75,10 +75,10 @@ class RegTopK(base.Sparsifier):
     Args:
         density: Float in (0, 1], or None. The share of entries that is sent.
             None is 0.1 %, but at least 1,000 entries.
-        mu: Positive float. The larger, the stronger the damping of entries of
-            which little remained in the sum over all replicas; with mu -> 0
-            this is Top-k. In the distributed linear regression 2 to 20 work
-            alike, and 0.5 or less stalls as Top-k does.
+        mu: Positive float, at most 1e30. The larger, the stronger the damping
+            of entries of which little remained in the sum over all replicas;
+            with mu -> 0 this is Top-k. In the distributed linear regression 2
+            to 20 work alike, and 0.5 or less stalls as Top-k does.
         q: Non-negative float. Replaces Delta of an entry that was not sent in
             the previous step; large, because such an entry is not to be damped.
         denominator: `"previous"` divides by the value that this replica sent in
@@ -104,8 +104,13 @@ class RegTopK(base.Sparsifier):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # The limit is above 0 because a smaller mu would be 0 in float32.
-        self._check_number("mu", "a positive number", lambda mu: mu > 1e-37)
+        # The limits are those of float32, in which a smaller mu and what is
+        # divided by a larger one would be 0.
+        self._check_number(
+            "mu",
+            "a positive number of at most 1e30",
+            lambda mu: 1e-37 < mu <= 1e30,
+        )
         self._check_number("q", "a non-negative number", lambda q: q >= 0)
         validation.check_choice(
             "denominator", self.denominator, ("previous", "current")

@@ -27,6 +27,10 @@ RULES = {
     "shift": ("LearnedShift", {}),
     "shift, rate": ("LearnedShift", dict(rate=0.5)),
     "shift, momentum": ("LearnedShift", dict(momentum=0.6)),
+    "shift, masked": (
+        "LearnedShift",
+        dict(momentum=0.6, factor_masking=True),
+    ),
     "downlink": ("CompressedDownlink", dict(density=0.15)),
     "downlink of ef21": (
         "CompressedDownlink",
@@ -362,6 +366,11 @@ def test_huge_gradients_are_clipped_as_well():
             lambda: tf_regtopk.LearnedShift(momentum=1.0),
             ValueError,
             r"`momentum` must be in \[0, 1\). Received: momentum=1.0",
+        ),
+        (
+            lambda: tf_regtopk.LearnedShift(factor_masking=True),
+            ValueError,
+            "`factor_masking` must go with `momentum`.* Received: .*momentum=0",
         ),
         (
             lambda: tf_regtopk.CompressedDownlink(0.5),

@@ -1,0 +1,104 @@
+"""The published methods against the NumPy reference."""
+
+import flat_gradients
+import keras
+import numpy as np
+import pytest
+import reference
+
+import tf_regtopk
+from tf_regtopk import methods
+
+SHAPES = [(5, 7), (9,)]
+SIZES = [int(np.prod(shape)) for shape in SHAPES]
+
+# Each with the arguments of the reference, and the learning rate 0.25.
+METHODS = {
+    "dgc": (
+        lambda: methods.deep_gradient_compression(0.25, 0.7, 0.2),
+        dict(feedback=lambda: reference.Accumulate(0.7, factor_masking=True)),
+    ),
+    "dgc, clipped": (
+        lambda: methods.deep_gradient_compression(
+            0.25, 0.7, 0.2, clip_norm=2.0
+        ),
+        dict(feedback=lambda: reference.Accumulate(0.7, True, 2.0)),
+    ),
+    "ef21": (
+        lambda: methods.ef21_sgdm(0.25, 0.3, 0.2),
+        dict(feedback=lambda: reference.EF21(0.3)),
+    ),
+    "stc": (
+        lambda: methods.sparse_ternary_compression(
+            0.25, 0.2, downlink_density=0.1
+        ),
+        dict(
+            feedback=lambda: reference.CompressedDownlink(density=0.1),
+            values="ternary",
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dgc, clipped",
+        "ef21",
+        "stc",
+        pytest.param("dgc", marks=pytest.mark.slow),
+    ],
+)
+def test_weights_follow_the_reference(name, mirrored):
+    make, arguments = METHODS[name]
+    strategy = mirrored(2)
+    with strategy.scope():
+        variables = [
+            keras.Variable(np.zeros(shape), dtype="float64") for shape in SHAPES
+        ]
+        optimizer = make()
+    step = flat_gradients.step_function(strategy, optimizer, variables)
+    arguments = {**arguments, "feedback": arguments["feedback"]()}
+    workers = reference.Workers("topk", 2, SIZES, 0.2, **arguments)
+    weights = np.zeros(sum(SIZES))
+    rng = np.random.default_rng(0)
+    for t in range(10):
+        gradients = rng.standard_normal((2, sum(SIZES)))
+        step(gradients / 2)
+        weights = weights - 0.25 * workers.step(gradients, 0.25)
+        np.testing.assert_allclose(
+            flat_gradients.flat_weights(variables),
+            weights,
+            # The magnitude of ternary values is computed in float32.
+            atol=1e-5 if name == "stc" else 1e-9,
+            err_msg=f"step {t}",
+        )
+
+
+def test_other_arguments_and_optimizers():
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 5, 0.5)
+    made = methods.ef21_sgdm(schedule, scope="per_variable", dense_below=7)
+    assert made.scope == "per_variable" and made.dense_below == 7
+    assert type(made.inner_optimizer) is keras.optimizers.SGD
+    assert float(made.learning_rate) == np.float32(0.1)
+    inner = keras.optimizers.RMSprop(0.1)
+    made = methods.deep_gradient_compression(inner, clip_norm=1.0)
+    assert made.inner_optimizer is inner
+    # Without momentum of the method the optimizer may have its own.
+    made = methods.deep_gradient_compression(keras.optimizers.Adam(), 0.0)
+    assert made.error_feedback == tf_regtopk.Accumulate()
+    made = methods.sparse_ternary_compression(keras.optimizers.SGD(0.1, 0.9))
+    assert made.inner_optimizer.momentum == 0.9
+    again = keras.optimizers.deserialize(keras.optimizers.serialize(made))
+    assert again.get_config() == made.get_config()
+
+
+@pytest.mark.parametrize(
+    "method", [methods.deep_gradient_compression, methods.ef21_sgdm]
+)
+@pytest.mark.parametrize(
+    "make", [lambda: keras.optimizers.SGD(0.1, 0.5), keras.optimizers.Lion]
+)
+def test_momentum_is_not_applied_twice(method, make):
+    with pytest.raises(ValueError, match="`inner` must have no momentum.*Rec"):
+        method(make())
