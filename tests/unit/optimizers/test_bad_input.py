@@ -80,7 +80,6 @@ def test_bad_dense_below(dense_below):
         {"ema_momentum": 0.9},
         {"ema_overwrite_frequency": 10},
         {"loss_scale_factor": 2.0},
-        {"gradient_accumulation_steps": 2},
         {"learning_rate": 0.1},
     ],
 )
@@ -92,6 +91,15 @@ def test_arguments_of_the_base_class(argument):
         f"wrapper. Received: {name}={value}",
     ):
         tf_regtopk.SparsifiedOptimizer(sgd(), **argument)
+
+
+def test_accumulation_of_the_base_class():
+    with pytest.raises(
+        ValueError,
+        match="`gradient_accumulation_steps` must be `accumulation_steps` of "
+        "the wrapper. Received: gradient_accumulation_steps=2",
+    ):
+        tf_regtopk.SparsifiedOptimizer(sgd(), gradient_accumulation_steps=2)
 
 
 def test_attributes_of_the_base_class():
