@@ -4,7 +4,6 @@ from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
-import itertools
 from typing import Any
 from typing import Literal
 from typing import Never
@@ -26,10 +25,8 @@ from tf_regtopk.distribute import topology as topology_lib
 from tf_regtopk.error_feedback import error_accumulation
 from tf_regtopk.optimizers import momentum
 from tf_regtopk.optimizers import notices
-from tf_regtopk.optimizers import wrapper
+from tf_regtopk.optimizers import replica_saving
 from tf_regtopk.saving import saved_config
-from tf_regtopk.saving import saved_state
-from tf_regtopk.saving import worker_files
 from tf_regtopk.steps import auto_exchange
 from tf_regtopk.steps import flat_buffer
 from tf_regtopk.steps import local_accumulation
@@ -39,7 +36,7 @@ from tf_regtopk.steps import variable_rules
 
 
 @keras.saving.register_keras_serializable(package="tf_regtopk")
-class SparsifiedOptimizer(wrapper.OptimizerWrapper):
+class SparsifiedOptimizer(replica_saving.ReplicaSaving):
     r"""Wraps a Keras optimizer so that replicas exchange only k entries a step.
 
     Each step, replica n of N, with residual error `e_n` and gradient `g_n`:
@@ -550,143 +547,6 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         """
         validation.check_built(self, "residual_errors")
         return self._partition.residual_errors()
-
-    def save_state(self) -> saved_state.SavedState:
-        """The state of this process's replicas, as a `SavedState`."""
-        state, memory = self._states()
-        num_local = len(state.dtypes[0])
-        kept = state.local_arrays()
-        return saved_state.SavedState(
-            layout=self._layout_of(self._partition),
-            moment=self.moment,
-            num_replicas=state.num_replicas,
-            replicas={
-                n: [*arrays[:num_local], *remembered]
-                for n, arrays, remembered in zip(
-                    state.replicas, kept, memory.local_arrays(), strict=True
-                )
-            },
-            shared=kept[0][num_local:],
-            accumulated=self._accumulation.save(state.replicas)
-            if self._accumulation
-            else {},
-        )
-
-    def load_state(self, saved: saved_state.SavedState) -> None:
-        """Loads a `SavedState`, or raises and changes nothing."""
-        saved_state.check_replicas(saved)
-        exchange = self._partition_for(saved)
-        layout = self._layout_of(exchange)
-        saved_state.check_layout(self._completed(saved.layout, layout), layout)
-        state = exchange.feedback_state
-        # Older ones could not have another than the sparsifier's.
-        density = saved.moment.get("density", exchange.default_density)
-        local, *other_parts = state.initial_arrays()
-        shared = [*itertools.chain(*other_parts)]
-        initial_memory = [p.numpy() for p in exchange.initial_memory(density)]
-        ranks = state.replicas, state.num_replicas
-        complete = worker_files.complete(saved, *ranks)
-        replicas = saved_state.state_of_replicas(
-            complete,
-            *ranks,
-            local,
-            shared,
-            initial_memory,
-        )
-        split = len(local) + len(shared)
-        saved_state.check_state(
-            replicas, [*local, *shared, *initial_memory], split
-        )
-        for parts in replicas:
-            exchange.check_memory(parts[split:])
-        if self._accumulation:
-            load_accumulated = self._accumulation.prepare(complete, *ranks)
-        else:
-            local_accumulation.check_saved(saved, num_batches=1)
-        # All is checked before anything is assigned.
-        if exchange is not self._partition:
-            self._change(lambda: setattr(self, "_partition", exchange))
-        if density != self.density:
-            self.set_density(density)
-        state, memory = self._states()
-        state.assign_local([parts[:split] for parts in replicas])
-        memory.assign_local([parts[split:] for parts in replicas])
-        if self._accumulation:
-            load_accumulated()
-
-    def _clear_state(self) -> None:
-        state, memory = self._states()
-        for part in (state, memory):
-            arrays = list(itertools.chain(*part.initial_arrays()))
-            part.assign_local([arrays] * len(part.replicas))
-        if self._accumulation:
-            self._accumulation.clear()
-
-    def _states(
-        self,
-    ) -> tuple[replica_state.ReplicaState, replica_state.ReplicaState]:
-        exchange = self._partition
-        return exchange.feedback_state, exchange.memory
-
-    def _partition_for(
-        self, saved: saved_state.SavedState
-    ) -> partition_lib.Partition:
-        """The exchange by which the saved run went, and is to go on."""
-        kind = saved.moment.get("exchange", "sparse")
-        if kind == self.chosen_exchange:
-            return self._partition
-        if self.exchange != "auto" or kind not in partition_lib.EXCHANGES:
-            raise ValueError(
-                f'`exchange` must be "auto" or "{kind}" to load what was saved '
-                f'with exchange="{kind}". Received: exchange="{self.exchange}"'
-            )
-        with tf.init_scope(), keras_internals.strategy_of(self).scope():
-            return self._new_partition(kind, self._trainable_variables)
-
-    @property
-    def moment(self) -> dict[str, Any]:
-        """Tells steps and runs apart: all workers agree in it."""
-        return {
-            "step": int(self._iterations.numpy()),
-            "density": self.density,
-            "exchange": self.chosen_exchange,
-            "weights": saved_state.checksum(
-                variable.numpy() for variable in self._trainable_variables
-            ),
-            **local_accumulation.moment_of(self._accumulation),
-        }
-
-    def _layout_of(self, exchange: partition_lib.Partition) -> dict[str, Any]:
-        """Returns the facts in which a saved state must agree to fit."""
-        return {
-            **exchange.layout(),
-            **{
-                name: saved_config.describe(record)
-                for name, record in self._compared_records().items()
-            },
-        }
-
-    def _completed(
-        self, layout: dict[str, Any], own: dict[str, Any]
-    ) -> dict[str, Any]:
-        """The layout of a file of any version, to compare with one's own."""
-        # Version 0.1.0 did not store these.
-        dense = saved_state.DENSE_VARIABLES
-        return {
-            dense: own[dense],
-            **layout,
-            **{
-                name: saved_config.complete(layout[name], record)
-                for name, record in self._compared_records().items()
-                if name in layout
-            },
-        }
-
-    def _compared_records(self) -> dict[str, Any]:
-        return {
-            "sparsifier": self.sparsifier,
-            "error_feedback": self.error_feedback,
-        }
 
     def get_config(self) -> dict[str, Any]:
         hyper_parameters.warn_if_unregistered(
