@@ -118,6 +118,9 @@ def replace_optimizer(
 CHECKPOINT_KEY, _FORMER_CHECKPOINT_KEY = "_replica_state", "_checkpointed_state"
 CHECKPOINT_KEYS = (CHECKPOINT_KEY, _FORMER_CHECKPOINT_KEY)
 _INNER = "inner_optimizer"
+# TensorFlow's counter of checkpoints looks like a child of the wrapper if the
+# wrapper is the root.
+_SAVE_COUNTER = "save_counter"
 
 
 class CheckpointedAsInner:
@@ -192,7 +195,7 @@ class CheckpointedAsInner:
                 name = CHECKPOINT_KEY
             pending = super()._deferred_dependencies  # type: ignore[misc]
             child = own.get(name)
-        elif name == CHECKPOINT_KEY:
+        elif name in (CHECKPOINT_KEY, _SAVE_COUNTER):
             pending = super()._deferred_dependencies  # type: ignore[misc]
             child = self.checkpoint_children().get(name)
         else:

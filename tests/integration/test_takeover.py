@@ -163,6 +163,26 @@ def test_two_optimizers_of_one_checkpoint(tmp_path, caplog):
     np.testing.assert_array_equal(b.residual_errors(), [[[3, 0]]])
 
 
+@pytest.mark.parametrize("saved_wrapped", [False, True])
+def test_an_optimizer_as_the_root(saved_wrapped, tmp_path):
+    def make(wrapped):
+        optimizer = OPTIMIZERS["adam"]()
+        if wrapped:
+            optimizer = tf_regtopk.SparsifiedOptimizer(optimizer)
+        optimizer.build([tf.Variable([1.0, 2.0])])
+        return optimizer
+
+    saved, restored = make(saved_wrapped), make(True)
+    checkpoint = tf.train.Checkpoint(root=saved)
+    saved.variables[-1].assign([3.0, 4.0])
+    checkpoint.save(tmp_path / "c")
+    path = checkpoint.save(tmp_path / "c")
+    checkpoint = tf.train.Checkpoint(root=restored)
+    checkpoint.restore(path).assert_existing_objects_matched()
+    assert checkpoint.save_counter.numpy() == 2
+    np.testing.assert_array_equal(restored.variables[-1], [3, 4])
+
+
 # ----- Files of Keras -----
 
 
