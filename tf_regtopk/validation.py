@@ -172,18 +172,12 @@ def check_inner_optimizer(inner_optimizer: Any, wrapper_class: type) -> None:
             "`inner_optimizer` must not be a `LossScaleOptimizer`. Put that "
             f"around the wrapper instead. {received}"
         )
-
-
-def check_no_inner_accumulation(
-    inner_optimizer: keras.optimizers.Optimizer,
-) -> None:
-    """Raises if the inner optimizer would accumulate what has been sent."""
     steps = inner_optimizer.gradient_accumulation_steps
     if steps:
         raise ValueError(
-            "`gradient_accumulation_steps` of the `inner_optimizer` must be "
-            f"None: pass `accumulation_steps={steps}` to the wrapper, which "
-            "accumulates before anything is sent. Received: "
+            "`inner_optimizer` must have no `gradient_accumulation_steps`: pass "
+            f"`accumulation_steps={steps}` to the wrapper, which accumulates "
+            "before anything is sent. Received: "
             f"gradient_accumulation_steps={steps}"
         )
 

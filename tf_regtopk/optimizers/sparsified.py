@@ -181,7 +181,6 @@ class SparsifiedOptimizer(wrapper.OptimizerWrapper):
         )
         validation.check_boolean("hierarchical", hierarchical)
         validation.check_integer("accumulation_steps", accumulation_steps, 1)
-        validation.check_no_inner_accumulation(inner_optimizer)
         validation.check_boolean("telemetry", telemetry, others=["ages"])
         topology = _choose_topology(topology, hierarchical)
         _check_topology(topology, codec, exchange)
