@@ -175,9 +175,9 @@ def check_inner_optimizer(inner_optimizer: Any, wrapper_class: type) -> None:
     steps = inner_optimizer.gradient_accumulation_steps
     if steps:
         raise ValueError(
-            "`inner_optimizer` must have no `gradient_accumulation_steps`: pass "
-            f"`accumulation_steps={steps}` to the wrapper, which accumulates "
-            "before anything is sent. Received: "
+            "`inner_optimizer` must have no `gradient_accumulation_steps`: "
+            f"pass `accumulation_steps={steps}` to the wrapper, which "
+            "accumulates before anything is sent. Received: "
             f"gradient_accumulation_steps={steps}"
         )
 

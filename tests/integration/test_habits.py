@@ -158,7 +158,16 @@ HABITS = {
 }
 
 
-@pytest.mark.parametrize("habit", HABITS)
+SLOW = ("sample_weight", "recurrent", "plateau", "schedule")
+
+
+@pytest.mark.parametrize(
+    "habit",
+    [
+        pytest.param(habit, marks=[pytest.mark.slow] * (habit in SLOW))
+        for habit in HABITS
+    ],
+)
 def test_as_with_the_plain_optimizer(habit, mirrored):
     build, train, inner = HABITS[habit]
     trained = []
