@@ -176,6 +176,14 @@ def check_inner_optimizer(inner_optimizer: Any, wrapper_class: type) -> None:
             "`inner_optimizer` must not be a `LossScaleOptimizer`. Put that "
             f"around the wrapper instead. {received}"
         )
+    steps = inner_optimizer.gradient_accumulation_steps
+    if steps:
+        raise ValueError(
+            "`inner_optimizer` must have no `gradient_accumulation_steps`: "
+            f"pass `accumulation_steps={steps}` to the wrapper, which "
+            "accumulates before anything is sent. Received: "
+            f"gradient_accumulation_steps={steps}"
+        )
 
 
 def check_no_parts(inner_optimizer: keras.optimizers.Optimizer) -> None:
@@ -185,20 +193,6 @@ def check_no_parts(inner_optimizer: keras.optimizers.Optimizer) -> None:
             '`clipping="replica"` must go with an inner optimizer that has no '
             "parts, because each part has a clipping of its own. Received: "
             f"inner_optimizer={inner_optimizer!r}"
-        )
-
-
-def check_no_inner_accumulation(
-    inner_optimizer: keras.optimizers.Optimizer,
-) -> None:
-    """Raises if the inner optimizer would accumulate what has been sent."""
-    steps = inner_optimizer.gradient_accumulation_steps
-    if steps:
-        raise ValueError(
-            "`gradient_accumulation_steps` of the `inner_optimizer` must be "
-            f"None: pass `accumulation_steps={steps}` to the wrapper, which "
-            "accumulates before anything is sent. Received: "
-            f"gradient_accumulation_steps={steps}"
         )
 
 

@@ -23,6 +23,9 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         step skipped, on any replica a NaN or infinity:  scale = scale / 2
         `dynamic_growth_steps` taken in a row:           scale = scale * 2
 
+    With `accumulation_steps` each batch counts as a step taken, until the
+    exchange tells of an overflow.
+
     Keras's own looks for NaN and infinity in one replica's gradients only, and
     while others overflow leaves the scale as it is; several workers may even
     wait for each other for ever. This one asks the wrapped optimizer, whose

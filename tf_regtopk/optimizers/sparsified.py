@@ -212,7 +212,6 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
         if exchange != "sparse":
             error_feedback.when_dense()  # Says so if it cannot be.
         super().__init__(inner_optimizer, name=name)
-        validation.check_no_inner_accumulation(inner_optimizer)
         if clipping == "replica":
             validation.check_no_parts(inner_optimizer)
         momentum.warn_if_doubled(inner_optimizer, error_feedback)

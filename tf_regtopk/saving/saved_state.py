@@ -86,8 +86,8 @@ def to_arrays(
     for i, part in enumerate(saved.shared or ()):
         arrays[_shared_name(i)] = np.asarray(part)
     for n, devices in saved.accumulated.items():
-        for device, of_device in enumerate(devices):
-            for i, part in enumerate(of_device):
+        for device, sums in enumerate(devices):
+            for i, part in enumerate(sums):
                 arrays[_accumulated_name(n, device, i)] = np.asarray(part)
     description = {
         "format": 1 if saved.shared is None else _FORMAT,

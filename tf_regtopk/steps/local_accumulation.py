@@ -117,7 +117,8 @@ class LocalAccumulation:
                 return tf.constant(True)
 
         # What is kept changes only after the verdict, because a step that
-        # raises an error must change nothing.
+        # raises an error must change nothing. Of `gradients` this asks only
+        # which of them are None, because replicas share the function.
         def ending(function: Callable[..., None]) -> Callable[..., None]:
             def call(*args: Any) -> None:
                 function(*args)
@@ -193,9 +194,9 @@ class LocalAccumulation:
 
     def _is_last(self, pattern: int) -> tf.Tensor:
         """Whether the batch is the last one, in the memory of the host."""
+        count = self._count.read_value()
+        before = self._pattern.read_value()
         with tf.device("CPU:0"):
-            count = self._count.read_value()
-            before = self._pattern.read_value()
             fits = (
                 tf.equal(count, 0)
                 | tf.equal(before, _ANY)

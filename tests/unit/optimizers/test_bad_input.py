@@ -93,13 +93,22 @@ def test_arguments_of_the_base_class(argument):
         tf_regtopk.SparsifiedOptimizer(sgd(), **argument)
 
 
-def test_accumulation_of_the_base_class():
-    with pytest.raises(
-        ValueError,
-        match="`gradient_accumulation_steps` must be `accumulation_steps` of "
-        "the wrapper. Received: gradient_accumulation_steps=2",
-    ):
+def test_keras_accumulation_is_that_of_the_wrapper():
+    with pytest.raises(ValueError, match="must be `accumulation_steps` of the"):
         tf_regtopk.SparsifiedOptimizer(sgd(), gradient_accumulation_steps=2)
+    optimizer = tf_regtopk.SparsifiedOptimizer(sgd())
+    with pytest.raises(ValueError, match="must be `accumulation_steps` of the"):
+        optimizer.gradient_accumulation_steps = 2
+
+
+@pytest.mark.parametrize("steps", [0, -1, 2.0, True, None])
+def test_bad_accumulation_steps(steps):
+    with pytest.raises(
+        (ValueError, TypeError),
+        match="`accumulation_steps` must be an integer >= 1. Received: "
+        "accumulation_steps=",
+    ):
+        tf_regtopk.SparsifiedOptimizer(sgd(), accumulation_steps=steps)
 
 
 def test_attributes_of_the_base_class():

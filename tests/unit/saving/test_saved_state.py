@@ -31,6 +31,54 @@ def test_state_round_trip():
     assert back[:3] == saved[:3] and variables == [7]
 
 
+def accumulated_state(replicas, num_devices=1):
+    """Each device of the replica n has n + 1."""
+    saved = state(replicas)
+    return saved._replace(
+        moment={**saved.moment, "accumulated": [1, 4]},
+        accumulated={
+            n: [[np.full(2, n + 1, "float32")]] * num_devices for n in replicas
+        },
+    )
+
+
+def test_accumulated_round_trip():
+    assert not any(
+        "accumulated" in n for n in saved_state.to_arrays(state([0]))
+    )
+    saved = accumulated_state([0, 2], num_devices=2)
+    back = saved_state.from_bytes(saved_state.to_bytes(saved))
+    np.testing.assert_equal(back.accumulated, saved.accumulated)
+    arrays = saved_state.to_arrays(saved)
+    arrays["replica_2_device_1_accumulated_0"] = np.zeros(2, "float32")
+    with pytest.raises(ValueError, match="another checksum"):
+        saved_state.from_arrays(arrays)
+
+
+@pytest.mark.parametrize(
+    "num_replicas, num_devices, expected",
+    [
+        (3, 2, [[1, 1], [3, 3]]),  # To each its own.
+        (3, 1, [[2], [6]]),  # To each the total of its devices.
+        (3, 4, [[0.5] * 4, [1.5] * 4]),
+        (2, 3, [[2, 2, 2], [2, 2, 2]]),  # Of 12 in all.
+    ],
+)
+def test_accumulated_of_other_devices(num_replicas, num_devices, expected):
+    saved = saved_state.combine(
+        accumulated_state([0], 2),
+        [accumulated_state([2], 2), accumulated_state([1], 2)],
+    )
+    ranks = [0, 2] if num_replicas == 3 else [0, 1]
+    zeros = np.zeros(2, "float32")
+    loaded = saved_state.accumulated_of_replicas(
+        saved, ranks, num_replicas, [[zeros]] * num_devices
+    )
+    assert [[part[0] for [part] in devices] for devices in loaded] == expected
+    with pytest.raises(ValueError, match="must be of the shapes"):
+        saved_state.accumulated_of_replicas(saved, [0], 3, [[np.zeros(3)]])
+
+
 @pytest.mark.parametrize(
     "name", ["replica_2_part_1", "shared_part_0", "1", "replica_state"]
 )
