@@ -192,6 +192,7 @@ def test_steps_that_are_skipped_with_finite_weights_say_nothing():
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        optimizer.finalize_variable_values([])  # It has no variables yet.
         optimizer.apply([tf.constant([np.nan, 0.0])], [variable])
         optimizer.finalize_variable_values([variable])
 

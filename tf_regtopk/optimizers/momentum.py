@@ -47,7 +47,7 @@ def warn_if_doubled(
             "Momentum is applied twice: by `error_feedback` on each replica, "
             "and by the `inner_optimizer` after the sum. Leave one of them "
             "out, as by `keras.optimizers.SGD(learning_rate)` without "
-            f"momentum. Received: error_feedback={error_feedback}, and a "
+            f"momentum. Received: error_feedback={error_feedback} and "
             f"{type(optimizer).__name__} with a momentum of {momentum:g}",
-            stacklevel=4,
+            stacklevel=3,
         )

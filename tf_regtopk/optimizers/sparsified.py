@@ -253,18 +253,24 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
             skip,
         )
 
-    def _kept(self) -> dict[str, tf.Variable]:
+    def _kept(self) -> list[tuple[str, tf.Variable | keras.Variable]]:
         weights = super()._kept()
-        if tf.distribute.in_cross_replica_context():
+        if not self.built or tf.distribute.in_cross_replica_context():
             return weights  # The sums are the replicas' own.
         # The sums come first, because they are the cause where both are lost.
-        return {
-            f"Sum {i} of {self.error_feedback} holds NaN or infinity, though "
-            "all gradients were finite: too large ones have been added up. Go "
-            "back to a backup, and scale the loss down or clip the "
-            "gradients.": variable
-            for i, variable in enumerate(self._partition.kept_sums())
-        } | weights
+        return [
+            *(
+                (
+                    f"Sum {i} of {self.error_feedback} holds NaN or infinity, "
+                    "though all gradients were finite: too large ones have "
+                    "been added up. Go back to a backup, and scale the loss "
+                    "down or clip the gradients.",
+                    variable,
+                )
+                for i, variable in enumerate(self._partition.kept_sums())
+            ),
+            *weights,
+        ]
 
     def _read_moment(self) -> error_feedback_lib.Moment:
         rate = tf.zeros([])  # Where the rule of error feedback needs none.

@@ -228,20 +228,24 @@ class OptimizerWrapper(
 
         return self._step(gradients, apply, skip)
 
-    def _kept(self) -> dict[str, tf.Variable]:
-        """Weights that no later step could make finite, by what to say."""
+    def _kept(self) -> list[tuple[str, tf.Variable | keras.Variable]]:
+        """Numbers that no later step makes finite, each with what to say."""
         inner = type(self.inner_optimizer).__name__
-        return {
-            f"The weights of {getattr(variable, 'path', variable.name)} hold "
-            "NaN or infinity, though all gradients that were applied were "
-            f"finite: the update of {inner} made them so. Go back to a backup "
-            f"and lower the learning rate; or see whether {inner} divides by "
-            "zero where a gradient is 0, as most entries of a sparsified one "
-            "are (then it needs a positive `epsilon`).": variable.value
+        return [
+            (
+                f"The weights of {getattr(variable, 'path', variable.name)} "
+                "hold NaN or infinity, though all gradients that were applied "
+                f"were finite: the update of {inner} made them so. Go back to "
+                "a backup and lower the learning rate; or see whether "
+                f"{inner} divides by zero where a gradient is 0, as most "
+                "entries of a sparsified one are (then it needs a positive "
+                "`epsilon`).",
+                variable,
+            )
             for variable in self._trainable_variables
             # Such a variable gets another value in every step.
             if not getattr(variable, "overwrite_with_gradient", False)
-        }
+        ]
 
     def _warn_of_loss(self, message: str) -> None:
         """Warns once of numbers of `_kept` that are NaN or infinite."""

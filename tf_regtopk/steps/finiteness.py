@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 from collections.abc import Iterable
-from collections.abc import Mapping
+from collections.abc import Sequence
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -57,7 +58,8 @@ def are_finite(tensors: Iterable[tf.Tensor | tf.IndexedSlices]) -> tf.Tensor:
 
 
 def call_if_not_finite(
-    messages: Mapping[str, tf.Variable], call: Callable[[str], None]
+    variables: Sequence[tuple[str, tf.Variable | keras.Variable]],
+    call: Callable[[str], None],
 ) -> None:
     """Calls a Python function when some variable holds NaN or infinity.
 
@@ -65,11 +67,12 @@ def call_if_not_finite(
     program cannot call Python.
 
     Args:
-        messages: Variables by what to say when they are not finite.
+        variables: Pairs of what to say, and of the variable of floats.
         call: Function of the message of the first one that is not finite.
     """
-    if keras_internals.in_xla_context():
+    if not variables or keras_internals.in_xla_context():
         return
+    messages = [message for message, _ in variables]
 
     def look(flags: np.ndarray) -> None:
         for message, is_finite in zip(messages, flags, strict=True):
@@ -77,6 +80,8 @@ def call_if_not_finite(
                 call(message)
                 break
 
-    flags = tf.stack([are_finite([v]) for v in messages.values()])
+    flags = tf.stack(
+        [are_finite([tf.convert_to_tensor(v)]) for _, v in variables]
+    )
     with tf.device("CPU:0"):
         tf.numpy_function(look, [flags], [])

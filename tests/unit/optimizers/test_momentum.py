@@ -56,10 +56,11 @@ def test_momentum_of_an_optimizer(make, expected):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_momentum_twice_is_said(rule):
-    with pytest.warns(UserWarning, match="Momentum is applied twice.*of 0.9"):
+    with pytest.warns(UserWarning, match="applied twice.* of 0.9") as found:
         tf_regtopk.SparsifiedOptimizer(
             optimizers.SGD(0.1, momentum=0.9), error_feedback=rule
         )
+    assert found[0].filename == __file__  # It points at the user's line.
 
 
 def test_momentum_once_says_nothing():
