@@ -152,7 +152,7 @@ def test_two_optimizers_of_one_checkpoint(tmp_path, caplog):
     plain.variables[2].assign([5.0, 6.0])
     path = tf.train.Checkpoint(a=plain, b=wrapped).write(str(tmp_path / "c"))
     a, b = make(True)[0], make(True)[0]
-    with caplog.at_level("WARNING", "absl"):
+    with caplog.at_level("WARNING", "tf_regtopk"):
         tf.train.Checkpoint(a=a, b=b).read(
             path
         ).assert_existing_objects_matched()
@@ -248,7 +248,7 @@ def test_weights_of_a_plain_model(mirrored, tmp_path, caplog):
     model.save_weights(path)
     other = compile_model(make_model(mirrored(2)), mirrored(2), True)
     pretend_to_train(other, seed=1)
-    with caplog.at_level("WARNING", "absl"):
+    with caplog.at_level("WARNING", "tf_regtopk"):
         other.load_weights(path)
     [line] = [r.message for r in caplog.records if "start at zero" in r.message]
     assert f"'{other.optimizer.name}'" in line

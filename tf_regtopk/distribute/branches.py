@@ -55,3 +55,17 @@ def call_on_all_replicas(
     return tf.distribute.get_replica_context().merge_call(
         branch, args=(condition, tuple(tensors))
     )
+
+
+def may_be_first_replica() -> bool:
+    """Returns False in a replica that is known not to be the first one.
+
+    For what one replica is to do, such as printing: a function that is traced
+    for each replica needs no operations for the others. On several workers the
+    rank may be known only when the function runs.
+    """
+    replica = tf.distribute.get_replica_context()
+    if replica is None:
+        return True
+    rank = tf.convert_to_tensor(replica.replica_id_in_sync_group)
+    return tf.get_static_value(rank) in (None, 0)

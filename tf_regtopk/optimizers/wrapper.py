@@ -11,7 +11,6 @@ from typing import Any
 from typing import Self
 import warnings
 
-from absl import logging
 import keras
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +18,9 @@ import tensorflow as tf
 
 from tf_regtopk import keras_internals
 from tf_regtopk import validation
+from tf_regtopk.distribute import branches
 from tf_regtopk.kernels import tracing
+from tf_regtopk.log import logger
 from tf_regtopk.saving import saved_state
 from tf_regtopk.steps import finiteness
 from tf_regtopk.steps import flat_buffer
@@ -84,7 +85,7 @@ class OptimizerWrapper(
 
     def start_without_state(self) -> None:
         """Starts as if new, because only the inner optimizer was saved."""
-        logging.warning(
+        logger.warning(
             "Optimizer '%s' goes on from what was saved without its residual "
             "errors, as by a plain optimizer: these start at zero",
             self.name,
@@ -230,6 +231,8 @@ class OptimizerWrapper(
 
     def _kept(self) -> list[tuple[str, tf.Variable | keras.Variable]]:
         """Numbers that no later step makes finite, each with what to say."""
+        if not branches.may_be_first_replica():
+            return []  # The weights of all replicas are the same.
         inner = type(self.inner_optimizer).__name__
         return [
             (

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
+from tf_regtopk.distribute import branches
+
 
 class Flags(NamedTuple):
     """Findings of a replica: bool tensors, true where all is well, or None.
@@ -90,10 +92,10 @@ def tell_of_first_skip(num_skipped: tf.Tensor) -> None:
     Args:
         num_skipped: Scalar integer tensor, the steps skipped so far.
     """
+    if not branches.may_be_first_replica():
+        return
     replica = tf.distribute.get_replica_context()
     rank = tf.convert_to_tensor(replica.replica_id_in_sync_group)
-    if tf.get_static_value(rank) not in (None, 0):
-        return
 
     def tell() -> tf.Tensor:
         tf.print(
