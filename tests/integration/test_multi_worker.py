@@ -5,7 +5,7 @@ import multi_worker_program
 import numpy as np
 import pytest
 
-TIMEOUT = 120
+TIMEOUT = 300
 
 
 @pytest.fixture(scope="module")
