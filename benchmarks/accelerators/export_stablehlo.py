@@ -29,6 +29,7 @@ from tf_regtopk.codecs import header
 from tf_regtopk.error_feedback import equations
 from tf_regtopk.kernels import device_kind
 from tf_regtopk.kernels import scatter_sum
+from tf_regtopk.kernels import words
 from tf_regtopk.selection import kth_largest
 from tf_regtopk.steps import flat_buffer
 from tf_regtopk.steps import round as round_lib
@@ -174,7 +175,7 @@ def step_for(size, density, args):
         )
 
     def decode(payloads, number):
-        return step.decode.python_function(payloads, number)
+        return step.decode.python_function(payloads, words.hold(number))
 
     def settle(all_indices, values, indices, sent, number, *state):
         variables = [State(value) for value in state]

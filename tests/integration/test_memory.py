@@ -39,18 +39,26 @@ def copies(function, size, *args):
 def test_no_array_of_the_gradients_size_is_copied(sparsifier):
     """Neither to select, nor to damp scores, nor to clear what was sent."""
     size = 2**18
-    optimizer, _variables = make_optimizer(sparsifier, [(size - 99,), (9, 11)])
+    optimizer, variables = make_optimizer(sparsifier, [(size - 99,), (9, 11)])
     exchange = optimizer._partition
     local, shared, _ = exchange.feedback_state.variables()
     state = round_lib.State(local, shared, exchange.memory.variables())
     values = tf.nest.map_structure(lambda v: v.read_value(), state)
     moment = error_feedback.Moment(tf.zeros([]), optimizer.iterations.value)
     has_gradient = (True, True)
-    args = ([tf.zeros([size])], values, moment, tf.constant(0), has_gradient)
+    weights = tuple(tf.convert_to_tensor(v) for v in variables)
+    args = (
+        [tf.zeros([size])],
+        values,
+        moment,
+        tf.constant(0),
+        has_gradient,
+        weights,
+    )
     sparse_step = exchange.sparse_step
     assert not copies(sparse_step.send, size, *args)
-    payload, _, sent, _ = sparse_step.send(*args)
-    entries, _ = sparse_step.decode(payload[tf.newaxis], moment.number)
+    payload, _, sent, _, mark = sparse_step.send(*args)
+    entries, _ = sparse_step.decode(payload[tf.newaxis], mark)
     args = (entries, sent[:2], state, moment, has_gradient, ())
     assert not copies(sparse_step.settle, size, *args)
 

@@ -1,24 +1,23 @@
-"""The header of a payload: a replica's step and its largest magnitude."""
+"""The header of a payload: a replica's mark and its largest magnitude."""
 
 import tensorflow as tf
 
 
 def add_header(
-    magnitude: tf.Tensor, step: tf.Tensor, payload: tf.Tensor
+    magnitude: tf.Tensor, mark: tf.Tensor, payload: tf.Tensor
 ) -> tf.Tensor:
     """Puts the facts that all replicas need about this one before a payload.
 
     Args:
         magnitude: Float scalar, the largest magnitude this replica has met.
-        step: Integer scalar, the number of steps this replica has taken.
+        mark: int32 scalar, by which replicas at the same step know each other.
         payload: int32 tensor `[length]`.
 
     Returns:
         int32 tensor, longer by `header_words`.
     """
     bits = tf.reshape(tf.bitcast(magnitude, tf.int32), [-1])
-    step = tf.reshape(tf.cast(step, tf.int32), [1])
-    return tf.concat([step, bits, payload], axis=0)
+    return tf.concat([tf.reshape(mark, [1]), bits, payload], axis=0)
 
 
 def header_words(dtype: tf.DType) -> int:
@@ -36,7 +35,7 @@ def split_header(
         dtype: Float dtype of the magnitudes.
 
     Returns:
-        `(magnitudes, steps, payloads)`: a float tensor `[N]`, an int32 tensor
+        `(magnitudes, marks, payloads)`: a float tensor `[N]`, an int32 tensor
         `[N]`, and an int32 tensor.
     """
     bits = payloads[:, 1 : header_words(dtype)]

@@ -152,6 +152,7 @@ class Partition:
             round_lib.State(
                 local, shared, self.memory.dtypes, self.measured.dtypes
             ),
+            self._sparse_variables,
         )
 
     def exchange(

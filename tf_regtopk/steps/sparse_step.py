@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TypeAlias
 
+import keras
 import tensorflow as tf
 
 from tf_regtopk import error_feedback
@@ -16,6 +17,7 @@ from tf_regtopk.steps import flat_buffer
 from tf_regtopk.steps import round as round_lib
 from tf_regtopk.steps import telemetry
 from tf_regtopk.steps import verdict
+from tf_regtopk.steps import weight_mark
 
 # The `(indices, values)` of some entries; the indices are held.
 _Entries: TypeAlias = tuple[tf.Tensor, tf.Tensor]
@@ -37,6 +39,8 @@ class SparseStep:
         participants: `topology.Participants`.
         state_dtypes: `round.State` of dtypes: those of the state, whose
             variables hold words.
+        variables: List of trainable variables; replicas compare `weight_mark`s
+            of some of them.
     """
 
     def __init__(
@@ -45,11 +49,13 @@ class SparseStep:
         method: round_lib.Method,
         participants: topology.Participants,
         state_dtypes: round_lib.State,
+        variables: Sequence[keras.Variable] = (),
     ) -> None:
         self._buffer = buffer
         self._method = method
         self._participants = participants
         self._state_dtypes = state_dtypes
+        self._sample = weight_mark.sample(variables)
 
     def exchange(
         self,
@@ -72,15 +78,16 @@ class SparseStep:
         gradients = self._participants.sum_within(
             self._buffer.densify(gradients)
         )
-        payload, num_used, sent, measured = self.send(
+        payload, num_used, sent, measured, mark = self.send(
             self._buffer.vectors(gradients),
             _read(state),
             moment,
             self._participants.rank,
             tuple(gradient is not None for gradient in gradients),
+            tuple(tf.convert_to_tensor(variable) for variable in self._sample),
         )
         payloads = self._participants.exchange(payload, num_used)
-        entries, flags = self.decode(payloads, moment.number)
+        entries, flags = self.decode(payloads, mark)
         return flags, (entries, sent, measured)
 
     def aggregate(
@@ -118,14 +125,18 @@ class SparseStep:
         moment: error_feedback.Moment,
         rank: tf.Tensor,
         has_gradient: tuple[bool, ...],
-    ) -> tuple[tf.Tensor, tf.Tensor | None, _Sent, tuple[tf.Tensor, ...]]:
+        weights: tuple[tf.Tensor, ...] = (),
+    ) -> tuple[
+        tf.Tensor, tf.Tensor | None, _Sent, tuple[tf.Tensor, ...], tf.Tensor
+    ]:
         """The payload of this replica, and what it holds until `settle`.
 
         Returns:
-            `(payload, num_used, sent, measured)`: words; how many of them are
-            sent, None for all; what `round.Sent` holds, but only those local
-            tensors that change, by their places; and the numbers of
-            `telemetry`, if there are variables for them.
+            `(payload, num_used, sent, measured, mark)`: words; how many of them
+            are sent, None for all; what `round.Sent` holds, but only those
+            local tensors that change, by their places; the numbers of
+            `telemetry`, if there are variables for them; and a held
+            `weight_mark`.
         """
         state = self._release(state)
         gradient = tf.concat(vectors, axis=0)
@@ -150,21 +161,21 @@ class SparseStep:
             )
             if new is not old
         }
+        mark = weight_mark.mark(weights, moment.number)
         return (
-            words.hold(
-                header_lib.add_header(magnitude, moment.number, payload)
-            ),
+            words.hold(header_lib.add_header(magnitude, mark, payload)),
             self._num_used(payload),
             (words.hold(sent.indices), sent.values, changed),
             self._measure(gradient, a, state, sent, moment),
+            words.hold(mark),
         )
 
     @tracing.compiled
     def decode(
-        self, payloads: tf.Tensor, number: tf.Tensor
+        self, payloads: tf.Tensor, mark: tf.Tensor
     ) -> tuple[_Entries, verdict.Flags]:
         """The entries `(indices, values)` of all replicas, and `Flags`."""
-        magnitudes, steps, payloads = header_lib.split_header(
+        magnitudes, marks, payloads = header_lib.split_header(
             words.release(payloads, tf.int32), self._buffer.dtype
         )
         indices, values, is_valid = self._method.payload_codec.decode(payloads)
@@ -178,7 +189,7 @@ class SparseStep:
                     finiteness.is_sum_finite(magnitudes),
                 ]
             ),
-            are_of_this_step=tf.equal(steps, tf.cast(number, tf.int32)),
+            are_alike=tf.equal(marks, words.release(mark, tf.int32)),
             are_valid=is_valid,
         )
         return (words.hold(indices), values), flags

@@ -20,13 +20,14 @@ class Flags(NamedTuple):
     Args:
         are_finite: Whether no gradient or sum holds NaN or infinity; if not,
             the step is skipped.
-        are_of_this_step: For each replica, whether it is at the same step.
+        are_alike: For each replica, whether it is at the same step, with the
+            same weights.
         are_valid: For each replica, whether its payload held k entries.
         are_current: Whether the function was traced after the last change.
     """
 
     are_finite: tf.Tensor | None = None
-    are_of_this_step: tf.Tensor | None = None
+    are_alike: tf.Tensor | None = None
     are_valid: tf.Tensor | None = None
     are_current: tf.Tensor | None = None
 
@@ -62,16 +63,18 @@ def is_finite(flags: Sequence[Flags]) -> tf.Tensor:
                 "traced before the last change",
             ),
             _assert(
-                tf.reduce_all(found.are_of_this_step),
-                "The replicas must be at the same step. Were the workers "
-                "restored from different checkpoints? Received replicas at the "
-                "step of this one:",
-                found.are_of_this_step,
+                tf.reduce_all(found.are_alike),
+                "The replicas must be at the same step, with the same weights. "
+                "Were the workers restored from different checkpoints, or were "
+                "weights set on one of them only? Or do their processors or "
+                "versions round differently? Received replicas that agree with "
+                "this one:",
+                found.are_alike,
             ),
             # Payloads of another step say nothing.
             _assert(
                 tf.reduce_all(found.are_valid)
-                | ~tf.reduce_all(found.are_of_this_step),
+                | ~tf.reduce_all(found.are_alike),
                 "Every payload must hold different, rising indices of the "
                 "gradient. Do all workers run the same model and optimizer? "
                 "Received valid payloads of the replicas:",
