@@ -28,6 +28,7 @@ from tf_regtopk.steps import sparse_step
 from tf_regtopk.steps import telemetry
 from tf_regtopk.steps import variable_rules
 from tf_regtopk.steps import verdict
+from tf_regtopk.steps import weight_mark
 
 Exchange: TypeAlias = Literal["sparse", "dense"]
 EXCHANGES: tuple[Exchange, ...] = ("sparse", "dense")
@@ -85,6 +86,7 @@ class Partition:
             device_kind.warn_of_serial_scatters()
         self._participants = participants
         self._choices = choices
+        self._sampled = weight_mark.sample(variables)
         self._dense_rule = _rule_when_dense(choices.error_feedback)
         self._slots = (
             choices.rules.slots(variables)
@@ -152,7 +154,7 @@ class Partition:
             round_lib.State(
                 local, shared, self.memory.dtypes, self.measured.dtypes
             ),
-            self._sparse_variables,
+            self._sampled,
         )
 
     def exchange(

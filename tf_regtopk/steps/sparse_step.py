@@ -39,8 +39,7 @@ class SparseStep:
         participants: `topology.Participants`.
         state_dtypes: `round.State` of dtypes: those of the state, whose
             variables hold words.
-        variables: List of trainable variables; replicas compare `weight_mark`s
-            of some of them.
+        sampled: List of variables, of which replicas compare a `weight_mark`.
     """
 
     def __init__(
@@ -49,13 +48,13 @@ class SparseStep:
         method: round_lib.Method,
         participants: topology.Participants,
         state_dtypes: round_lib.State,
-        variables: Sequence[keras.Variable] = (),
+        sampled: Sequence[keras.Variable] = (),
     ) -> None:
         self._buffer = buffer
         self._method = method
         self._participants = participants
         self._state_dtypes = state_dtypes
-        self._sample = weight_mark.sample(variables)
+        self._sampled = sampled
 
     def exchange(
         self,
@@ -84,7 +83,7 @@ class SparseStep:
             moment,
             self._participants.rank,
             tuple(gradient is not None for gradient in gradients),
-            tuple(tf.convert_to_tensor(variable) for variable in self._sample),
+            tuple(tf.convert_to_tensor(variable) for variable in self._sampled),
         )
         payloads = self._participants.exchange(payload, num_used)
         entries, flags = self.decode(payloads, mark)

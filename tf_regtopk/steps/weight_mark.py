@@ -7,23 +7,31 @@ own.
 """
 
 from collections.abc import Sequence
+import math
 
 import keras
 import tensorflow as tf
 
 from tf_regtopk.kernels import ranges
 
-# A step looks at so many variables, and at so many entries of each.
+# Only small variables are looked at, because the update of a variable that is
+# being read makes a copy of the variable (tests/integration/test_memory.py).
 _MOST_VARIABLES, _MOST_ENTRIES = 4, 1 << 14
 
 
 def sample(variables: Sequence[keras.Variable]) -> list[keras.Variable]:
-    """Returns a few variables, from the first to the last one of a list."""
-    last = len(variables) - 1
+    """Returns a few small variables, from the first to the last of a list."""
+    small = [
+        variable
+        for variable in variables
+        if 0 < math.prod(variable.shape) <= _MOST_ENTRIES
+        and tf.as_dtype(variable.dtype).is_floating
+    ]
+    last = len(small) - 1
     places = {
         round(i * last / (_MOST_VARIABLES - 1)) for i in range(_MOST_VARIABLES)
     }
-    return [variables[i] for i in sorted(places)] if variables else []
+    return [small[i] for i in sorted(places)] if small else []
 
 
 def mark(weights: Sequence[tf.Tensor], step: tf.Tensor) -> tf.Tensor:
@@ -31,9 +39,6 @@ def mark(weights: Sequence[tf.Tensor], step: tf.Tensor) -> tf.Tensor:
 
         mark = step
         mark = 31 mark + sum over j of (2 j + 1) bits(w_j)     for each tensor w
-
-    Of large tensors each step takes another run of entries, so that after a
-    while all entries have been looked at.
 
     Args:
         weights: Float tensors, those of the variables of `sample`.
@@ -51,24 +56,18 @@ def mark(weights: Sequence[tf.Tensor], step: tf.Tensor) -> tf.Tensor:
     >>> bool(first == mark([weights + 1e-6], tf.constant(3)))
     False
     """
-    step = tf.cast(step, tf.int32)
-    word = step
+    word = step = tf.cast(step, tf.int32)
     for tensor in weights:
         size = tensor.shape.num_elements()
-        length = min(size, _MOST_ENTRIES)
-        if not length:
-            continue
-        # The last run begins earlier, in order to be as long as the others.
-        start = tf.minimum(step % -(-size // length) * length, size - length)
-        run = tf.slice(tf.reshape(tensor, [size]), [start], [length])
-        bits = tf.reshape(_bits(run), [length, -1])
-        factors = 2 * ranges.range_from(start, length) + 1
+        bits = tf.reshape(_bits(tensor), [size, -1])
+        # The range starts at 0, but depends on the step, see `range_from`.
+        factors = 2 * ranges.range_from(step - step, size) + 1
         word = 31 * word + tf.reduce_sum(factors[:, tf.newaxis] * bits)
     return word
 
 
 def _bits(values: tf.Tensor) -> tf.Tensor:
-    """The bits of floats as int32, `[n]` or for float64 `[n, 2]`."""
+    """The bits of floats as int32, of which float64 have two each."""
     if values.dtype.size < 4:
         values = tf.cast(values, tf.float32)
     return tf.bitcast(values, tf.int32)
