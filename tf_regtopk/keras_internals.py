@@ -341,7 +341,8 @@ def abort_collectives(message: str) -> None:
 
 
 # Far from the keys that TensorFlow counts, and from the largest int32.
-_FIRST_INSTANCE_KEY = 1 << 29
+# Two series, because both kinds of launchers may serve the same group.
+_FIRST_INSTANCE_KEYS = (1 << 29, 3 << 28)
 _COUNTER = "_tf_regtopk_counter"
 
 
@@ -357,9 +358,11 @@ def let_collectives_run_in_loops(
     key is counted in the graph, when the collective runs.
 
     Args:
-        strategy: A `tf.distribute.Strategy`.
+        strategy: The only strategy of its devices in this process, because
+            another one would count the same keys.
     """
-    for name in ("_cross_device_ops", "_host_cross_device_ops"):
+    names = ("_cross_device_ops", "_host_cross_device_ops")
+    for first_key, name in zip(_FIRST_INSTANCE_KEYS, names, strict=True):
         collectives = getattr(strategy.extended, name, None)
         for launcher in getattr(collectives, "_launchers", ()):
             if not hasattr(launcher, _COUNTER):
@@ -367,7 +370,7 @@ def let_collectives_run_in_loops(
                     # This class, as for the launcher's own variable, because
                     # the strategy in scope would make one for each replica.
                     counter = resource_variable_ops.ResourceVariable(
-                        _FIRST_INSTANCE_KEY, dtype=tf.int32, trainable=False
+                        first_key, dtype=tf.int32, trainable=False
                     )
                 setattr(launcher, _COUNTER, counter)
                 _count_in_loops(launcher, counter)

@@ -250,7 +250,7 @@ def test_collectives_in_functions_that_loops_call(mirrored):
             int(getattr(launcher, keras_internals._COUNTER).numpy())
             for launcher in launchers
         ]
-        assert keys == [keras_internals._FIRST_INSTANCE_KEY + 4] * 2
+        assert keys == [keras_internals._FIRST_INSTANCE_KEYS[0] + 4] * 2
     finally:
         for launcher, attributes in zip(launchers, patched, strict=True):
             vars(launcher).clear()

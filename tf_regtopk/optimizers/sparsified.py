@@ -287,9 +287,6 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
 
     def _create_state(self, variables: Sequence[keras.Variable]) -> None:
         self._participants = topology_lib.Participants(self.topology)
-        keras_internals.let_collectives_run_in_loops(
-            keras_internals.strategy_of(self)
-        )
         # Functions that were traced before a change are to know of it.
         self.changes = 0
         self._changes = replica_state.ReplicaState(

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
+from tf_regtopk import keras_internals
 from tf_regtopk.distribute import branches
 
 
@@ -97,6 +98,8 @@ def tell_of_first_skip(num_skipped: tf.Tensor) -> None:
     """
     if not branches.may_be_first_replica():
         return
+    if keras_internals.in_xla_context():
+        return  # A program that XLA compiles as a whole cannot print.
     replica = tf.distribute.get_replica_context()
     rank = tf.convert_to_tensor(replica.replica_id_in_sync_group)
 

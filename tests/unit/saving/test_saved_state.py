@@ -47,7 +47,7 @@ def test_accumulated_round_trip():
         "accumulated" in n for n in saved_state.to_arrays(state([0]))
     )
     saved = accumulated_state([0, 2], num_devices=2)
-    back = saved_state.from_bytes(saved_state.to_bytes(saved))
+    back, _ = saved_state.from_bytes(saved_state.to_bytes(saved))
     np.testing.assert_equal(back.accumulated, saved.accumulated)
     arrays = saved_state.to_arrays(saved)
     arrays["replica_2_device_1_accumulated_0"] = np.zeros(2, "float32")
