@@ -224,7 +224,7 @@ class CheckpointedAsInner:
 
 
 class _Deferred:
-    """Where TensorFlow leaves the positions of children that it cannot find."""
+    """The positions of children that TensorFlow could not find by name."""
 
     def __init__(
         self,
