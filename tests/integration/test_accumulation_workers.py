@@ -41,6 +41,7 @@ def test_workers_take_steps_as_with_a_larger_batch(way, workers, mirrored):
         )
 
 
+@pytest.mark.slow  # On a busy machine acknowledgements come late.
 def test_batches_between_exchanges_send_nothing(results):
     """A heartbeat, or TCP's acknowledgement of the exchange, may come between.
 
@@ -51,6 +52,7 @@ def test_batches_between_exchanges_send_nothing(results):
     assert max(medians[:-1]) < 120 and medians[-1] > 500
 
 
+@pytest.mark.slow
 def test_fit_sends_only_its_logs_between_exchanges(results):
     """As much as without any optimizer, and far less than plain Keras."""
     of_batches, num_exchanges, _ = results[0]["fit"]
