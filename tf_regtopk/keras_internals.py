@@ -393,7 +393,7 @@ def _count_in_loops(
 
 
 def _is_in_function_of_loop() -> bool:
-    """Whether a function is traced that a loop or a branch calls."""
+    """Returns True while a function is traced that a loop or a branch calls."""
     graph = tf.compat.v1.get_default_graph()
     is_in_function = False
     while hasattr(graph, "outer_graph"):

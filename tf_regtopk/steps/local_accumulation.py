@@ -193,7 +193,7 @@ class LocalAccumulation:
                 part.assign(value)
 
     def _is_last(self, pattern: int) -> tf.Tensor:
-        """Whether the batch is the last one, in the memory of the host."""
+        """Returns whether the batch is the last, in the memory of the host."""
         count = self._count.read_value()
         before = self._pattern.read_value()
         with tf.device("CPU:0"):
@@ -253,7 +253,7 @@ class LocalAccumulation:
 
 
 def moment_of(accumulation: LocalAccumulation | None) -> dict[str, Any]:
-    """What the moment of saving has of an accumulation that is under way."""
+    """The part of a saved moment that tells of an accumulation under way."""
     if accumulation is None or not accumulation.count:
         return {}
     return {"accumulated": [accumulation.count, accumulation.num_batches]}
