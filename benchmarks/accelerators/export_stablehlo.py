@@ -166,7 +166,7 @@ def step_for(size, density, args):
         return error_feedback.Moment(tf.zeros([]), tf.cast(number, tf.int64))
 
     def send(gradient, error, number, rank, *memory):
-        return step.send.python_function(
+        return step.send.function.python_function(
             [gradient],
             round_lib.State((error,), (), memory),
             moment_at(number),
@@ -175,11 +175,11 @@ def step_for(size, density, args):
         )
 
     def decode(payloads, number):
-        return step.decode.python_function(payloads, words.hold(number))
+        return step.decode.function.python_function(payloads, words.hold(number))
 
     def settle(all_indices, values, indices, sent, number, *state):
         variables = [State(value) for value in state]
-        aggregate = step.settle.python_function(
+        aggregate = step.settle.function.python_function(
             (all_indices, values),
             (indices, sent),
             round_lib.State(tuple(variables[:1]), (), tuple(variables[1:])),

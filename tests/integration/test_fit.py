@@ -241,6 +241,6 @@ def test_no_retracing(mirrored):
     )
     optimizer = model.optimizer
     send = optimizer._partition.sparse_step.send
-    before = send.experimental_get_tracing_count()
+    before = send.function.experimental_get_tracing_count()
     model.fit(*small_models.small_data(), batch_size=12, epochs=2, verbose=0)
-    assert send.experimental_get_tracing_count() == before
+    assert send.function.experimental_get_tracing_count() == before

@@ -86,7 +86,7 @@ def test_a_density_that_comes_back_is_not_compiled_again(mirrored):
     model = make_model(mirrored(0), sparsifier=tf_regtopk.TopK(0.1))
     fit(model, [tf_regtopk.DensityWarmup([0.5, 0.1, 0.5, 0.1])], epochs=4)
     send = model.optimizer._partition.sparse_step.send
-    assert send.experimental_get_tracing_count() == 1
+    assert send.function.experimental_get_tracing_count() == 1
 
 
 def test_ends_with_the_density_of_a_sparsifier_without(mirrored):

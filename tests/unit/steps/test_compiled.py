@@ -24,7 +24,7 @@ def test_a_step_is_compiled(exchange, step, names, monkeypatch):
         def call(self, *args):
             bound = function.__get__(self, step)
             # An error where a function is not for XLA.
-            ir = bound.experimental_get_compiler_ir(*args)
+            ir = bound.function.experimental_get_compiler_ir(*args)
             programs[name] = ir(stage="hlo")
             return bound(*args)
 
