@@ -175,7 +175,9 @@ def step_for(size, density, args):
         )
 
     def decode(payloads, number):
-        return step.decode.function.python_function(payloads, words.hold(number))
+        return step.decode.function.python_function(
+            payloads, words.hold(number)
+        )
 
     def settle(all_indices, values, indices, sent, number, *state):
         variables = [State(value) for value in state]

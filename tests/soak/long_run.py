@@ -55,7 +55,9 @@ class Watch(keras.callbacks.Callback):
                 self._optimizer._partition.sparse_step.send,
                 self._optimizer._partition.sparse_step.settle,
             ):
-                traced.append(function.function.experimental_get_tracing_count())
+                traced.append(
+                    function.function.experimental_get_tracing_count()
+                )
             assert all(traced), traced
             self.records.append(in_use() | {"traced": sum(traced)})
             print(steps, self.records[-1], flush=True)
