@@ -101,7 +101,6 @@ def test_as_one_larger_batch(num_replicas, way, mirrored):
         assert run.optimizer.iterations.numpy() == number + 1
 
 
-@pytest.mark.slow
 def test_against_the_reference(mirrored):
     g = gradients(2)
     run = Run(mirrored(2), tf_regtopk.RegTopK(0.1), accumulation_steps=M)

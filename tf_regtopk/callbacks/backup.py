@@ -74,7 +74,8 @@ class Backup(keras.callbacks.Callback):
 
         Args:
             model: The compiled `keras.Model`, built and in the scope of its
-                strategy.
+                strategy. Optimizers that are attributes of the model, as in a
+                GAN, must be built as well.
 
         Returns:
             Number of the epoch to go on with, for `initial_epoch`.
@@ -83,7 +84,7 @@ class Backup(keras.callbacks.Callback):
             FileNotFoundError: If the backups of some workers are missing.
             ValueError: If they cannot be loaded, or differ in their weights.
         """
-        wrapper.of_model(model)  # Builds it.
+        wrapper.all_of_model(model)  # Builds that of `compile`.
         self._clean_up()
         epoch = self._load_newest(model)
         _check_workers_agree(model)
@@ -262,15 +263,18 @@ class Backup(keras.callbacks.Callback):
 
 def _check_workers_agree(model: keras.Model) -> None:
     """Raises unless all workers go on from the same step and weights."""
-    moment = wrapper.of_model(model).moment
+    moments = [optimizer.moment for optimizer in wrapper.all_of_model(model)]
     # An int32 takes 31 of the checksum's bits.
-    numbers = [moment["step"], moment["weights"] >> 1]
+    numbers = [
+        *(moment["step"] for moment in moments),
+        *(moment["weights"] >> 1 for moment in moments),
+    ]
     of_all = collectives.gather_from_workers(numbers, model.distribute_strategy)
     if not np.all(of_all == of_all[0]):
         raise ValueError(
             "The workers' backups must be of the same run. Received: steps "
-            f"{of_all[:, 0].tolist()} and weights with the checksums "
-            f"{of_all[:, 1].tolist()}"
+            f"{of_all[:, : len(moments)].tolist()} and weights with the "
+            f"checksums {of_all[:, len(moments) :].tolist()}"
         )
 
 

@@ -54,19 +54,21 @@ class DensityWarmup(keras.callbacks.Callback):
                 "densities", density, "all in (0, 1]", lambda d: 0 < d <= 1
             )
         # The training function, and the number of changes when it was traced.
-        self._traced: tuple[Any, int] | None = None
+        self._traced: tuple[Any, list[int]] | None = None
 
     def on_epoch_begin(
         self, epoch: int, logs: dict[str, Any] | None = None
     ) -> None:
-        optimizer = wrapper.of_model(self.model)
-        density = optimizer.default_density
-        if epoch < len(self.densities):
-            density = self.densities[epoch]
-        if density != optimizer.density:
-            optimizer.set_density(density)
+        optimizers = wrapper.all_of_model(self.model)
+        for optimizer in optimizers:
+            density = optimizer.default_density
+            if epoch < len(self.densities):
+                density = self.densities[epoch]
+            if density != optimizer.density:
+                optimizer.set_density(density)
         # The function that `fit` holds may have been traced before a change.
-        traced = self.model.train_function, optimizer.changes
+        changes = [optimizer.changes for optimizer in optimizers]
+        traced = self.model.train_function, changes
         if traced != self._traced:
             self.model.make_train_function(force=True)
-            self._traced = self.model.train_function, optimizer.changes
+            self._traced = self.model.train_function, changes

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from collections.abc import Sequence
 import contextlib
+import itertools
 import os
 
 import keras
@@ -38,7 +39,7 @@ def load_scope(
         path: Path of a file, a folder or a checkpoint, the same on every
             worker.
         strategy: The `tf.distribute.Strategy` that the model trains under.
-        model: The `keras.Model` that is loaded into, with a built optimizer. If
+        model: The `keras.Model` that is loaded into, with built optimizers. If
             loading fails it is put back to what it was.
 
     Raises:
@@ -86,12 +87,13 @@ def _check_loaded(
             "what was saved by a plain optimizer without `load_scope`"
         )
     if model is not None:
-        moment = wrapper.of_model(model).moment
-        if moment not in [saved.moment for saved in loaded]:
-            raise ValueError(
-                "The weights must be those that were saved. Received: "
-                f"{moment} after loading {loaded[0].moment}"
-            )
+        moments = [saved.moment for saved in loaded]
+        for optimizer in wrapper.all_of_model(model):
+            if optimizer.moment not in moments:
+                raise ValueError(
+                    "The weights must be those that were saved. Received: "
+                    f"{optimizer.moment} after loading {moments}"
+                )
 
 
 @contextlib.contextmanager
@@ -100,22 +102,26 @@ def put_back_on_error(model: keras.Model | None) -> Iterator[None]:
     if model is None:
         yield
         return
-    optimizer = wrapper.of_model(model)
+    optimizers = wrapper.all_of_model(model)
     # Every replica's value is kept, because batch normalisation has averages
     # of its own on each.
     variables = [
         local
-        for variable in [*model.variables, *model.optimizer.variables]
+        for variable in itertools.chain(
+            model.variables,
+            *(o.variables for o in wrapper.optimizers_of(model)),
+        )
         for local in model.distribute_strategy.experimental_local_results(
             variable.value
         )
     ]
     values = [variable.numpy() for variable in variables]
-    state = optimizer.save_state()
+    states = [optimizer.save_state() for optimizer in optimizers]
     try:
         yield
     except BaseException:
         for variable, value in zip(variables, values, strict=True):
             variable.assign(value)
-        optimizer.load_state(state)
+        for optimizer, state in zip(optimizers, states, strict=True):
+            optimizer.load_state(state)
         raise

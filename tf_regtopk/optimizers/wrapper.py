@@ -491,14 +491,9 @@ def _parts(
 
 def of_model(model: keras.Model) -> "OptimizerWrapper":
     """The wrapper in the optimizer of a `keras.Model`, which it builds."""
-    optimizer = model.optimizer
-    while not isinstance(optimizer, OptimizerWrapper):
-        if not hasattr(optimizer, "inner_optimizer"):
-            raise ValueError(
-                "The optimizer of `model` must be a `SparsifiedOptimizer`. "
-                f"Received: {optimizer!r}"
-            )
-        optimizer = optimizer.inner_optimizer
+    optimizer = _wrapper_in(model.optimizer)
+    if optimizer is None:
+        raise _no_wrapper(model.optimizer)
     if not model.built:
         raise ValueError(
             "`model` must be built, as by `model.build(input_shape)`. "
@@ -507,6 +502,61 @@ def of_model(model: keras.Model) -> "OptimizerWrapper":
     if not optimizer.built:
         model.optimizer.build(model.trainable_variables)
     return optimizer
+
+
+def all_of_model(model: keras.Model) -> list["OptimizerWrapper"]:
+    """The wrappers in all optimizers of a `keras.Model`.
+
+    A model with a `train_step` of its own may keep several optimizers as its
+    attributes, as a GAN does. Only that of `compile` can be built here.
+    """
+    optimizers = optimizers_of(model)
+    wrappers = [w for w in map(_wrapper_in, optimizers) if w is not None]
+    if not wrappers:
+        raise _no_wrapper(model.optimizer)
+    if _wrapper_in(model.optimizer):
+        of_model(model)
+    if not all(optimizer.built for optimizer in wrappers):
+        raise ValueError(
+            "All optimizers of `model` must be built, as by "
+            "`model.g_optimizer.build(model.generator.trainable_variables)`. "
+            f"Received: {model!r}"
+        )
+    return wrappers
+
+
+def optimizers_of(model: keras.Model) -> list[keras.optimizers.Optimizer]:
+    """The optimizer of `compile`, and all others that are attributes."""
+    candidates = [model.optimizer]
+    for value in vars(model).values():
+        if isinstance(value, dict):
+            candidates.extend(value.values())
+        elif isinstance(value, (list, tuple)):
+            candidates.extend(value)
+        else:
+            candidates.append(value)
+    optimizers = {
+        id(candidate): candidate
+        for candidate in candidates
+        if isinstance(candidate, keras.optimizers.Optimizer)
+    }
+    return list(optimizers.values())
+
+
+def _wrapper_in(
+    optimizer: keras.optimizers.Optimizer | None,
+) -> "OptimizerWrapper | None":
+    """The wrapper that an optimizer is, or has somewhere inside, or None."""
+    while optimizer is not None and not isinstance(optimizer, OptimizerWrapper):
+        optimizer = getattr(optimizer, "inner_optimizer", None)
+    return optimizer
+
+
+def _no_wrapper(optimizer: keras.optimizers.Optimizer | None) -> ValueError:
+    return ValueError(
+        "The optimizer of `model` must be a `SparsifiedOptimizer`. "
+        f"Received: {optimizer!r}"
+    )
 
 
 def build_once_for_all_replicas(

@@ -269,6 +269,10 @@ def options(devices: trial_lib.Devices) -> Iterator[Case]:
             functools.partial(exchange_densely, devices.all),
         )
         yield "set_density", functools.partial(change_density, devices.all)
+        yield (
+            "accumulation_steps",
+            functools.partial(accumulate_locally, devices.all),
+        )
 
 
 def select_per_variable(strategy: tf.distribute.Strategy) -> None:
@@ -314,6 +318,32 @@ def exchange_densely(strategy: tf.distribute.Strategy) -> None:
         -trial_lib.LEARNING_RATE * gradients.sum(axis=(0, 1)),
         "those of the summed gradients",
     )
+
+
+class _InTwoBatches(Trial):
+    """Takes each step with two batches, of which the gradients' mean counts."""
+
+    def step(self, gradients: np.ndarray) -> None:
+        before = self.weights()
+        super().step(3 * gradients)
+        trial_lib.expect_same(
+            "weights after a batch that is only added up",
+            self.weights(),
+            before,
+            "those before",
+        )
+        super().step(-gradients)
+
+
+def accumulate_locally(strategy: tf.distribute.Strategy) -> None:
+    """Checks that some batches are only added up, and that nothing is lost."""
+    trial = _InTwoBatches(
+        strategy, SPARSIFIERS["RegTopK"], accumulation_steps=2
+    )
+    gradients = trial_lib.make_gradients(strategy.num_replicas_in_sync)
+    weights = trial_lib.run(trial, gradients)
+    trial_lib.expect_balance(trial, gradients, weights)
+    trial_lib.expect_sparse(trial, weights)
 
 
 def change_density(strategy: tf.distribute.Strategy) -> None:

@@ -32,6 +32,7 @@ from tf_regtopk.selftest import checks
 from tf_regtopk.selftest import trial
 from tf_regtopk.selftest import workers
 from tf_regtopk.steps import finiteness
+from tf_regtopk.steps import local_accumulation
 
 CPUS = ("CPU:0", "CPU:1")
 
@@ -123,6 +124,15 @@ def density_stays(monkeypatch):
         sparsified.SparsifiedOptimizer,
         "set_density",
         lambda self, density: None,
+    )
+
+
+def batches_are_forgotten(monkeypatch):
+    """The last one alone counts."""
+    monkeypatch.setattr(
+        local_accumulation.LocalAccumulation,
+        "_mean",
+        lambda self, gradients: list(gradients),
     )
 
 
@@ -263,6 +273,12 @@ FAULTS = [
         "set_density",
         density_stays,
         r"weights, where \d+ must be sent",
+    ),
+    (
+        "options",
+        "accumulation_steps",
+        batches_are_forgotten,
+        "what was applied and what is held back differ",
     ),
     (
         "placement",
