@@ -29,7 +29,7 @@ def make_optimizer(sparsifier, shapes):
 
 def copies(function, size, *args):
     """Lines of XLA's final program in which an array of `size` is copied."""
-    ir = function.experimental_get_compiler_ir(*args)
+    ir = function.function.experimental_get_compiler_ir(*args)
     program = ir(stage="optimized_hlo")
     assert f"f32[{size}]" in program
     return re.findall(rf"^.*\[{size}\]\S* copy\(.*$", program, re.MULTILINE)
