@@ -8,21 +8,26 @@ import pytest
 M = accumulation_program.NUM_BATCHES
 
 
-@pytest.fixture(scope="module")
-def workers(tmp_path_factory):
+def run(directory, *args):
     """What each of two workers found, and whether they were alone."""
     return multi_worker_launcher.run_workers_alone(
         accumulation_program.__file__,
         num_workers=2,
-        directory=tmp_path_factory.mktemp("accumulation"),
+        directory=directory,
         timeout=300,
+        args=args,
     )
 
 
-@pytest.fixture
-def results(workers):
-    """The same, where bytes can be counted."""
-    results, is_alone = workers
+@pytest.fixture(scope="module")
+def workers(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("accumulation"))
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What they found, where bytes can be counted."""
+    results, is_alone = run(tmp_path_factory.mktemp("bytes"), "bytes")
     if not is_alone:
         pytest.skip("Needs a network of its own, by `unshare --net`.")
     return results

@@ -1,6 +1,6 @@
 """Starts the workers of a cluster as processes on this machine.
 
-    python multi_worker_launcher.py SCRIPT NUM_WORKERS DIRECTORY TIMEOUT
+    python multi_worker_launcher.py SCRIPT NUM_WORKERS DIRECTORY TIMEOUT [ARGS]
 
 runs the script as `run_workers` does, and writes `DIRECTORY/results.json`.
 """
@@ -155,7 +155,7 @@ def run_workers(script, num_workers, directory, timeout, args=()):
     )
 
 
-def run_workers_alone(script, num_workers, directory, timeout):
+def run_workers_alone(script, num_workers, directory, timeout, args=()):
     """Runs workers on a loopback interface that nothing else uses, if it can.
 
     Args:
@@ -163,6 +163,7 @@ def run_workers_alone(script, num_workers, directory, timeout):
         num_workers: As of `run_workers`.
         directory: As of `run_workers`.
         timeout: As of `run_workers`.
+        args: As of `run_workers`.
 
     Returns:
         The results of the workers, and whether they were alone.
@@ -176,16 +177,20 @@ def run_workers_alone(script, num_workers, directory, timeout):
     if is_alone:
         command = [unshare, "--net", *command]
     subprocess.run(
-        [*map(str, command), str(timeout)], check=True, timeout=timeout + 30
+        [*map(str, command), str(timeout), *args],
+        check=True,
+        timeout=timeout + 30,
     )
     return json.loads((directory / "results.json").read_text()), is_alone
 
 
-def main(script, num_workers, directory, timeout):
+def main(script, num_workers, directory, timeout, *args):
     """For `unshare --net`, which makes a network without any device up."""
     subprocess.run(["ip", "link", "set", "lo", "up"], check=False)
     directory = pathlib.Path(directory)
-    results = run_workers(script, int(num_workers), directory, int(timeout))
+    results = run_workers(
+        script, int(num_workers), directory, int(timeout), args
+    )
     (directory / "results.json").write_text(json.dumps(results))
 
 

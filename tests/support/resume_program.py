@@ -32,6 +32,16 @@ WAYS = (
     "model_checkpoint.keras",
     "backup",
 )
+# One of a kind, where two replicas of one process have tried all.
+FEW_WAYS = ("m.keras", "checkpoint", "backup")
+
+
+def ways(strategy):
+    """The ways to save and load that are tried under a strategy."""
+    is_process = "TF_CONFIG" not in os.environ
+    return (
+        WAYS if is_process and strategy.num_replicas_in_sync == 2 else FEW_WAYS
+    )
 
 
 def make_model(strategy, sparsifier=None, units=5):
@@ -201,7 +211,7 @@ def resume(strategy, directory):
     def at(name):
         return tf_regtopk.worker_path(directory / name, strategy)
 
-    for way in WAYS:
+    for way in ways(strategy):
         if way == "m.keras":
             with strategy.scope():
                 model = keras.saving.load_model(at(way))
@@ -231,7 +241,7 @@ def load_another_world(strategy, directory):
     """What each file of another number of replicas gives this process."""
     results = {}
     model = make_model(strategy)
-    for way in WAYS:
+    for way in ways(strategy):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             if way == "backup":
