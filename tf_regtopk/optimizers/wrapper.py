@@ -22,6 +22,7 @@ from tf_regtopk.distribute import branches
 from tf_regtopk.kernels import tracing
 from tf_regtopk.log import logger
 from tf_regtopk.saving import saved_state
+from tf_regtopk.saving import worker_files
 from tf_regtopk.steps import finiteness
 from tf_regtopk.steps import flat_buffer
 from tf_regtopk.steps import verdict
@@ -368,8 +369,10 @@ class OptimizerWrapper(
         self, store: MutableMapping[str, np.ndarray]
     ) -> None:
         if self.built:
+            saved = self.save_state()
+            worker_files.warn_if_alone(saved)
             arrays = saved_state.to_arrays(
-                self.save_state(), [v.numpy() for v in self.variables]
+                saved, [v.numpy() for v in self.variables]
             )
             for name, array in arrays.items():
                 store[name] = array
@@ -453,9 +456,10 @@ class _CheckpointedState(tf.train.experimental.PythonState):
         self._wrapper = wrapper
 
     def serialize(self) -> bytes:
+        saved = self._wrapper.save_state()
+        worker_files.warn_if_alone(saved)
         return saved_state.to_bytes(
-            self._wrapper.save_state(),
-            [counter.numpy() for counter in self._wrapper.counters],
+            saved, [counter.numpy() for counter in self._wrapper.counters]
         )
 
     def deserialize(self, string_value: bytes) -> None:

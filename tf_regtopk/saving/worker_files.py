@@ -22,6 +22,7 @@ import tensorflow as tf
 
 from tf_regtopk import keras_internals
 from tf_regtopk.distribute import strategy as strategy_lib
+from tf_regtopk.log import logger
 from tf_regtopk.saving import saved_state
 
 # These suffixes stay at the end, because Keras tells files apart by them.
@@ -31,6 +32,12 @@ _SUFFIXES = (".weights.h5", ".h5", ".keras")
 _scope: contextvars.ContextVar[
     tuple[Sequence[str], list[saved_state.SavedState]] | None
 ] = contextvars.ContextVar("scope", default=None)
+
+
+class _Told:
+    """Whether the user knows that each worker has to save."""
+
+    path_was_given = warned = False
 
 
 def worker_path(
@@ -54,7 +61,29 @@ def worker_path(
     ```
     """
     number, num_workers = strategy_lib.worker_number(strategy)
+    _Told.path_was_given = True
     return _path_of(path, number, num_workers)
+
+
+def warn_if_alone(saved: saved_state.SavedState) -> None:
+    """Warns once if a file holds the errors of some replicas, with no others.
+
+    Nobody who has called `worker_path` needs the warning.
+
+    Args:
+        saved: `saved_state.SavedState` that this worker is saving.
+    """
+    is_part = len(saved.replicas) < saved.num_replicas
+    if is_part and not (_Told.path_was_given or _Told.warned):
+        _Told.warned = True
+        logger.warning(
+            "This worker saves the residual errors of its own replicas, %s of "
+            "%d. That is enough for inference. To resume without loss save on "
+            "every worker, to `tf_regtopk.worker_path(path, strategy)`, or "
+            "train with `tf_regtopk.Backup`.",
+            sorted(saved.replicas),
+            saved.num_replicas,
+        )
 
 
 def _path_of(

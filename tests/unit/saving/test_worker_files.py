@@ -43,6 +43,28 @@ def test_worker_path(path, expected, mirrored):
         assert tf_regtopk.worker_path(path, strategy) == path
 
 
+def test_a_worker_that_saves_alone_is_told_once(monkeypatch, caplog):
+    monkeypatch.setattr(worker_files._Told, "path_was_given", False)
+    monkeypatch.setattr(worker_files._Told, "warned", False)
+    all_of_two = saved_state.SavedState({}, {}, 2, {0: [], 1: []})
+    worker_files.warn_if_alone(all_of_two)
+    assert not caplog.text
+    some_of_four = all_of_two._replace(num_replicas=4)
+    for _ in range(2):
+        worker_files.warn_if_alone(some_of_four)
+    [record] = caplog.records
+    assert "[0, 1] of 4" in record.message
+    assert "worker_path" in record.message
+
+
+def test_whoever_knows_of_worker_paths_is_not_told(monkeypatch, caplog):
+    monkeypatch.setattr(worker_files._Told, "path_was_given", False)
+    monkeypatch.setattr(worker_files._Told, "warned", False)
+    tf_regtopk.worker_path("m.keras", cluster(0, 2))
+    worker_files.warn_if_alone(saved_state.SavedState({}, {}, 2, {0: []}))
+    assert not caplog.text
+
+
 def test_the_newest_run_counts(tmp_path):
     def touch(seconds, number, num_workers):
         path = tf_regtopk.worker_path(
