@@ -34,8 +34,9 @@ _FLAGS: dict[str, tuple[quantities.Kind, str]] = {
     "parameters": ("number", "Of the model, such as 25.6e6, 25.6M or 1.5B."),
     "bandwidth": (
         "rate",
-        "Of a worker's link, each way, as programs measure it (iperf3), such "
-        "as 10Gbit or 1.25GB. Needed with several workers.",
+        "Of a worker's link, each way, as programs measure it (iperf3; busbw "
+        "of NCCL's all_reduce_perf), such as 10Gbit or 1.25GB. Needed with "
+        "several workers.",
     ),
     "latency": (
         "time",
@@ -93,7 +94,8 @@ def table(job: Job, network: Network) -> str:
             density = crossover.last_density(method, job, network)
             is_later = p.step_seconds >= dense and last > now
             line += "  only with more, up to " if is_later else "  "
-            line += f"{_number(last)} {noun}, density {density:.3g}"
+            limits = f"{_number(last)} {noun}, density {density:.3g}"
+            line += limits if last or density else "never"
         lines.append(line)
     lines.append("")
     lines += [f"{m.name:16}  {m.meaning}" for m in cost_model.methods(job)]
@@ -189,7 +191,8 @@ def assumptions(job: Job, network: Network, remark: str = "") -> str:
             (
                 "network",
                 f"{quantities.bit_rate(network.bandwidth)} each way, "
-                f"{quantities.seconds(network.latency)} one way",
+                f"{quantities.seconds(network.latency)} one way; give what "
+                "programs measure, which may be a third of the label",
             ),
             (
                 "exchange",
@@ -253,43 +256,66 @@ def _number(number: int) -> str:
     return f"{number:,}" if number < crossover.MAX_WORKERS else "any number of"
 
 
-def define_flags() -> None:
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines the command's flags."""
     for name, (_, meaning) in _FLAGS.items():
-        flags.DEFINE_string(name, None, meaning, required=name in _REQUIRED)
+        flags.DEFINE_string(
+            name, None, meaning, values, required=name in _REQUIRED
+        )
     flags.DEFINE_integer(
         "workers",
         None,
         "Hosts with a link each. With several --devices_per_worker all of a "
         "host's share its link; all-gathers other than hierarchical then have "
         "workers * devices_per_worker members. 1 for a single host.",
+        flag_values=values,
         required=True,
     )
-    flags.DEFINE_integer("devices_per_worker", 1, "Devices in each host.")
+    flags.DEFINE_integer(
+        "devices_per_worker", 1, "Devices in each host.", flag_values=values
+    )
+    flags.DEFINE_alias("devices", "devices_per_worker", flag_values=values)
     flags.DEFINE_enum(
         "device",
         None,
         list(devices.DEVICES),
         "Device that trains. Without it one is assumed, and the others are "
         "tried as well.",
+        values,
     )
     flags.DEFINE_boolean(
         "measure",
         False,
         "Measures the memory of this machine's CPU, for --device=cpu.",
+        values,
     )
-    flags.DEFINE_float("density", 0.001, "Share of the entries that is sent.")
+    flags.DEFINE_float(
+        "density",
+        0.001,
+        "Share of the entries that is sent.",
+        flag_values=values,
+    )
     flags.DEFINE_enum(
-        "values", "float32", list(value_codecs.CODECS), "The code of values."
+        "values",
+        "float32",
+        list(value_codecs.CODECS),
+        "The code of values.",
+        values,
     )
     flags.DEFINE_float(
         "overlap",
         0.0,
         "Share of a dense exchange that the backward pass can hide.",
+        flag_values=values,
     )
-    flags.DEFINE_boolean("sweep", False, "Also for 2, 4, ..., 4096 workers.")
+    flags.DEFINE_boolean(
+        "sweep", False, "Also for 2, 4, ..., 4096 workers.", values
+    )
     flags.DEFINE_string(
-        "plot", None, "File for a picture of the step time, such as advise.png."
+        "plot",
+        None,
+        "File for a picture of the step time, such as advise.png.",
+        values,
     )
 
 
@@ -337,10 +363,21 @@ def _choose_device(
     )
 
 
-def _cases(
+def cases(
     args: flags.FlagValues,
 ) -> tuple[tuple[Job, Network], str, list[tuple[Job, Network]]]:
-    """Returns the case, a remark on its device, and cases of other devices."""
+    """Reads the flags.
+
+    Args:
+        args: Values of the flags of `define_flags`.
+
+    Returns:
+        `((job, network), remark, others)`: the case, a remark on its device,
+        and the cases of the devices that it could have as well.
+
+    Raises:
+        ValueError: If a flag is wrong or missing.
+    """
     given = {
         name: quantities.parse(name, getattr(args, name), kind)
         for name, (kind, _) in _FLAGS.items()
@@ -388,7 +425,7 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments: {argv[1:]}")
     try:
-        (job, network), remark, others = _cases(args)
+        (job, network), remark, others = cases(args)
     except (TypeError, ValueError) as error:
         raise app.UsageError(str(error)) from error
     print(f"The prediction rests on\n{assumptions(job, network, remark)}\n")

@@ -52,7 +52,9 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments: {argv[1:]}")
     steps = json.loads(PUBLISHED.read_text("utf-8"))["steps"]
-    print("| step | compute ms | published | predicted | predicted / published |")
+    print(
+        "| step | compute ms | published | predicted | predicted / published |"
+    )
     print("| --- | ---: | ---: | ---: | ---: |")
     found = ratios(steps)
     for step, ratio in zip(steps, found, strict=True):

@@ -85,9 +85,7 @@ def text(advice: Advice) -> str:
         gain = advice.dense_seconds / advice.sparse_seconds
         best = f"the fastest sparse method is {gain:.2f} times as fast"
         if gain < 1:
-            best = (
-                f"every sparse method is slower, {1 / gain:.2f} times or more"
-            )
+            best = "no sparse method is faster"
         return (
             f'Do not compress: "{advice.method.name}" takes {step} a step, and '
             f"{best}. Less than {1 + TOLERANCE:g} times is not worth a method "
