@@ -216,8 +216,14 @@ def assumptions(job: Job, network: Network, remark: str = "") -> str:
         (
             "entries",
             f"density {job.density:g}, {job.num_selected:,} entries of "
-            f"{job.values}; a sparse step starts in "
-            f"{quantities.seconds(device.start_seconds)}",
+            f"{job.values}",
+        ),
+        (
+            "processing",
+            "a sparse step starts in "
+            f"{quantities.seconds(device.start_seconds)}; a pass over the "
+            f"gradients takes {quantities.seconds(job.pass_seconds)}, and as "
+            "many passes are made as on the CPUs of docs/benchmarks.md",
         ),
         (
             "overlap",
@@ -225,9 +231,9 @@ def assumptions(job: Job, network: Network, remark: str = "") -> str:
             "pass (TensorFlow's strategies exchange after it)",
         ),
     ]
-    indent = 12 * " "
+    indent = 13 * " "
     return "\n".join(
-        textwrap.fill(f"  {label:10}{value}", 80, subsequent_indent=indent)
+        textwrap.fill(f"  {label:11}{value}", 80, subsequent_indent=indent)
         for label, value in rows
     )
 
@@ -238,7 +244,7 @@ def other_devices(job: Job, candidates: Sequence[tuple[Job, Network]]) -> str:
     if len(names) == 1:
         return (
             f"No device was named, and {job.device.name} is assumed. The "
-            "answer is the same with every device that advise knows."
+            f"answer is the same with each of: {', '.join(*names.values())}."
         )
     answers = "; ".join(
         f"{answer}: {', '.join(found)}" for answer, found in names.items()
@@ -246,7 +252,7 @@ def other_devices(job: Job, candidates: Sequence[tuple[Job, Network]]) -> str:
     return (
         "THE ANSWER DEPENDS ON THE DEVICE, and none was named: "
         f"{job.device.name} is assumed above. By device, {answers}. Name yours "
-        "by --device, or give its --memory_bandwidth."
+        "by --device."
     )
 
 

@@ -106,7 +106,7 @@ def test_command_advises_not_to():
     assert result.returncode == 0, result.stderr
     assert "\nDo not compress: " in result.stdout
     assert "hierarchical" not in result.stdout
-    assert "a sparse step starts in 8.00 ms" in " ".join(result.stdout.split())
+    assert "a sparse step starts in 8.00 ms;" in " ".join(result.stdout.split())
 
 
 def test_command_knows_a_single_host(tmp_path):
