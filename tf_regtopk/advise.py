@@ -443,6 +443,9 @@ def main(argv: Sequence[str]) -> None:
         print(f"\n{textwrap.fill(takeover(job, network), 80)}")
     print(f"\n{advice_lib.changes(job, network)}")
     texts = [advice_lib.text(advice_lib.advise(job, network))]
+    doubt = advice_lib.if_less_is_reached(job, network)
+    if doubt:
+        texts.append(doubt)
     if others:
         texts.append(other_devices(job, others))
     for text in texts:

@@ -17,6 +17,8 @@ TOLERANCE = 0.1
 # Below this speed-up the advice has a condition, because sparse training often
 # needs more steps (docs/results.md). The number is a judgement, no measurement.
 CLEAR_SPEED_UP = 2
+# From this rate on (40 Gbit/s) links are seldom filled by an all-reduce.
+FAST_LINK = 5e9
 
 Answer = Literal["do not compress", "compress only if", "compress"]
 
@@ -111,6 +113,34 @@ def text(advice: Advice) -> str:
     return (
         f"Compress only if your training then needs {steps} for the same "
         f"accuracy, which is a narrow margin: {times}. {worth}"
+    )
+
+
+def if_less_is_reached(
+    job: cost_model.Job, network: network_lib.Network
+) -> str:
+    """Tells in words whether a nominal bandwidth may mislead.
+
+    Args:
+        job: `cost_model.Job`.
+        network: `network.Network`.
+
+    Returns:
+        Sentences, or `""` if the answer is the same with the share that
+        all-reduces reached.
+    """
+    is_slow = network.bandwidth < FAST_LINK
+    if job.workers == 1 or not job.device.is_accelerator or is_slow:
+        return ""
+    reached = network.bandwidth / 3
+    less = advise(job, dataclasses.replace(network, bandwidth=reached)).answer
+    if less == advise(job, network).answer:
+        return ""
+    return (
+        "Is the bandwidth measured? All-reduces reached a third of a nominal "
+        "100 Gbit/s elsewhere (docs/benchmarks.md). With a third of yours, "
+        f"{quantities.bit_rate(reached)}, the answer is: {less}. "
+        "all_reduce_perf of NCCL's tests prints what is reached (busbw)."
     )
 
 

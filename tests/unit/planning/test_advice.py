@@ -69,6 +69,22 @@ def test_a_fast_network_is_not_capped_by_the_device():
         assert device.name == "cpu" or seconds < 2.2 * wire
 
 
+def test_a_nominal_bandwidth_is_doubted():
+    """Where a third of it would lead to another answer, and only there."""
+    nominal = network_lib.Network(12.5e9, 5e-6)
+    text = advice_lib.if_less_is_reached(RESNET, nominal)
+    assert "33.3 Gbit/s, the answer is: compress only if. " in text
+    cpu = dataclasses.replace(RESNET, device=devices.DEVICES["cpu"])
+    host = dataclasses.replace(RESNET, workers=1, devices_per_worker=8)
+    for job, network in (
+        (cpu, nominal),
+        (host, nominal),
+        (RESNET, TEN_GIGABIT),
+        (RESNET, network_lib.Network(50e9, 5e-6)),
+    ):
+        assert not advice_lib.if_less_is_reached(job, network)
+
+
 @pytest.mark.parametrize(
     "job, network",
     [
