@@ -1,131 +1,74 @@
 r"""Advises whether to compress, by the predicted seconds of a step.
 
     python -m tf_regtopk.advise --parameters=25.6e6 --workers=16 \
-        --bandwidth=10Gbit --latency=50us --step_time=180ms
+        --bandwidth=10Gbit --latency=50us --step_time=180ms --device=v100
 
-`cost_model.py` and `network.py` have the equations.
+Every assumption is a flag or is printed. `planning/cost_model.py` and
+`planning/network.py` have the equations, `planning/devices.py` the devices.
 """
 
 from collections.abc import Sequence
 import dataclasses
 import math
-import re
 import textwrap
-from typing import Literal
 
 from absl import app
 from absl import flags
 
 from tf_regtopk.codecs import value_codecs
+from tf_regtopk.planning import advice as advice_lib
 from tf_regtopk.planning import cost_model
 from tf_regtopk.planning import crossover
+from tf_regtopk.planning import devices
+from tf_regtopk.planning import figure
+from tf_regtopk.planning import quantities
 from tf_regtopk.planning.cost_model import Job
 from tf_regtopk.planning.cost_model import predict
 from tf_regtopk.planning.network import Network
 
-# The simplest of the methods is recommended that are at most this much slower
-# than the fastest, because a small gain is not worth a complex method.
-TOLERANCE = 0.1
+# Without `--device` this one is assumed, and the others are tried as well.
+ASSUMED_DEVICE = "a100"
 
-Kind = Literal["number", "rate", "time"]
-
-_PREFIXES = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
-_RATES = {
-    f"{prefix}{unit}{second}": factor * num_bytes
-    for prefix, factor in _PREFIXES.items()
-    for unit, num_bytes in (("B", 1), ("bit", 1 / 8))
-    for second in ("", "/s")
-}
-_TIMES = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1}
-_QUANTITIES = {
-    "number": (_PREFIXES, "a positive number such as 25.6e6"),
-    "rate": (_RATES, "a positive rate such as 10Gbit"),
-    "time": (_TIMES, "a time of at least 0 such as 50us"),
-}
-
-
-# The flags that are quantities have a kind, a default and a meaning.
-_FLAGS: dict[str, tuple[Kind, str | None, str]] = {
-    "parameters": ("number", None, "Of the model."),
-    "bandwidth": ("rate", None, "Of a worker's link, each way."),
-    "latency": ("time", None, "From worker to worker, one way."),
-    "step_time": ("time", None, "Of a step's computing, without exchange."),
+# The flags that are quantities have a kind and a meaning.
+_FLAGS: dict[str, tuple[quantities.Kind, str]] = {
+    "parameters": ("number", "Of the model, such as 25.6e6, 25.6M or 1.5B."),
+    "bandwidth": (
+        "rate",
+        "Of a worker's link, each way, as programs measure it (iperf3; busbw "
+        "of NCCL's all_reduce_perf), such as 10Gbit or 1.25GB. Needed with "
+        "several workers.",
+    ),
+    "latency": (
+        "time",
+        "From worker to worker, one way (half of what ping tells), such as "
+        "50us. Needed with several workers.",
+    ),
+    "step_time": ("time", "Of a step's computing, without exchange: 180ms."),
     "memory_bandwidth": (
         "rate",
-        "8GB",
-        "Of a device: 12 bytes a parameter pass in F. The CPU of "
-        "docs/benchmarks.md has 30GB, for all workers on it together; for a "
-        "GPU set what its memory copies at, such as 1TB.",
+        "Of a device, as programs measure it, such as 1.7TB; by default that "
+        "of --device.",
     ),
-    "local_bandwidth": ("rate", "100Gbit", "Between devices in a worker."),
-    "local_latency": ("time", "10us", "Between devices in a worker, one way."),
+    "local_bandwidth": (
+        "rate",
+        "Between the devices of a worker, each way; by default that of "
+        "--device.",
+    ),
+    "local_latency": (
+        "time",
+        "Between the devices of a worker, one way; by default 10us.",
+    ),
 }
+_REQUIRED = ("parameters", "step_time")
 
 
-def parse(name: str, text: str, kind: Kind) -> float:
-    """Reads a quantity with its unit.
+@dataclasses.dataclass(frozen=True)
+class _Choice:
+    """A device and the way it was chosen, with the others that it could be."""
 
-    Args:
-        name: Name of the argument, for the error.
-        text: Quantity such as `"25.6e6"`, `"10Gbit"`, `"1.25GB/s"` or `"0.2s"`.
-        kind: `"number"`, `"rate"` or `"time"`.
-
-    Returns:
-        Float: a number, bytes per second, or seconds.
-
-    Raises:
-        ValueError: If the text is no quantity of that kind.
-
-    Example:
-
-    >>> parse("bandwidth", "10Gbit", "rate")
-    1250000000.0
-    """
-    units, rule = _QUANTITIES[kind]
-    match = re.fullmatch(
-        r"((?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?) ?([a-zA-Z/]*)", text.strip()
-    )
-    value = float(match[1]) * units.get(match[2], math.nan) if match else -1
-    is_zero_time = value == 0 and kind == "time"
-    if not (0 < value < math.inf or is_zero_time):
-        raise ValueError(f"`{name}` must be {rule}. Received: {text}")
-    return value
-
-
-def recommend(job: Job, network: Network) -> tuple[cost_model.Method, str]:
-    """Chooses the simplest method that is about as fast as the fastest.
-
-    Args:
-        job: `Job`.
-        network: `Network`.
-
-    Returns:
-        `(method, text)`: an element of `cost_model.METHODS`, and the advice in
-        words.
-    """
-    predictions = predict(job, network)
-    fastest = min(p.step_seconds for p in predictions.values())
-    method = min(
-        (
-            m
-            for m in cost_model.methods(job)
-            if predictions[m.name].step_seconds <= (1 + TOLERANCE) * fastest
-        ),
-        key=lambda method: not method.is_dense,
-    )
-    step_seconds = predictions[method.name].step_seconds
-    step = f'"{method.name}" takes {_seconds(step_seconds)} a step'
-    if method.is_dense:
-        return method, (
-            f"Do not compress: {step}, and nothing is more than "
-            f"{TOLERANCE:.0%} faster."
-        )
-    dense = crossover.fastest_dense(job, network)
-    return method, (
-        f"Compress: {step} ({method.meaning}), dense {_seconds(dense)}, which "
-        f"is {dense / step_seconds:.1f} times as long. Steps that send less "
-        "are not worth as much: docs/results.md tells by how much."
-    )
+    device: devices.Device
+    remark: str = ""
+    others: tuple[devices.Device, ...] = ()
 
 
 def table(job: Job, network: Network) -> str:
@@ -135,20 +78,24 @@ def table(job: Job, network: Network) -> str:
         f"{'':16}{'step':>9}{'exchange':>10}{'processing':>12}{'sent':>9}"
         f"{'speed-up':>10}  beats dense up to"
     ]
+    noun = _members(job)
+    now = cost_model.members(job).workers
     for method in cost_model.methods(job):
         p = method.cost(job, network)
         line = (
-            f"{method.name:16}{_seconds(p.step_seconds):>9}"
-            f"{_seconds(p.exchange_seconds):>10}"
-            f"{_seconds(p.processing_seconds):>12}{_bytes(p.sent_bytes):>9}"
+            f"{method.name:16}{quantities.seconds(p.step_seconds):>9}"
+            f"{quantities.seconds(p.exchange_seconds):>10}"
+            f"{quantities.seconds(p.processing_seconds):>12}"
+            f"{quantities.num_bytes(p.sent_bytes):>9}"
             f"{dense / p.step_seconds:>10.2f}"
         )
         if not method.is_dense:
-            workers = crossover.last_workers(method, job, network)
+            last = crossover.last_workers(method, job, network)
             density = crossover.last_density(method, job, network)
-            is_later = p.step_seconds >= dense and workers > job.workers
+            is_later = p.step_seconds >= dense and last > now
             line += "  only with more, up to " if is_later else "  "
-            line += f"{_workers(workers)} workers, density {density:.3g}"
+            limits = f"{_number(last)} {noun}, density {density:.3g}"
+            line += limits if last or density else "never"
         lines.append(line)
     lines.append("")
     lines += [f"{m.name:16}  {m.meaning}" for m in cost_model.methods(job)]
@@ -158,13 +105,15 @@ def table(job: Job, network: Network) -> str:
 def sweep(job: Job, network: Network) -> str:
     """Formats a table of the steps with 2, 4, ..., 4,096 workers."""
     names = [method.name for method in cost_model.methods(job)]
-    lines = ["workers" + "".join(f"{name:>17}" for name in names) + "  fastest"]
-    for num_workers in (2**i for i in range(1, 13)):
-        trial = dataclasses.replace(job, workers=num_workers)
+    lines = [
+        _members(job) + "".join(f"{name:>17}" for name in names) + "  fastest"
+    ]
+    for number in (2**i for i in range(1, 13)):
+        trial = crossover.with_members(job, number)
         steps = {n: p.step_seconds for n, p in predict(trial, network).items()}
-        times = "".join(f"{_seconds(steps[name]):>17}" for name in names)
+        times = "".join(f"{quantities.seconds(steps[n]):>17}" for n in names)
         fastest = min(steps, key=steps.__getitem__)
-        lines.append(f"{num_workers:7}{times}  {fastest}")
+        lines.append(f"{number:7}{times}  {fastest}")
     return "\n".join(lines)
 
 
@@ -173,105 +122,339 @@ def takeover(job: Job, network: Network) -> str:
     limits = []
     for method in cost_model.methods(job):
         if not method.is_dense:
-            to_each = method.cost(job, network).sent_bytes / (job.workers - 1)
+            others = cost_model.members(job).workers - 1
+            to_each = method.cost(job, network).sent_bytes / others
             in_bytes = math.floor(2 * job.gradient_bytes / to_each)
             in_time = crossover.last_workers(method, job, network)
-            limits.append(f"{method.name} {_workers(in_time)} ({in_bytes:,})")
+            limits.append(f"{method.name} {_number(in_time)} ({in_bytes:,})")
+    noun = _members(job)
     text = (
-        "With N workers each link passes the k entries of N - 1, or in a dense "
+        f"With N {noun} each link passes the k entries of N - 1, or in a dense "
         "ring about two gradients whatever N is. So dense takes over where "
         "density * N * bits of an entry exceeds 64 in bytes alone; latency and "
-        "reading move that. The most workers with which a method beats dense, "
+        f"reading move that. The most {noun} with which a method beats dense, "
         f"and in bytes alone: {', '.join(limits)}."
     )
-    if job.devices_per_worker > 1:
+    if job.devices_per_worker > 1 and job.workers > 1:
         text += (
-            " D devices of a worker send D * D payloads to each other worker, "
-            "where hierarchical sends one: it takes over first, while it lasts."
+            " D devices of a worker send D payloads or more to each other "
+            "worker, where hierarchical sends one: dense takes over from it "
+            "last."
         )
     return text
 
 
-def _workers(number: int) -> str:
+def assumptions(job: Job, network: Network, remark: str = "") -> str:
+    """Formats everything that the prediction rests on.
+
+    Args:
+        job: `Job`.
+        network: `Network`.
+        remark: The way in which the device was chosen.
+
+    Returns:
+        Lines of text.
+    """
+    device = job.device
+    rows = [
+        (
+            "model",
+            f"{quantities.count(job.parameters)} parameters, "
+            f"{quantities.num_bytes(job.gradient_bytes)} of float32 gradients",
+        ),
+        (
+            "step time",
+            f"{quantities.seconds(job.step_seconds)} of computing, without "
+            "exchange",
+        ),
+        (
+            "workers",
+            f"{job.workers} with {job.devices_per_worker} "
+            f"device{'s' if job.devices_per_worker > 1 else ''} each",
+        ),
+        (
+            "device",
+            f"{device.name}, {quantities.byte_rate(device.memory_bandwidth)} "
+            f"of memory ({device.source})",
+        ),
+    ]
+    if remark:
+        rows.append(("", remark))
+    if job.workers == 1:
+        rows.append(("network", "none: the devices of one host exchange"))
+    else:
+        link = network.link(device).bandwidth
+        software = (
+            "NCCL, which MultiWorkerMirroredStrategy has to be asked for"
+            if device.is_accelerator
+            else "TensorFlow over gRPC"
+        )
+        rows += [
+            (
+                "network",
+                f"{quantities.bit_rate(network.bandwidth)} each way, "
+                f"{quantities.seconds(network.latency)} one way; give what "
+                "programs measure, which may be a third of the label",
+            ),
+            (
+                "exchange",
+                f"{software}, which moves {device.moved_bytes:g} bytes of "
+                "memory for a byte sent: at most "
+                f"{quantities.bit_rate(link)}",
+            ),
+        ]
+    if job.devices_per_worker > 1:
+        rows.append(
+            (
+                "inside",
+                f"{quantities.byte_rate(network.local_bandwidth)} from device "
+                "to device of a worker, "
+                f"{quantities.seconds(network.local_latency)}",
+            )
+        )
+    rows += [
+        (
+            "entries",
+            f"density {job.density:g}, {job.num_selected:,} entries of "
+            f"{job.values}",
+        ),
+        (
+            "processing",
+            "a sparse step starts in "
+            f"{quantities.seconds(device.start_seconds)}; a pass over the "
+            f"gradients takes {quantities.seconds(job.pass_seconds)}, and as "
+            "many passes are made as on the CPUs of docs/benchmarks.md",
+        ),
+        (
+            "overlap",
+            f"{job.overlap:.0%} of a dense exchange hides behind the backward "
+            "pass (TensorFlow's strategies exchange after it)",
+        ),
+    ]
+    indent = 13 * " "
+    return "\n".join(
+        textwrap.fill(f"  {label:11}{value}", 80, subsequent_indent=indent)
+        for label, value in rows
+    )
+
+
+def other_devices(job: Job, candidates: Sequence[tuple[Job, Network]]) -> str:
+    """Tells in words whether other devices would lead to other advice."""
+    names = advice_lib.by_device(candidates)
+    if len(names) == 1:
+        return (
+            f"No device was named, and {job.device.name} is assumed. The "
+            f"answer is the same with each of: {', '.join(*names.values())}."
+        )
+    answers = "; ".join(
+        f"{answer}: {', '.join(found)}" for answer, found in names.items()
+    )
+    return (
+        "THE ANSWER DEPENDS ON THE DEVICE, and none was named: "
+        f"{job.device.name} is assumed above. By device, {answers}. Name yours "
+        "by --device."
+    )
+
+
+def _members(job: Job) -> str:
+    return "devices" if job.workers == 1 else "workers"
+
+
+def _number(number: int) -> str:
     return f"{number:,}" if number < crossover.MAX_WORKERS else "any number of"
 
 
-def _seconds(seconds: float) -> str:
-    return _scaled(seconds, ((1, "s"), (1e-3, "ms"), (1e-6, "us")))
-
-
-def _bytes(num_bytes: float) -> str:
-    return _scaled(
-        num_bytes, ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
-    )
-
-
-def _scaled(number: float, units: Sequence[tuple[float, str]]) -> str:
-    factor, unit = next((u for u in units if number >= u[0]), units[-1])
-    digits = max(0, 2 - math.floor(math.log10(max(number / factor, 1))))
-    return f"{number / factor:.{digits}f} {unit}"
-
-
-def define_flags() -> None:
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines the command's flags."""
-    for name, (_, default, meaning) in _FLAGS.items():
-        flags.DEFINE_string(name, default, meaning, required=default is None)
+    for name, (_, meaning) in _FLAGS.items():
+        flags.DEFINE_string(
+            name, None, meaning, values, required=name in _REQUIRED
+        )
     flags.DEFINE_integer(
         "workers",
         None,
-        "Hosts with a link each, at least 2. With several --devices_per_worker "
-        "all of a host's share its link; all-gathers other than hierarchical "
-        "then have workers * devices_per_worker members.",
+        "Hosts with a link each. With several --devices_per_worker all of a "
+        "host's share its link; all-gathers other than hierarchical then have "
+        "workers * devices_per_worker members. 1 for a single host.",
+        flag_values=values,
         required=True,
     )
-    flags.DEFINE_integer("devices_per_worker", 1, "Devices in each host.")
-    flags.DEFINE_float("density", 0.001, "Share of the entries that is sent.")
+    flags.DEFINE_integer(
+        "devices_per_worker", 1, "Devices in each host.", flag_values=values
+    )
+    flags.DEFINE_alias("devices", "devices_per_worker", flag_values=values)
     flags.DEFINE_enum(
-        "values", "float32", list(value_codecs.CODECS), "The code of values."
+        "device",
+        None,
+        list(devices.DEVICES),
+        "Device that trains. Without it one is assumed, and the others are "
+        "tried as well.",
+        values,
+    )
+    flags.DEFINE_boolean(
+        "measure",
+        False,
+        "Measures the memory of this machine's CPU, for --device=cpu.",
+        values,
     )
     flags.DEFINE_float(
-        "overlap", 0.0, "Share of a dense exchange that computing can hide."
+        "density",
+        0.001,
+        "Share of the entries that is sent.",
+        flag_values=values,
     )
-    flags.DEFINE_boolean("sweep", False, "Also for 2, 4, ..., 4096 workers.")
+    flags.DEFINE_enum(
+        "values",
+        "float32",
+        list(value_codecs.CODECS),
+        "The code of values.",
+        values,
+    )
+    flags.DEFINE_float(
+        "overlap",
+        0.0,
+        "Share of a dense exchange that the backward pass can hide.",
+        flag_values=values,
+    )
+    flags.DEFINE_boolean(
+        "sweep", False, "Also for 2, 4, ..., 4096 workers.", values
+    )
+    flags.DEFINE_string(
+        "plot",
+        None,
+        "File for a picture of the step time, such as advise.png.",
+        values,
+    )
 
 
-def _job_and_network(args: flags.FlagValues) -> tuple[Job, Network]:
-    quantities = {
-        name: parse(name, getattr(args, name), kind)
-        for name, (kind, _, _) in _FLAGS.items()
+def _choose_device(
+    name: str | None, memory_bandwidth: float | None, is_measured: bool
+) -> _Choice:
+    """Chooses the device by the flags."""
+    if is_measured:
+        if name not in (None, "cpu") or memory_bandwidth is not None:
+            raise ValueError(
+                "`measure` must be alone or with --device=cpu, because the "
+                "memory of this machine's CPU is measured. Received: "
+                f"device={name}, memory_bandwidth={memory_bandwidth}"
+            )
+        return _Choice(
+            devices.with_bandwidth(
+                devices.DEVICES["cpu"],
+                devices.measure_memory_bandwidth(),
+                "measured on this machine, for all workers on it together",
+            )
+        )
+    known = devices.DEVICES
+    if memory_bandwidth is None:
+        if name is not None:
+            return _Choice(known[name])
+        return _Choice(
+            known[ASSUMED_DEVICE],
+            "This device is ASSUMED: name yours by --device.",
+            tuple(known.values()),
+        )
+    if name is not None:
+        return _Choice(devices.with_bandwidth(known[name], memory_bandwidth))
+    cpu, gpu = (
+        dataclasses.replace(
+            devices.with_bandwidth(known[kind], memory_bandwidth), name=label
+        )
+        for kind, label in (("cpu", "a CPU"), (ASSUMED_DEVICE, "a GPU"))
+    )
+    # GPUs of data centres begin at the 300 GB/s of an L4.
+    is_gpu = memory_bandwidth >= known["l4"].memory_bandwidth
+    return _Choice(
+        gpu if is_gpu else cpu,
+        "ASSUMED to be one by its memory: name yours by --device.",
+        (cpu, gpu),
+    )
+
+
+def cases(
+    args: flags.FlagValues,
+) -> tuple[tuple[Job, Network], str, list[tuple[Job, Network]]]:
+    """Reads the flags.
+
+    Args:
+        args: Values of the flags of `define_flags`.
+
+    Returns:
+        `((job, network), remark, others)`: the case, a remark on its device,
+        and the cases of the devices that it could have as well.
+
+    Raises:
+        ValueError: If a flag is wrong or missing.
+    """
+    given = {
+        name: quantities.parse(name, getattr(args, name), kind)
+        for name, (kind, _) in _FLAGS.items()
+        if getattr(args, name) is not None
     }
-    job = Job(
-        round(quantities["parameters"]),
-        args.workers,
-        quantities["step_time"],
-        args.density,
-        args.values,
-        args.devices_per_worker,
-        args.overlap,
-        quantities["memory_bandwidth"],
+    if args.workers != 1:
+        for name in ("bandwidth", "latency"):
+            if name not in given:
+                example = {"bandwidth": "10Gbit", "latency": "50us"}[name]
+                raise ValueError(
+                    f"`{name}` must be given with several workers, such as "
+                    f"--{name}={example}. Received: workers={args.workers}"
+                )
+    choice = _choose_device(
+        args.device, given.get("memory_bandwidth"), args.measure
     )
-    network = Network(
-        quantities["bandwidth"],
-        quantities["latency"],
-        quantities["local_bandwidth"],
-        quantities["local_latency"],
-    )
-    return job, network
+
+    def case(device: devices.Device) -> tuple[Job, Network]:
+        job = Job(
+            round(given["parameters"]),
+            args.workers,
+            given["step_time"],
+            device,
+            args.density,
+            args.values,
+            args.devices_per_worker,
+            args.overlap,
+        )
+        local = given.get("local_bandwidth", device.local_bandwidth)
+        local_latency = given.get("local_latency", 10e-6)
+        network = Network(
+            given.get("bandwidth", local),
+            given.get("latency", local_latency),
+            local,
+            local_latency,
+        )
+        return job, network
+
+    return case(choice.device), choice.remark, [case(d) for d in choice.others]
 
 
 def main(argv: Sequence[str]) -> None:
-    """Prints the tables and the advice."""
+    """Prints the assumptions, the tables and the advice."""
+    args = flags.FLAGS
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments: {argv[1:]}")
     try:
-        job, network = _job_and_network(flags.FLAGS)
+        (job, network), remark, others = cases(args)
     except (TypeError, ValueError) as error:
         raise app.UsageError(str(error)) from error
+    print(f"The prediction rests on\n{assumptions(job, network, remark)}\n")
     print(table(job, network))
-    if flags.FLAGS.sweep:
+    if args.sweep:
         print(f"\n{sweep(job, network)}")
-    for text in (takeover(job, network), recommend(job, network)[1]):
+        print(f"\n{textwrap.fill(takeover(job, network), 80)}")
+    print(f"\n{advice_lib.changes(job, network)}")
+    texts = [advice_lib.text(advice_lib.advise(job, network))]
+    doubt = advice_lib.if_less_is_reached(job, network)
+    if doubt:
+        texts.append(doubt)
+    if others:
+        texts.append(other_devices(job, others))
+    for text in texts:
         print(f"\n{textwrap.fill(text, 80)}")
+    if args.plot:
+        try:
+            figure.save(args.plot, job, network)
+        except ImportError as error:
+            raise app.UsageError(str(error)) from error
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ from absl import app
 from absl import flags
 
 from benchmarks.cluster import report
-from tf_regtopk import advise
+from tf_regtopk.planning import cost_model
+from tf_regtopk.planning import devices
+from tf_regtopk.planning import network as network_lib
 
 # Names of the model for the codecs of the benchmark.
 _CODECS = {
@@ -54,19 +56,19 @@ def predicted_seconds(record, local_seconds, network, num_workers, bandwidth):
     kind, *rest = record["method"].split(":")
     if kind not in ("dense", "sparse"):
         return None
-    job = advise.Job(
+    job = cost_model.Job(
         parameters=record["parameters"],
         workers=num_workers,
         step_seconds=local_seconds,
+        device=devices.with_bandwidth(devices.DEVICES["cpu"], bandwidth),
         density=float(rest[0]) if rest else 0.001,
-        memory_bandwidth=bandwidth,
     )
-    links = advise.Network(
+    links = network_lib.Network(
         bandwidth=network["bulk_bits_per_second"] / 8,
         latency=network["round_trip_milliseconds"] / 2e3,
     )
     name = _CODECS[rest[1]] if rest else "dense"
-    return advise.predict(job, links)[name].step_seconds
+    return cost_model.predict(job, links)[name].step_seconds
 
 
 def main(argv):

@@ -13,6 +13,7 @@ import planning_jobs
 import pytest
 
 from tf_regtopk import advise
+from tf_regtopk.planning import figure
 from tf_regtopk.planning import network as network_lib
 
 
@@ -26,7 +27,8 @@ def test_wrong_arguments():
         (planning_jobs.make_job, "parameters", 0),
         (planning_jobs.make_job, "parameters", 1.5),
         (planning_jobs.make_job, "parameters", 2**31),
-        (planning_jobs.make_job, "workers", 1),
+        (planning_jobs.make_job, "workers", 0),
+        (planning_jobs.make_job, "device", "a100"),
         (planning_jobs.make_job, "step_seconds", -1.0),
         (planning_jobs.make_job, "step_seconds", math.nan),
         (planning_jobs.make_job, "density", 0),
@@ -44,6 +46,11 @@ def test_wrong_arguments():
         message = f"`{argument}` must be .* Received: {argument}="
         with pytest.raises((TypeError, ValueError), match=message):
             make(**{argument: value})
+
+
+def test_a_single_device_has_nothing_to_exchange():
+    with pytest.raises(ValueError, match="a single device exchanges nothing"):
+        planning_jobs.make_job(workers=1)
 
 
 def test_import_defines_no_flags():
@@ -76,12 +83,15 @@ def test_command_advises_to_compress():
     )
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
+    assert "a100, 1.73 TB/s of memory (85% of the data" in result.stdout
+    assert "No device was named, and a100 is assumed. " in result.stdout
     assert {line.split("  ")[0] for line in lines} >= set(planning_jobs.METHODS)
     [header] = [i for i, line in enumerate(lines) if line[:7] == "workers"]
     swept = [int(line.split()[0]) for line in lines[header + 1 : header + 13]]
     assert swept == [2**i for i in range(1, 13)]
     assert "\nCompress: " in result.stdout
     assert max(len(line) for line in lines[header + 14 :]) <= 80
+    assert "\nThe answer would be another with one of these " in result.stdout
 
 
 def test_command_advises_not_to():
@@ -91,10 +101,111 @@ def test_command_advises_not_to():
         bandwidth="25Gbit",
         latency="10us",
         step_time="20ms",
+        device="cpu",
     )
     assert result.returncode == 0, result.stderr
     assert "\nDo not compress: " in result.stdout
     assert "hierarchical" not in result.stdout
+    assert "a sparse step starts in 8.00 ms;" in " ".join(result.stdout.split())
+
+
+def test_command_knows_a_single_host(tmp_path):
+    """Its GPUs exchange over NVLink; no network is asked for."""
+    picture = tmp_path / "advise.png"
+    result = run(
+        parameters="340M",
+        workers=1,
+        devices=8,
+        step_time="150ms",
+        device="h100",
+        plot=picture,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "\nDo not compress: " in result.stdout
+    assert "382 GB/s from device to device" in result.stdout
+    assert "devices_per_worker" in result.stdout
+    assert picture.stat().st_size > 1000
+
+
+def flags_of(**arguments):
+    """The values of the command's flags, without a command."""
+    values = flags.FlagValues()
+    advise.define_flags(values)
+    values(["advise", *(f"--{k}={v}" for k, v in arguments.items())])
+    return values
+
+
+RESNET = {"parameters": "25.6M", "workers": 16, "step_time": "180ms"}
+TEN_GIGABIT = {"bandwidth": "10Gbps", "latency": "50us"}
+
+
+def test_a_missing_device_is_said_where_it_matters():
+    (job, network), remark, others = advise.cases(
+        flags_of(**RESNET, **TEN_GIGABIT)
+    )
+    assert "ASSUMED" in remark
+    text = advise.other_devices(job, others)
+    assert text.startswith("THE ANSWER DEPENDS ON THE DEVICE")
+    assert "compress: cpu;" in text
+    del network
+    _, remark, others = advise.cases(
+        flags_of(**RESNET, **TEN_GIGABIT, device="v100")
+    )
+    assert not remark and not others
+
+
+@pytest.mark.parametrize("rate, kind", [("25GB", "a CPU"), ("1TB", "a GPU")])
+def test_a_bandwidth_alone_is_tried_as_both_kinds(rate, kind):
+    (job, _), remark, others = advise.cases(
+        flags_of(**RESNET, **TEN_GIGABIT, memory_bandwidth=rate)
+    )
+    assert job.device.name == kind
+    assert "ASSUMED" in remark
+    assert [j.device.name for j, _ in others] == ["a CPU", "a GPU"]
+    assert len({j.device.memory_bandwidth for j, _ in others}) == 1
+
+
+def test_measure(monkeypatch):
+    monkeypatch.setattr(
+        advise.devices, "measure_memory_bandwidth", lambda: 12.0e9
+    )
+    (job, _), remark, others = advise.cases(
+        flags_of(**RESNET, **TEN_GIGABIT, measure=True)
+    )
+    assert job.device.memory_bandwidth == 12e9
+    assert job.device.name == "cpu"
+    assert not remark and not others
+    with pytest.raises(ValueError, match="`measure` must be alone"):
+        advise.cases(
+            flags_of(**RESNET, **TEN_GIGABIT, measure=True, device="t4")
+        )
+
+
+def test_several_workers_need_a_network():
+    with pytest.raises(
+        ValueError, match="`latency` must be given .* --latency=50us"
+    ):
+        advise.cases(flags_of(**RESNET, bandwidth="10Gbit"))
+
+
+def test_plot_says_what_is_missing(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    network = network_lib.Network(1e9, 1e-5)
+    with pytest.raises(ImportError, match="`--plot` needs matplotlib"):
+        figure.save(tmp_path / "a.png", planning_jobs.make_job(), network)
+
+
+def test_docs_show_what_the_command_prints():
+    docs = (paths.ROOT / "docs" / "advise.md").read_text("utf-8")
+    command, shown = re.findall(r"^```(?:sh)?\n(.*?)^```", docs, re.M | re.S)[
+        :2
+    ]
+    readme = (paths.ROOT / "README.md").read_text("utf-8")
+    assert command in readme
+    args = re.findall(r"--(\w+)=(\S+)", command)
+    result = run(**dict(args))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.endswith(shown)
 
 
 def test_command_refuses_bananas():
@@ -108,7 +219,7 @@ def test_command_refuses_bananas():
     assert result.returncode != 0
     assert (
         "`bandwidth` must be a positive rate such as 10Gbit. Received: 10 "
-        "bananas" in result.stdout + result.stderr
+        "bananas. Units: bit/s" in result.stdout + result.stderr
     )
 
 
@@ -120,7 +231,7 @@ def test_the_validation_compares_with_measurements(tmp_path):
         workers=3,
         step_seconds=0.02,
         density=0.01,
-        memory_bandwidth=8e9,
+        device=planning_jobs.cpu(),
     )
     predicted = advise.predict(job, advise.Network(12.5e6, latency=1e-4))
     methods = {

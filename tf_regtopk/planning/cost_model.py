@@ -15,6 +15,7 @@ from tf_regtopk import sparsifiers
 from tf_regtopk import validation
 from tf_regtopk.codecs import value_codecs
 from tf_regtopk.distribute import topology
+from tf_regtopk.planning import devices
 from tf_regtopk.planning import network as network_lib
 
 FLOAT_BYTES = 4
@@ -24,9 +25,6 @@ PASS_BYTES = 3 * FLOAT_BYTES
 # These constants are fitted to docs/benchmarks.md, with 1M to 25.6M parameters
 # at densities of 0.1 to 10 %. Their unit is F; constants named `ENTRY` have the
 # unit F / J, for each entry.
-START_SECONDS = 8e-3  # Programs start and the other workers wake in this time,
-# measured with two workers on a core and a small model, whose step is no
-# longer.
 SELECT_PASSES = 3.3  # A replica's step takes 2.2, flattening and splitting 1.1.
 SELECT_ENTRY_PASSES = 50
 WRITE_ENTRY_PASSES = {"int32": 2, "auto": 20}
@@ -35,6 +33,10 @@ SUM_PASSES = 0.5  # The sum is cleared.
 SUM_ENTRY_PASSES = 16  # An entry costs a line of the cache.
 SUM_MOST_PASSES = 0.4  # A payload costs no more than all lines of the cache.
 
+# Only the backward pass hides an exchange, because the forward pass has no
+# gradients. It computes two products where the forward pass computes one.
+BACKWARD_SHARE = 2 / 3
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -42,14 +44,14 @@ class Job:
 
     Args:
         parameters: J, the number of parameters of the model.
-        workers: N, at least 2: hosts with a link each.
+        workers: N, hosts with a link each. With 1 its devices exchange.
         step_seconds: Seconds of a step's computing, without any exchange.
+        device: `devices.Device`, which computes and processes.
         density: k / J.
         values: Name of the value codec, see `Codec`.
         devices_per_worker: D.
-        overlap: Share in [0, 1] of a dense exchange that computing can hide.
-            A sparse exchange has to wait for all gradients.
-        memory_bandwidth: Bytes per second that the memory of a device moves.
+        overlap: Share in [0, 1] of a dense exchange that the backward pass can
+            hide. A sparse exchange has to wait for all gradients.
 
     Raises:
         TypeError: If an argument is of another type.
@@ -59,33 +61,46 @@ class Job:
     parameters: int
     workers: int
     step_seconds: float
+    device: devices.Device
     density: float = 0.001
     values: value_codecs.ValueCodecName = "float32"
     devices_per_worker: int = 1
     overlap: float = 0.0
-    memory_bandwidth: float = 8e9
 
     def __post_init__(self) -> None:
         for name, least in (
             ("parameters", 1),
-            ("workers", 2),
+            ("workers", 1),
             ("devices_per_worker", 1),
         ):
             validation.check_integer(name, getattr(self, name), least)
+        if self.num_devices == 1:
+            raise ValueError(
+                "`devices_per_worker` must be at least 2 with one worker, "
+                "because a single device exchanges nothing. Received: "
+                "workers=1, devices_per_worker=1"
+            )
         validation.check_number(
             "parameters",
             self.parameters,
-            "below 2^31, the most that indices of 32 bits reach",
+            "below 2^31 (2.1 billion), the most that indices of 32 bits reach",
             lambda parameters: parameters < 2**31,
         )
         network_lib.check_time("step_seconds", self.step_seconds)
-        network_lib.check_rate("memory_bandwidth", self.memory_bandwidth)
+        validation.check_instance(
+            "device", self.device, devices.Device, 'devices.DEVICES["a100"]'
+        )
         validation.check_number(
             "overlap", self.overlap, "in [0, 1]", lambda share: 0 <= share <= 1
         )
         # The codec and the sparsifier check their own arguments.
         codecs.Codec(values=self.values)
         sparsifiers.TopK(self.density)
+
+    @property
+    def num_devices(self) -> int:
+        """Number of devices of all workers."""
+        return self.workers * self.devices_per_worker
 
     @property
     def num_selected(self) -> int:
@@ -100,7 +115,7 @@ class Job:
     @property
     def pass_seconds(self) -> float:
         """Seconds F of a pass over the gradient."""
-        return PASS_BYTES * self.parameters / self.memory_bandwidth
+        return PASS_BYTES * self.parameters / self.device.memory_bandwidth
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +126,8 @@ class Prediction:
         step_seconds: Seconds of the whole step.
         exchange_seconds: Seconds of the exchange, hidden or not.
         processing_seconds: Seconds of selecting, writing, reading and adding.
-        sent_bytes: Bytes that a worker sends to others.
+        sent_bytes: Bytes that a worker sends to others; with one worker, that a
+            device sends.
     """
 
     step_seconds: float
@@ -128,7 +144,7 @@ def compression_seconds(
         t = start + F (select + k / J (select_entry + write) + sum
             + n (k / J read + min(k / J sum_entry, sum_most)))
 
-    with the constants of this module.
+    with the constants of this module, and the start of the device.
 
     Args:
         job: `Job`.
@@ -140,9 +156,10 @@ def compression_seconds(
 
     Example:
 
-    >>> job = Job(parameters=10**7, workers=8, step_seconds=0.2)
+    >>> cpu = devices.DEVICES["cpu"]
+    >>> job = Job(parameters=10**7, workers=8, step_seconds=0.2, device=cpu)
     >>> round(compression_seconds(job, "auto", num_payloads=8), 3)
-    0.071
+    0.025
     """
     density = job.num_selected / job.parameters
     write = SELECT_ENTRY_PASSES + WRITE_ENTRY_PASSES[indices]
@@ -150,7 +167,7 @@ def compression_seconds(
     add = min(density * SUM_ENTRY_PASSES, SUM_MOST_PASSES)
     passes = SELECT_PASSES + density * write + SUM_PASSES
     passes += num_payloads * (read + add)
-    return START_SECONDS + passes * job.pass_seconds
+    return job.device.start_seconds + passes * job.pass_seconds
 
 
 @functools.lru_cache(maxsize=4096)
@@ -164,6 +181,34 @@ def _payload_bytes(
     return 4 * codecs.Codec(indices, values).payload(k, size).num_words
 
 
+def _link(job: Job, network: network_lib.Network) -> network_lib.Link:
+    """Returns the link that the exchange passes: of a worker, if several."""
+    return network.local if job.workers == 1 else network.link(job.device)
+
+
+def members(job: Job) -> Job:
+    """Returns the job in which the devices of a single worker are the workers.
+
+    Args:
+        job: `Job`.
+
+    Returns:
+        `Job` of at least 2 workers.
+
+    Example:
+
+    >>> gpu = devices.DEVICES["a100"]
+    >>> host = Job(10**7, 1, 0.2, gpu, devices_per_worker=8)
+    >>> members(host).workers
+    8
+    """
+    if job.workers > 1:
+        return job
+    return dataclasses.replace(
+        job, workers=job.devices_per_worker, devices_per_worker=1
+    )
+
+
 def _dense(
     job: Job,
     network: network_lib.Network,
@@ -171,7 +216,7 @@ def _dense(
     local_seconds: float = 0.0,
     local_passes: float = 0.0,
 ) -> Prediction:
-    link = network.link(job.memory_bandwidth)
+    link = _link(job, network)
     exchange = network_lib.ring_seconds(num_members, job.gradient_bytes, link)
     exchange += local_seconds
     cluster = topology.Cluster(num_members, num_members)
@@ -180,7 +225,7 @@ def _dense(
     )
     rest = (num_members - 1) / num_members
     processing = (rest + local_passes) * job.pass_seconds
-    hidden = min(job.overlap * exchange, job.step_seconds)
+    hidden = min(job.overlap * exchange, BACKWARD_SHARE * job.step_seconds)
     return Prediction(
         job.step_seconds + processing + exchange - hidden,
         exchange,
@@ -190,7 +235,7 @@ def _dense(
 
 
 def _dense_over_devices(job: Job, network: network_lib.Network) -> Prediction:
-    return _dense(job, network, job.workers * job.devices_per_worker)
+    return _dense(job, network, job.num_devices)
 
 
 def _dense_by_worker(job: Job, network: network_lib.Network) -> Prediction:
@@ -199,11 +244,11 @@ def _dense_by_worker(job: Job, network: network_lib.Network) -> Prediction:
 
 def _local_sum(job: Job, network: network_lib.Network) -> tuple[float, float]:
     """Returns seconds and passes of the sum over a worker's devices."""
-    devices = job.devices_per_worker
+    num_devices = job.devices_per_worker
     seconds = network_lib.ring_seconds(
-        devices, job.gradient_bytes, network.local
+        num_devices, job.gradient_bytes, network.local
     )
-    return seconds, (devices - 1) / devices
+    return seconds, (num_devices - 1) / num_devices
 
 
 def _sparse(
@@ -215,13 +260,19 @@ def _sparse(
     payload = _payload_bytes(
         indices, values or job.values, job.num_selected, job.parameters
     )
-    num_devices = job.workers * job.devices_per_worker
-    sent_bytes = topology.AllGather().worker_sent_bytes(
-        payload, topology.Cluster(num_devices, job.workers)
-    )
-    to_each = sent_bytes / (job.workers - 1)
-    link = network.link(job.memory_bandwidth)
-    exchange = network_lib.gather_seconds(job.workers, to_each, link)
+    num_devices = job.num_devices
+    link = _link(job, network)
+    if job.device.is_accelerator:
+        # The ring leaves each worker once.
+        sent_bytes: float = (num_devices - 1) * payload
+        exchange = network_lib.ring_gather_seconds(num_devices, payload, link)
+    else:
+        num_workers = members(job).workers
+        sent_bytes = topology.AllGather().worker_sent_bytes(
+            payload, topology.Cluster(num_devices, num_workers)
+        )
+        to_each = sent_bytes / (num_workers - 1)
+        exchange = network_lib.gather_seconds(num_workers, to_each, link)
     processing = compression_seconds(job, indices, num_devices)
     return Prediction(
         job.step_seconds + processing + exchange,
@@ -311,7 +362,7 @@ METHODS = (
 
 def methods(job: Job) -> list[Method]:
     """Selects the `METHODS` that a job can use."""
-    several = job.devices_per_worker > 1
+    several = job.devices_per_worker > 1 and job.workers > 1
     return [m for m in METHODS if several or not m.is_by_worker]
 
 
@@ -327,10 +378,11 @@ def predict(job: Job, network: network_lib.Network) -> dict[str, Prediction]:
 
     Example:
 
-    >>> job = Job(parameters=10**7, workers=4, step_seconds=0.2)
+    >>> cpu = devices.DEVICES["cpu"]
+    >>> job = Job(parameters=10**7, workers=4, step_seconds=0.2, device=cpu)
     >>> predictions = predict(job, network_lib.Network(12.5e6, latency=0.005))
     >>> round(predictions["dense"].exchange_seconds, 2)
-    5.12
+    4.93
     >>> predictions["sparse"].sent_bytes
     240000
     """

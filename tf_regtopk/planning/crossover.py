@@ -1,12 +1,25 @@
-"""The most workers and the density up to which a method beats dense."""
+"""The limits up to which a method beats dense, and an answer stays the same."""
 
 from collections.abc import Callable
 import dataclasses
+import math
+from typing import TypeVar
 
 from tf_regtopk.planning import cost_model
 from tf_regtopk.planning import network as network_lib
 
 MAX_WORKERS = 2**20
+# So many values of a decade are tried in the search for another answer.
+_TRIED_PER_DECADE = 12
+
+T = TypeVar("T")
+
+
+def with_members(job: cost_model.Job, number: int) -> cost_model.Job:
+    """Returns the job with other workers, or devices of its only worker."""
+    if job.workers == 1:
+        return dataclasses.replace(job, devices_per_worker=number)
+    return dataclasses.replace(job, workers=number)
 
 
 def fastest_dense(job: cost_model.Job, network: network_lib.Network) -> float:
@@ -25,7 +38,8 @@ def last_workers(
 
     Args:
         method: `cost_model.Method`.
-        job: `cost_model.Job`, of which `workers` does not matter.
+        job: `cost_model.Job`, of which `workers` does not matter. Of a job
+            with one worker the devices count.
         network: `network.Network`.
 
     Returns:
@@ -34,8 +48,7 @@ def last_workers(
     """
 
     def wins(num_workers: int) -> bool:
-        trial = dataclasses.replace(job, workers=num_workers)
-        return _wins(method, trial, network)
+        return _wins(method, with_members(job, num_workers), network)
 
     return _last(wins, 2, MAX_WORKERS)
 
@@ -61,6 +74,55 @@ def last_density(
         return _wins(method, trial, network)
 
     return _last(wins, 1, max(1, job.parameters - 1)) / job.parameters
+
+
+def nearest_changes(
+    answer: Callable[[float], T], value: float, low: float, high: float
+) -> tuple[tuple[float, T] | None, tuple[float, T] | None]:
+    """Finds the nearest values at which a function answers differently.
+
+    Args:
+        answer: Function of a number.
+        value: Positive number, from which the search starts.
+        low: Smallest number of the search.
+        high: Largest number of the search.
+
+    Returns:
+        Two pairs, below and above `value`, of the number from which on the
+        answer is another (within 0.1 %) and that answer; None if there is none.
+
+    Example:
+
+    >>> below, above = nearest_changes(lambda x: x > 3, 1.0, 0.1, 10.0)
+    >>> below is None, round(above[0], 2), above[1]
+    (True, 3.0, True)
+    """
+    return (
+        _nearest_change(answer, value, low),
+        _nearest_change(answer, value, high),
+    )
+
+
+def _nearest_change(
+    answer: Callable[[float], T], value: float, end: float
+) -> tuple[float, T] | None:
+    decades = math.log10(end / value)
+    num_tried = math.ceil(abs(decades) * _TRIED_PER_DECADE)
+    first, near = answer(value), value
+    for i in range(1, num_tried + 1):
+        far = value * 10 ** (decades * i / num_tried)
+        if answer(far) != first:
+            break
+        near = far
+    else:
+        return None
+    while abs(math.log(far / near)) > 1e-3:
+        middle = math.sqrt(near * far)
+        if answer(middle) == first:
+            near = middle
+        else:
+            far = middle
+    return far, answer(far)
 
 
 def _wins(

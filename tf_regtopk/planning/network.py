@@ -8,6 +8,7 @@ import dataclasses
 import math
 
 from tf_regtopk import validation
+from tf_regtopk.planning import devices
 
 # A message takes so many round trips, because TensorFlow's receivers ask for
 # each message. A ring waits for one message after the other; the messages of an
@@ -15,10 +16,9 @@ from tf_regtopk import validation
 RING_TRIPS = 1
 GATHER_TRIPS = 1
 # These are the bytes that a connection sends before it hears from the receiver,
-# and the bytes that memory moves for one byte sent. They are fitted to
-# TensorFlow's all-reduces by 4 processes on 2 cores, see docs/benchmarks.md.
+# fitted to TensorFlow's all-reduces by 4 processes on 2 cores, see
+# docs/benchmarks.md.
 WINDOW_BYTES = 3e6
-MOVED_BYTES = 34
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,9 +89,10 @@ class Network:
         """The `Link` of a device inside its worker."""
         return Link(self.local_bandwidth, self.local_latency)
 
-    def link(self, memory_bandwidth: float) -> Link:
+    def link(self, device: devices.Device) -> Link:
         """Makes the `Link` of a worker whose memory moves the bytes as well."""
-        seconds_a_byte = 1 / self.bandwidth + MOVED_BYTES / memory_bandwidth
+        moving = device.moved_bytes / device.memory_bandwidth
+        seconds_a_byte = 1 / self.bandwidth + moving
         return Link(1 / seconds_a_byte, self.latency)
 
 
@@ -142,6 +143,31 @@ def gather_seconds(num_workers: int, num_bytes: float, link: Link) -> float:
     """
     trips = 2 * GATHER_TRIPS * link.latency
     return trips + link.seconds(num_bytes, num_workers - 1)
+
+
+def ring_gather_seconds(
+    num_members: int, num_bytes: float, link: Link
+) -> float:
+    """Seconds of an all-gather in which payloads go round, as NCCL's do.
+
+        t = (M - 1) (2 latency + s(bytes))
+
+    Args:
+        num_members: M.
+        num_bytes: Bytes of the payload of a member.
+        link: `Link` of each worker, which the ring enters once.
+
+    Returns:
+        Seconds.
+
+    Example:
+
+    >>> link = Link(bandwidth=1e9, latency=0.005)
+    >>> round(ring_gather_seconds(4, 1e5, link), 6)
+    0.0303
+    """
+    trips = 2 * RING_TRIPS * link.latency
+    return (num_members - 1) * (trips + link.seconds(num_bytes))
 
 
 def check_rate(name: str, value: float) -> None:
