@@ -18,6 +18,12 @@ examples = [
     "tensorflow-datasets>=4.9.7",
     "tqdm>=4.66",
 ]
+# They build the site of the documentation; 25 MB to download.
+docs = [
+    "mkdocs>=1.6",
+    "mkdocs-material>=9.6",
+    "mkdocstrings[python]>=1",
+]
 
 setuptools.setup(
     name="tf_regtopk",
@@ -40,9 +46,11 @@ setuptools.setup(
         "tensorflow": [f"tensorflow{tensorflow}"],
         "tensorflow-cpu": [f"tensorflow-cpu{tensorflow}"],
         "and-cuda": [f"tensorflow[and-cuda]{tensorflow}"],
+        "docs": docs,
         "examples": examples,
         "mutation": ["cosmic-ray>=8.7"],
         "test": [
+            *docs,
             *examples,
             "hypothesis>=6.100",
             "mypy>=1.11",
