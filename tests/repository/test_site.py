@@ -138,13 +138,14 @@ def code_of(guide):
     return "\n".join(re.findall(r"^```python\n(.*?)^```", page, re.M | re.S))
 
 
-@pytest.mark.parametrize("guide", ["training", "saving", "own_parts"])
+@pytest.mark.parametrize("guide", ["method", "training", "saving", "own_parts"])
 def test_code_of_guide(guide, tmp_path, monkeypatch, mirrored):
     monkeypatch.chdir(tmp_path)
     code = code_of(guide).replace(
         "tf.distribute.MirroredStrategy()", "mirrored(2)"
     )
     names = {"__name__": guide, "mirrored": mirrored}
+    names |= {"keras": keras, "tf_regtopk": tf_regtopk}
     exec(compile(code, f"{guide}.md", "exec"), names)
     if guide == "training":
         assert names["optimizer"].dense == ["*/embeddings"]
