@@ -47,7 +47,7 @@ setuptools.setup(
             "hypothesis>=6.100",
             "mypy>=1.11",
             "pytest>=8",
-            "pytest-xdist>=3.5",
+            "pytest-xdist>=3.7",
             "pyyaml>=6",
             "ruff==0.17.*",
         ],
