@@ -31,7 +31,10 @@ def define_flags():
 
 
 def optimizers(density):
-    """Functions that make an optimizer, by name."""
+    """Functions that make an optimizer, by name.
+
+    Those whose names have "Monitor" train with it.
+    """
 
     def sgd():
         return keras.optimizers.SGD(0.01)
@@ -40,6 +43,15 @@ def optimizers(density):
     return {
         "SGD": sgd,
         "RegTopK": lambda: tf_regtopk.SparsifiedOptimizer(sgd(), sparsifier),
+        "RegTopK, Monitor": lambda: tf_regtopk.SparsifiedOptimizer(
+            sgd(), sparsifier
+        ),
+        "telemetry": lambda: tf_regtopk.SparsifiedOptimizer(
+            sgd(), sparsifier, telemetry=True
+        ),
+        "telemetry, Monitor": lambda: tf_regtopk.SparsifiedOptimizer(
+            sgd(), sparsifier, telemetry=True
+        ),
         "dense": lambda: tf_regtopk.SparsifiedOptimizer(
             sgd(), sparsifier, exchange="dense"
         ),
@@ -82,7 +94,14 @@ def main(argv):
     for epoch in range(1 + args.epochs):
         for name, model in models.items():
             start = time.perf_counter()
-            model.fit(x, y, batch_size=_BATCH_SIZE, shuffle=False, verbose=0)
+            model.fit(
+                x,
+                y,
+                batch_size=_BATCH_SIZE,
+                shuffle=False,
+                verbose=0,
+                callbacks=[tf_regtopk.Monitor()] if "Monitor" in name else [],
+            )
             if epoch:  # The first one traces and compiles.
                 seconds = time.perf_counter() - start
                 milliseconds[name].append(1e3 * seconds / _NUM_STEPS)
@@ -95,7 +114,7 @@ def main(argv):
             "10_to_90_percent": [low, high],
         }
         print(
-            f"{name:8} {statistics.median(times):7.2f} ms a step "
+            f"{name:18} {statistics.median(times):7.2f} ms a step "
             f"({low:.2f}-{high:.2f}), {statistics.median(times) - plain:5.2f} "
             "more than SGD"
         )

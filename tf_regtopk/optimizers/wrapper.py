@@ -495,7 +495,8 @@ def of_model(model: keras.Model) -> "OptimizerWrapper":
     while not isinstance(optimizer, OptimizerWrapper):
         if not hasattr(optimizer, "inner_optimizer"):
             raise ValueError(
-                "The optimizer of `model` must be a `SparsifiedOptimizer`. "
+                "The optimizer of `model` must be a `SparsifiedOptimizer`: "
+                "wrap it before, as by `tf_regtopk.wrap(model)`. "
                 f"Received: {optimizer!r}"
             )
         optimizer = optimizer.inner_optimizer
