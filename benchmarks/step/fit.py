@@ -32,7 +32,10 @@ def define_flags():
 
 
 def optimizers(density):
-    """Functions that make an optimizer, by name."""
+    """Functions that make an optimizer, by name.
+
+    Those whose names have "Monitor" train with it.
+    """
 
     def sgd():
         return keras.optimizers.SGD(0.01)
@@ -41,6 +44,15 @@ def optimizers(density):
     return {
         "SGD": sgd,
         "RegTopK": lambda: tf_regtopk.SparsifiedOptimizer(sgd(), sparsifier),
+        "RegTopK, Monitor": lambda: tf_regtopk.SparsifiedOptimizer(
+            sgd(), sparsifier
+        ),
+        "telemetry": lambda: tf_regtopk.SparsifiedOptimizer(
+            sgd(), sparsifier, telemetry=True
+        ),
+        "telemetry, Monitor": lambda: tf_regtopk.SparsifiedOptimizer(
+            sgd(), sparsifier, telemetry=True
+        ),
         "dense": lambda: tf_regtopk.SparsifiedOptimizer(
             sgd(), sparsifier, exchange="dense"
         ),
@@ -84,7 +96,14 @@ def main(argv):
     for epoch in range(1 + args.epochs):
         for name, model in models.items():
             start = time.perf_counter()
-            model.fit(x, y, batch_size=_BATCH_SIZE, shuffle=False, verbose=0)
+            model.fit(
+                x,
+                y,
+                batch_size=_BATCH_SIZE,
+                shuffle=False,
+                verbose=0,
+                callbacks=[tf_regtopk.Monitor()] if "Monitor" in name else [],
+            )
             seconds = time.perf_counter() - start
             if epoch:
                 milliseconds[name].append(1e3 * seconds / _NUM_STEPS)
@@ -100,7 +119,7 @@ def main(argv):
             "first_epoch_seconds": first[name],
         }
         print(
-            f"{name:8} {statistics.median(times):7.2f} ms a step "
+            f"{name:18} {statistics.median(times):7.2f} ms a step "
             f"({low:.2f}-{high:.2f}), {statistics.median(times) - plain:5.2f} "
             f"more than SGD; first epoch {first[name]:.1f} s"
         )

@@ -126,7 +126,14 @@ def test_bytes_on_a_socket(tmp_path):
 def test_fit(tmp_path):
     run("step.fit", tmp_path, "--epochs=1", "--units=5")
     results = json.loads((tmp_path / "summary.json").read_text("utf-8"))
-    assert set(results) == {"SGD", "RegTopK", "dense"}
+    assert set(results) == {
+        "SGD",
+        "RegTopK",
+        "RegTopK, Monitor",
+        "telemetry",
+        "telemetry, Monitor",
+        "dense",
+    }
     assert all(r["milliseconds"] > 0 for r in results.values())
 
 
