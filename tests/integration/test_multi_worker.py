@@ -126,6 +126,7 @@ def test_workers_that_were_given_other_arguments_end_with_the_name(results):
             "density": "sparsifier",
             "error_feedback": "error_feedback",
             "inner_optimizer": "inner_optimizer",
+            "telemetry": "telemetry",
         }
         assert (
             f"on worker {worker}, and something else on worker {other}"

@@ -241,6 +241,7 @@ def build_differently(strategy):
             for rate in (0.5, 0.25)
         ],
         "inner_optimizer": [dict(momentum=m) for m in (0.0, 0.9)],
+        "telemetry": [dict(telemetry=has) for has in (False, True)],
         "equal": [dict(), dict()],
     }
     errors = {}

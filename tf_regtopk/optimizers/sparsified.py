@@ -339,6 +339,7 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
                     "clipping",
                     "exchange",
                     "topology",
+                    "telemetry",
                     "inner_optimizer",
                 )
             },
