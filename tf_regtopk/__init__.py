@@ -1,9 +1,36 @@
-"""Keras training that sends only the gradient entries worth sending."""
+"""Keras training that sends only the gradient entries worth sending.
+
+    optimizer = tf_regtopk.SparsifiedOptimizer(
+        keras.optimizers.SGD(0.1), tf_regtopk.RegTopK(density=0.001))
+
+What there is, and for what:
+
+    SparsifiedOptimizer       wraps a Keras optimizer; LossScaleOptimizer around
+                              it for mixed_float16
+    wrap, unwrap              the same for a model that is compiled already
+    RegTopK, TopK, RandomK,   which entries are sent; Sparsifier is the base
+      Dense                   class of your own
+    Accumulate, EF21,         what becomes of the entries that are not sent;
+      LearnedShift, ...       base class ErrorFeedback
+    Codec, Natural, ...       how entries are encoded; base classes IndexCodec,
+                              ValueCodec
+    AllGather, Hierarchical,  who sends to whom; base classes EntryTopology,
+      AllReduce               Topology
+    methods                   published methods, with all of their parts
+    MultiWorkerMirroredStrategy  for `fit` on several hosts
+    Monitor, DensityWarmup    callbacks: numbers in the logs, more entries first
+    Backup, load_scope,       saving and resuming, on several hosts as well
+      worker_path
+
+`python -m tf_regtopk.advise` says when to compress, and
+`python -m tf_regtopk.selftest` checks a machine.
+"""
 
 from tf_regtopk import methods
 from tf_regtopk.callbacks.backup import Backup
 from tf_regtopk.callbacks.density_warmup import DensityWarmup
 from tf_regtopk.callbacks.load_scope import load_scope
+from tf_regtopk.callbacks.monitor import Monitor
 from tf_regtopk.codecs.index_codecs import IndexCodec
 from tf_regtopk.codecs.payload import Codec
 from tf_regtopk.codecs.value_codecs import BFloat16
@@ -59,6 +86,7 @@ __all__ = [
     "IndexCodec",
     "LearnedShift",
     "LossScaleOptimizer",
+    "Monitor",
     "MultiWorkerMirroredStrategy",
     "Natural",
     "NoFeedback",

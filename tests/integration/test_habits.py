@@ -165,7 +165,15 @@ HABITS = {
 }
 
 
-SLOW = ("sample_weight", "recurrent", "plateau", "schedule")
+SLOW = (
+    "class_weight",
+    "constraint",
+    "plateau",
+    "recurrent",
+    "sample_weight",
+    "schedule",
+    "tied",
+)
 
 
 @pytest.mark.parametrize(

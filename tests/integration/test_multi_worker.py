@@ -26,6 +26,10 @@ def test_there_are_two_replicas(results):
 def test_workers_agree(results):
     for name in ("history", "evaluate", "predict", "weights"):
         assert results[0]["train"][name] == results[1]["train"][name]
+    # Also in the norms of each replica, which `Monitor` gathers.
+    history = results[0]["train"]["history"]
+    assert history["sparse_density"] == [0.3, 0.1, 0.1]
+    assert min(history["sparse_residual"]) > 0
 
 
 def test_trains_as_two_replicas_in_one_process_do(results, mirrored):
@@ -122,6 +126,7 @@ def test_workers_that_were_given_other_arguments_end_with_the_name(results):
             "density": "sparsifier",
             "error_feedback": "error_feedback",
             "inner_optimizer": "inner_optimizer",
+            "telemetry": "telemetry",
         }
         assert (
             f"on worker {worker}, and something else on worker {other}"

@@ -31,10 +31,10 @@ SPARSIFIERS = {
     "codec, sparsifier, num_replicas",
     [
         ("golomb, ternary", "topk", 3),
-        ("bitmap, bfloat16", "topk", 2),
+        pytest.param("bitmap, bfloat16", "topk", 2, marks=pytest.mark.slow),
         pytest.param("default", "topk", 2, marks=pytest.mark.slow),
         ("golomb, natural", "regtopk", 2),
-        ("uniform", "regtopk", 3),
+        pytest.param("uniform", "regtopk", 3, marks=pytest.mark.slow),
         ("uniform", "dense", 2),
         pytest.param("default", "dense", 2, marks=pytest.mark.slow),
     ],

@@ -32,6 +32,7 @@ PUBLIC = {
     "IndexCodec",
     "LearnedShift",
     "LossScaleOptimizer",
+    "Monitor",
     "MultiWorkerMirroredStrategy",
     "Natural",
     "NoFeedback",

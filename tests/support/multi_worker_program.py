@@ -57,6 +57,7 @@ def train(strategy):
                 sparsifier=tf_regtopk.RegTopK(density=0.1),
                 # Payloads of different lengths, rounded by each replica.
                 codec=tf_regtopk.Codec("golomb", "natural"),
+                telemetry=True,
             ),
             loss=keras.losses.CategoricalCrossentropy(from_logits=True),
             # The result of the last one is a vector.
@@ -67,7 +68,7 @@ def train(strategy):
         validation_data=(x[:37], y[:37]),
         validation_batch_size=8,
         epochs=3,
-        callbacks=[tf_regtopk.DensityWarmup((0.3,))],
+        callbacks=[tf_regtopk.DensityWarmup((0.3,)), tf_regtopk.Monitor()],
         shuffle=False,
         verbose=0,
     )
@@ -240,6 +241,7 @@ def build_differently(strategy):
             for rate in (0.5, 0.25)
         ],
         "inner_optimizer": [dict(momentum=m) for m in (0.0, 0.9)],
+        "telemetry": [dict(telemetry=has) for has in (False, True)],
         "equal": [dict(), dict()],
     }
     errors = {}

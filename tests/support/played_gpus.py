@@ -53,7 +53,7 @@ def crossings(graph):
         List of strings: function, direction, dtype and shape of each.
     """
     found = []
-    for op in _operations(graph):
+    for op in operations(graph):
         if not _is_compiled(op):
             continue
         for direction, tensors in (("in", op.inputs), ("out", op.outputs)):
@@ -67,7 +67,7 @@ def crossings(graph):
 
 def compiled_calls(graph):
     """The names of all calls of compiled functions."""
-    return [op.name for op in _operations(graph) if _is_compiled(op)]
+    return [op.name for op in operations(graph) if _is_compiled(op)]
 
 
 def _is_compiled(op):
@@ -76,7 +76,7 @@ def _is_compiled(op):
     )
 
 
-def _operations(graph):
+def operations(graph):
     """All operations, those of branches and functions that it calls as well."""
     for op in graph.get_operations():
         yield op
@@ -88,4 +88,4 @@ def _operations(graph):
             for name in names:
                 function = graph._get_function(name)
                 if function is not None:
-                    yield from _operations(function.graph)
+                    yield from operations(function.graph)

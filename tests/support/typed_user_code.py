@@ -27,6 +27,8 @@ def use_the_library() -> tuple[float | None, int, list[float]]:
     optimizer.set_density(0.1)
     sent_bytes: int = optimizer.wire_report().sent_bytes
     norms: list[float] = [n["gradient"] for n in optimizer.telemetry()]
+    tf_regtopk.Monitor("logs", every=100, per_variable=True)
+    tf_regtopk.Monitor(every="100")  # type: ignore[arg-type]
 
     tf_regtopk.SparsifiedOptimizer(
         keras.optimizers.SGD(),

@@ -1,1 +1,7 @@
 """Callbacks for `model.fit`, and loading."""
+
+from tf_regtopk.callbacks.backup import Backup
+from tf_regtopk.callbacks.density_warmup import DensityWarmup
+from tf_regtopk.callbacks.monitor import Monitor
+
+__all__ = ["Backup", "DensityWarmup", "Monitor"]

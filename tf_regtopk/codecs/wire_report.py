@@ -72,6 +72,8 @@ class WireReport:
 
     def __str__(self) -> str:
         exchange: str = self.exchange
+        if exchange == "sparse" and not self.num_selected:
+            exchange = "dense, because no variable is sent sparsely"
         if self.exchange_seconds:
             measured = [
                 f"{name} {1e3 * seconds:.1f} ms"
@@ -80,19 +82,30 @@ class WireReport:
             exchange += f" (measured a step: {', '.join(measured)})"
         rows = {
             "exchange": exchange,
-            "entries selected": f"{self.num_selected:,} of "
-            f"{self.num_entries:,}, by each of {self.num_replicas} replicas",
-            "bits per index": f"{self.bits_per_index:.2f} ({self.index_code}; "
-            f"at least {self.entropy_bits_per_index:.2f})",
-            "bits per value": f"{self.bits_per_value:.2f} ({self.value_code})",
-            "payload": f"{self.payload_bytes:,} bytes",
-            "dense_below": f"{self.dense_below_bytes:,} bytes",
-            "all gradients": f"{self.dense_bytes:,} bytes, "
-            f"{self.ratio:.1f} times as many",
-            "sent by a replica": f"{self.sent_bytes:,} bytes a step "
-            f"({self.topology}), {self.dense_sent_bytes:,} without the wrapper "
-            "(ring all-reduce)",
+            "all gradients": f"{self.dense_bytes:,} bytes, summed over "
+            f"{self.num_replicas} replicas",
+            "sent by a replica": f"{self.sent_bytes:,} bytes a step (ring "
+            "all-reduce)",
         }
+        if self.num_selected:
+            rows = {
+                "exchange": exchange,
+                "entries selected": f"{self.num_selected:,} of "
+                f"{self.num_entries:,}, by each of {self.num_replicas} "
+                "replicas",
+                "bits per index": f"{self.bits_per_index:.2f} "
+                f"({self.index_code}; at least "
+                f"{self.entropy_bits_per_index:.2f})",
+                "bits per value": f"{self.bits_per_value:.2f} "
+                f"({self.value_code})",
+                "payload": f"{self.payload_bytes:,} bytes",
+                "sent densely": f"{self.dense_below_bytes:,} bytes",
+                "all gradients": f"{self.dense_bytes:,} bytes, "
+                f"{self.ratio:.1f} times as many",
+                "sent by a replica": f"{self.sent_bytes:,} bytes a step "
+                f"({self.topology}), {self.dense_sent_bytes:,} without the "
+                "wrapper (ring all-reduce)",
+            }
         return "\n".join(f"{name:18} {text}" for name, text in rows.items())
 
 

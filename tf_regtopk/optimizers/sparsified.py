@@ -23,6 +23,7 @@ from tf_regtopk.distribute import agreement
 from tf_regtopk.distribute import replica_state
 from tf_regtopk.distribute import topology as topology_lib
 from tf_regtopk.error_feedback import error_accumulation
+from tf_regtopk.optimizers import description
 from tf_regtopk.optimizers import momentum
 from tf_regtopk.optimizers import notices
 from tf_regtopk.optimizers import replica_saving
@@ -226,6 +227,14 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
         self.accumulation_steps = accumulation_steps
         self.has_telemetry = telemetry
 
+    def __repr__(self) -> str:
+        if not hasattr(self, "has_telemetry"):  # Still being created.
+            return object.__repr__(self)
+        index_code = None
+        if self.built:
+            index_code = self._partition.wire_report(is_quick=True).index_code
+        return description.describe(self, index_code)
+
     def _step(
         self,
         gradients: Sequence[flat_buffer.Gradient],
@@ -330,6 +339,7 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
                     "clipping",
                     "exchange",
                     "topology",
+                    "telemetry",
                     "inner_optimizer",
                 )
             },
@@ -510,8 +520,8 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
         Returns:
             For each replica of this process (of each worker with
             `hierarchical`) a dict of floats and of arrays with a number for
-            each of the variables exchanged sparsely. Empty if the exchange is
-            dense.
+            each of the variables exchanged sparsely (`sparse_variables` has
+            their paths). Empty if the exchange is dense.
 
         Raises:
             ValueError: If the optimizer is not built, or was not created with
@@ -535,6 +545,12 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
                 "its telemetry. Received: telemetry=False"
             )
         return self._partition.telemetry()
+
+    @property
+    def sparse_variables(self) -> list[str]:
+        """The paths of the variables exchanged sparsely, as in `telemetry`."""
+        validation.check_built(self, "sparse_variables")
+        return self._partition.sparse_paths()
 
     def residual_errors(self) -> list[list[np.ndarray]]:
         """Returns the residual error of each replica of this process.

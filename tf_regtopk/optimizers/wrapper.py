@@ -558,8 +558,8 @@ def _wrapper_in(
 
 def _no_wrapper(optimizer: keras.optimizers.Optimizer | None) -> ValueError:
     return ValueError(
-        "The optimizer of `model` must be a `SparsifiedOptimizer`. "
-        f"Received: {optimizer!r}"
+        "The optimizer of `model` must be a `SparsifiedOptimizer`: wrap it "
+        f"before, as by `tf_regtopk.wrap(model)`. Received: {optimizer!r}"
     )
 
 

@@ -25,9 +25,10 @@ class PlainStep:
     ) -> tuple[verdict.Flags, tuple[tf.Tensor | tf.IndexedSlices, ...]]:
         """Sums the gradients; see `SparseStep.exchange`."""
         del state, moment
-        totals = topology.AllReduce().sum(
-            [gradient for gradient in gradients if gradient is not None]
-        )
+        with tf.name_scope("tf_regtopk/all_reduce"):
+            totals = topology.AllReduce().sum(
+                [gradient for gradient in gradients if gradient is not None]
+            )
         return _flags_of(totals), tuple(totals)
 
     def aggregate(
@@ -77,7 +78,8 @@ class DenseStep:
             moment,
             tuple(gradient is not None for gradient in gradients),
         )
-        totals = topology.AllReduce().sum([a])
+        with tf.name_scope("tf_regtopk/all_reduce"):
+            totals = topology.AllReduce().sum([a])
         return _flags_of(totals), tuple(totals)
 
     def aggregate(

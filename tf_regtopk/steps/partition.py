@@ -305,6 +305,11 @@ class Partition:
             for arrays in self.measured.local_arrays()
         ]
 
+    def sparse_paths(self) -> list[str]:
+        """Returns the paths of the sparse variables, in their order."""
+        in_order = [self._sparse_variables[i] for i in self._order]
+        return [str(getattr(v, "path", v.name)) for v in in_order]
+
     def residual_errors(self) -> list[list[np.ndarray]]:
         """Returns for each local participant its error, an array a variable."""
         rule = self._choices.error_feedback

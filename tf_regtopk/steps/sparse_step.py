@@ -74,19 +74,24 @@ class SparseStep:
             `(flags, exchanged)`: `verdict.Flags`, and for `aggregate` a
             structure of tensors.
         """
-        gradients = self._participants.sum_within(
-            self._buffer.densify(gradients)
-        )
-        payload, num_used, sent, measured, mark = self.send(
-            self._buffer.vectors(gradients),
-            _read(state),
-            moment,
-            self._participants.rank,
-            tuple(gradient is not None for gradient in gradients),
-            tuple(tf.convert_to_tensor(variable) for variable in self._sampled),
-        )
-        payloads = self._participants.exchange(payload, num_used)
-        entries, flags = self.decode(payloads, mark)
+        with tf.name_scope("tf_regtopk/join"):
+            gradients = self._participants.sum_within(
+                self._buffer.densify(gradients)
+            )
+            vectors = self._buffer.vectors(gradients)
+        with tf.name_scope("tf_regtopk/send"):
+            payload, num_used, sent, measured, mark = self.send(
+                vectors,
+                _read(state),
+                moment,
+                self._participants.rank,
+                tuple(gradient is not None for gradient in gradients),
+                tuple(tf.convert_to_tensor(v) for v in self._sampled),
+            )
+        with tf.name_scope("tf_regtopk/exchange"):
+            payloads = self._participants.exchange(payload, num_used)
+        with tf.name_scope("tf_regtopk/decode"):
+            entries, flags = self.decode(payloads, mark)
         return flags, (entries, sent, measured)
 
     def aggregate(
@@ -111,10 +116,17 @@ class SparseStep:
         indices, values, changed = sent
         for i, value in changed.items():
             state.local[i].assign(value)
-        aggregate = self.settle(
-            entries, (indices, values), state, moment, has_gradient, measured
-        )
-        return self._buffer.split(aggregate)
+        with tf.name_scope("tf_regtopk/settle"):
+            aggregate = self.settle(
+                entries,
+                (indices, values),
+                state,
+                moment,
+                has_gradient,
+                measured,
+            )
+        with tf.name_scope("tf_regtopk/split"):
+            return self._buffer.split(aggregate)
 
     @tracing.compiled
     def send(

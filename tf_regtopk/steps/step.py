@@ -48,7 +48,8 @@ def take_step(
     # Accumulate, select and encode; send.
     flags, exchanged = partition.exchange(gradients, moment)
     flags.append(verdict.Flags(are_current=is_current))
-    is_taken = verdict.is_finite(flags)
+    with tf.name_scope("tf_regtopk/check"):
+        is_taken = verdict.is_finite(flags)
 
     # Sum; remember, and clear the error; update the weights.
     def settle(exchanged: tuple[Any, ...], moment: Sequence[tf.Tensor]) -> None:

@@ -93,3 +93,14 @@ def test_report_where_all_is_dense():
         report.dense_below_bytes == report.dense_bytes == 4 * wire_models.SIZE
     )
     assert report.ratio == 1.0
+    assert "dense, because no variable is sent sparsely" in str(report)
+
+
+def test_text_of_a_dense_exchange(mirrored):
+    """Of nothing that it does not do: no indices, no payloads."""
+    optimizer, _ = wire_models.make(mirrored(2), exchange="dense")
+    assert str(optimizer.wire_report()).splitlines() == [
+        "exchange           dense",
+        "all gradients      424 bytes, summed over 2 replicas",
+        "sent by a replica  424 bytes a step (ring all-reduce)",
+    ]

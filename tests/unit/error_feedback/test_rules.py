@@ -251,8 +251,22 @@ def test_steps_that_are_not_finite_change_nothing(name, mirrored):
     assert everything() != before
 
 
-@pytest.mark.parametrize("values", ["float32", "ternary"])
-@pytest.mark.parametrize("name", ["dgc", "ef21-sgdm", "shift, momentum"])
+@pytest.mark.parametrize(
+    "name, values",
+    [
+        ("dgc", "float32"),
+        ("ef21-sgdm", "ternary"),
+        ("shift, momentum", "float32"),
+        *(
+            pytest.param(name, values, marks=pytest.mark.slow)
+            for name, values in (
+                ("dgc", "ternary"),
+                ("ef21-sgdm", "float32"),
+                ("shift, momentum", "ternary"),
+            )
+        ),
+    ],
+)
 def test_state_of_a_variable_without_gradient_is_kept(name, values):
     """Even where entries of it are selected, and decode to something else."""
     variables = [keras.Variable(np.zeros(9)), keras.Variable(np.zeros(7))]

@@ -99,7 +99,12 @@ def train(strategy, make_optimizer, num_steps=2):
 
 
 @pytest.mark.parametrize(
-    "setting", ["clipnorm", "global_clipnorm", "clipvalue"]
+    "setting",
+    [
+        "global_clipnorm",
+        pytest.param("clipnorm", marks=pytest.mark.slow),
+        pytest.param("clipvalue", marks=pytest.mark.slow),
+    ],
 )
 def test_clipping_on_each_replica_is_that_of_keras(mirrored, setting):
     strategy = mirrored(2)

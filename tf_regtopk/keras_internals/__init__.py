@@ -1,0 +1,52 @@
+"""The private parts of Keras and TensorFlow that this package relies on.
+
+Members that Keras's own optimizers use of their base class do not count.
+Nothing public serves in place of these parts; each part has a test that fails
+when upstream changes it.
+"""
+
+from tf_regtopk.keras_internals.checkpoints import CHECKPOINT_KEY
+from tf_regtopk.keras_internals.checkpoints import CHECKPOINT_KEYS
+from tf_regtopk.keras_internals.checkpoints import CheckpointedAsInner
+from tf_regtopk.keras_internals.collectives import abort_collectives
+from tf_regtopk.keras_internals.collectives import can_gather_at_once
+from tf_regtopk.keras_internals.collectives import gather_among_workers
+from tf_regtopk.keras_internals.collectives import gather_at_once
+from tf_regtopk.keras_internals.collectives import gathers_fixed_lengths
+from tf_regtopk.keras_internals.collectives import let_collectives_run_in_loops
+from tf_regtopk.keras_internals.collectives import sum_within_worker
+from tf_regtopk.keras_internals.execution import in_xla_context
+from tf_regtopk.keras_internals.execution import initial_values_of_each_worker
+from tf_regtopk.keras_internals.execution import is_op_determinism_enabled
+from tf_regtopk.keras_internals.optimizers import divide_by_no_zeros
+from tf_regtopk.keras_internals.optimizers import give_back
+from tf_regtopk.keras_internals.optimizers import replace_optimizer
+from tf_regtopk.keras_internals.optimizers import strategy_of
+from tf_regtopk.keras_internals.optimizers import take_aggregated_gradients
+from tf_regtopk.keras_internals.optimizers import take_clipping
+from tf_regtopk.keras_internals.optimizers import variables_of
+from tf_regtopk.keras_internals.upstream import check_upstream
+
+__all__ = [
+    "CHECKPOINT_KEY",
+    "CHECKPOINT_KEYS",
+    "CheckpointedAsInner",
+    "abort_collectives",
+    "can_gather_at_once",
+    "check_upstream",
+    "divide_by_no_zeros",
+    "gather_among_workers",
+    "gather_at_once",
+    "gathers_fixed_lengths",
+    "give_back",
+    "in_xla_context",
+    "initial_values_of_each_worker",
+    "is_op_determinism_enabled",
+    "let_collectives_run_in_loops",
+    "replace_optimizer",
+    "strategy_of",
+    "sum_within_worker",
+    "take_aggregated_gradients",
+    "take_clipping",
+    "variables_of",
+]

@@ -1,0 +1,291 @@
+"""Private parts of `tf.distribute`'s collectives."""
+
+from collections.abc import Sequence
+import threading
+import weakref
+
+import tensorflow as tf
+from tensorflow.python.distribute import cross_device_utils
+from tensorflow.python.eager import context
+from tensorflow.python.ops import collective_ops
+from tensorflow.python.ops import resource_variable_ops
+
+
+def abort_collectives(message: str) -> None:
+    """Aborts all collectives of this process by a `DeadlineExceededError`."""
+    context.context().abort_collective_ops(tf.errors.DEADLINE_EXCEEDED, message)
+
+
+# Far from the keys that TensorFlow counts, and from the largest int32.
+# Two series, because both kinds of launchers may serve the same group.
+_FIRST_INSTANCE_KEYS = (1 << 29, 3 << 28)
+_COUNTER = "_tf_regtopk_counter"
+
+
+def let_collectives_run_in_loops(
+    strategy: tf.distribute.Strategy,
+) -> None:
+    """Lets functions with collectives be called in loops and branches.
+
+    A collective needs a new key each time, the same on all replicas.
+    TensorFlow 2.21 feeds the key when a function is called, which a function
+    within a loop or a branch never is: "You must feed a value for placeholder
+    tensor". Keras calls such functions with `steps_per_execution`. There, the
+    key is counted in the graph, when the collective runs.
+
+    Args:
+        strategy: The only strategy of its devices in this process, because
+            another one would count the same keys.
+    """
+    names = ("_cross_device_ops", "_host_cross_device_ops")
+    for first_key, name in zip(_FIRST_INSTANCE_KEYS, names, strict=True):
+        collectives = getattr(strategy.extended, name, None)
+        for launcher in getattr(collectives, "_launchers", ()):
+            if not hasattr(launcher, _COUNTER):
+                with tf.init_scope(), tf.device("CPU:0"):
+                    # This class, as for the launcher's own variable, because
+                    # the strategy in scope would make one for each replica.
+                    counter = resource_variable_ops.ResourceVariable(
+                        first_key, dtype=tf.int32, trainable=False
+                    )
+                setattr(launcher, _COUNTER, counter)
+                _count_in_loops(launcher, counter)
+
+
+def _count_in_loops(
+    launcher: "cross_device_utils.CollectiveReplicaLauncher",
+    counter: tf.Variable,
+) -> None:
+    next_instance_key = launcher._next_instance_key
+
+    def next_key() -> tf.Tensor:
+        if not _is_in_function_of_loop():
+            return next_instance_key()
+        with tf.device("CPU:0"):
+            # All workers run the same collectives in the same order.
+            return tf.convert_to_tensor(counter.assign_add(1))
+
+    launcher._next_instance_key = next_key
+
+
+def _is_in_function_of_loop() -> bool:
+    """Returns True while a function is traced that a loop or a branch calls."""
+    graph = tf.compat.v1.get_default_graph()
+    is_in_function = False
+    while hasattr(graph, "outer_graph"):
+        if not getattr(graph, "is_control_flow_graph", False):
+            is_in_function = True
+        elif is_in_function:
+            return True
+        graph = graph.outer_graph
+    return False
+
+
+def can_gather_at_once() -> bool:
+    """Returns whether `gather_at_once` serves this replica's context.
+
+    `gather_at_once` would block eager replicas, because these run one after the
+    other. A `MirroredStrategy` may have been given cross-device operations that
+    are no collectives.
+    """
+    cross_device_ops = tf.distribute.get_strategy().extended._cross_device_ops
+    return not tf.executing_eagerly() and hasattr(
+        cross_device_ops, "_launchers"
+    )
+
+
+def gathers_fixed_lengths() -> bool:
+    """Returns whether `gather_at_once` needs one length in all steps.
+
+    TensorFlow remembers the length by the key of the collective. A single
+    process gives the same key in all steps, see `_gather`.
+    """
+    return can_gather_at_once() and not _are_workers()
+
+
+def gather_at_once(payload: tf.Tensor) -> tf.Tensor:
+    """Gathers the payloads of all replicas by one collective.
+
+    The public all-gather takes two collectives: one for the shapes, one for the
+    payloads, which are padded and cut. It also passes int32 through the host of
+    a single GPU.
+
+    Args:
+        payload: Tensor `[length]`, of the same length on every replica.
+
+    Returns:
+        Tensor `[N length]`.
+    """
+    return _gather(payload, _launcher())
+
+
+def sum_within_worker(
+    gradients: Sequence[tf.Tensor], worker: int, num_workers: int
+) -> list[tf.Tensor]:
+    """Sums gradients over the replicas of this worker.
+
+    Args:
+        gradients: List of tensors.
+        worker: Rank of this worker.
+        num_workers: Number of workers.
+
+    Returns:
+        List of tensors, the same on every replica of the worker.
+    """
+    within, _ = _launchers_of_worker(worker, num_workers)
+    sums = list(gradients)
+    # Each dtype is summed on its own, because a collective takes only one
+    # dtype.
+    for dtype in dict.fromkeys(g.dtype for g in gradients):
+        places = [i for i, g in enumerate(gradients) if g.dtype == dtype]
+        totals = within.batch_all_reduce([[gradients[i] for i in places]])
+        for i, total in zip(places, totals, strict=True):
+            sums[i] = total
+    return sums
+
+
+def gather_among_workers(
+    shares: tf.Tensor, worker: int, num_workers: int
+) -> tf.Tensor:
+    """Gathers a payload from each worker, which each worker sends only once.
+
+    Each replica of a worker sends its share to the replicas of the same place
+    in the other workers, and the shares that arrive there to the other replicas
+    of its own worker.
+
+    Args:
+        shares: Tensor `[replicas of a worker, length]`, the same on all
+            replicas of a worker.
+        worker: Rank of this worker.
+        num_workers: Number of workers.
+
+    Returns:
+        Tensor `[number of workers, replicas of a worker, length]`.
+    """
+    within, across = _launchers_of_worker(worker, num_workers)
+    share = shares[tf.distribute.get_replica_context()._replica_id]
+    gathered = _gather(_gather(share, across), within)
+    num_replicas, length = shares.shape
+    gathered = tf.reshape(gathered, [num_replicas, num_workers, length])
+    return tf.transpose(gathered, [1, 0, 2])
+
+
+def _gather(
+    payload: tf.Tensor, launcher: "cross_device_utils.CollectiveReplicaLauncher"
+) -> tf.Tensor:
+    """Gathers the payloads of a launcher's group, one after the other."""
+    options = launcher._options
+    if _are_workers():
+        instance_key = launcher._next_instance_key()
+    else:
+        # TensorFlow gives a new key to each call, for workers that trace at
+        # different times. A single process needs a fixed key, because new keys
+        # fail within loops such as that of `steps_per_execution`.
+        instance_key = launcher._collective_keys.get_instance_key(
+            launcher._group_key, launcher._device
+        )
+    arguments = [
+        launcher._group_size,
+        launcher._group_key,
+        instance_key,
+        options.implementation.value,
+        options.timeout_seconds or 0,
+        launcher._get_ordering_token(),
+    ]
+    with tf.device(launcher._device):
+        if "CPU" not in launcher._device or not _are_workers():
+            return collective_ops.all_gather_v2(payload, *arguments)
+        # CPUs of several workers use an all-to-all, because an all-gather
+        # passes payloads on from replica to replica, N - 1 times. The
+        # all-to-all takes as long as one message, and as many bytes.
+        copies = tf.tile(payload[tf.newaxis], [launcher._group_size, 1])
+        return tf.reshape(
+            collective_ops.all_to_all_v2(copies, *arguments), [-1]
+        )
+
+
+def _are_workers() -> bool:
+    return isinstance(
+        tf.distribute.get_strategy(), tf.distribute.MultiWorkerMirroredStrategy
+    )
+
+
+def _launcher() -> "cross_device_utils.CollectiveReplicaLauncher":
+    """Returns the launcher of this replica's collectives among all replicas."""
+    replica = tf.distribute.get_replica_context()
+    launchers = replica.strategy.extended._cross_device_ops._launchers
+    return launchers[replica._replica_id]
+
+
+# Keys start far from TensorFlow's, because TensorFlow counts up from 1.
+_FIRST_GROUP_KEY = 1 << 20
+_launchers_of_workers: weakref.WeakKeyDictionary[
+    tf.distribute.Strategy,
+    list[
+        tuple[
+            "cross_device_utils.CollectiveReplicaLauncher",
+            "cross_device_utils.CollectiveReplicaLauncher",
+        ]
+    ],
+] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def _launchers_of_worker(
+    worker: int, num_workers: int
+) -> tuple[
+    "cross_device_utils.CollectiveReplicaLauncher",
+    "cross_device_utils.CollectiveReplicaLauncher",
+]:
+    """Returns this replica's launchers `(within, across)` for smaller groups.
+
+    `within` serves the replicas of this worker, `across` the replicas of the
+    same place in every worker.
+    """
+    replica = tf.distribute.get_replica_context()
+    if tf.executing_eagerly():
+        raise RuntimeError(
+            "`hierarchical` must be used in a `tf.function`, not with "
+            "`run_eagerly`: eager replicas run one after the other, and cannot "
+            "meet."
+        )
+    strategy = replica.strategy
+    with _lock:
+        if strategy not in _launchers_of_workers:
+            every = strategy.extended._cross_device_ops._launchers
+            first = _FIRST_GROUP_KEY + num_workers
+            _launchers_of_workers[strategy] = [
+                (
+                    _group_launcher(
+                        _FIRST_GROUP_KEY + worker, len(every), launcher
+                    ),
+                    _group_launcher(first + place, num_workers, launcher),
+                )
+                for place, launcher in enumerate(every)
+            ]
+    return _launchers_of_workers[strategy][replica._replica_id]
+
+
+def _group_launcher(
+    group_key: int,
+    group_size: int,
+    launcher: "cross_device_utils.CollectiveReplicaLauncher",
+) -> "cross_device_utils.CollectiveReplicaLauncher":
+    """Makes a launcher like the given one for another group of replicas."""
+    device = launcher._device
+    keys = cross_device_utils.CollectiveKeys(group_key_start=group_key)
+    of_group = cross_device_utils.CollectiveReplicaLauncher(
+        keys.get_group_key([device]),
+        group_size,
+        keys,
+        device,
+        launcher._options,
+    )
+    # The groups share the token, because collectives of several groups must
+    # start in one order on all devices: NCCL lets a collective block the
+    # collectives behind it.
+    of_group._ordering_token = launcher._ordering_token
+    # A device runs its collectives of all groups in one order.
+    if hasattr(launcher, _COUNTER):
+        _count_in_loops(of_group, getattr(launcher, _COUNTER))
+    return of_group

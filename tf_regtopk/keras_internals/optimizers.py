@@ -1,0 +1,107 @@
+"""Private parts of Keras's optimizers."""
+
+from collections.abc import Callable
+from collections.abc import Sequence
+import functools
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+
+def take_aggregated_gradients(optimizer: keras.optimizers.Optimizer) -> None:
+    """Makes a Keras optimizer take gradients as already summed over replicas.
+
+    Keras sums inside the optimizer, in `_all_reduce_sum_gradients`, after
+    clipping and just before the update, and has no switch against the sum. The
+    optimizer must be built already, because a `MultiOptimizer` gets its parts
+    when it is built.
+    """
+    for part in (optimizer, *getattr(optimizer, "optimizers", ())):
+        part._all_reduce_sum_gradients = list
+
+
+def take_clipping(
+    optimizer: keras.optimizers.Optimizer,
+) -> Callable[[Sequence[Any]], list[Any]]:
+    """Takes the clipping of gradients out of a Keras optimizer.
+
+    Args:
+        optimizer: Optimizer without parts, which clips nothing from now on.
+
+    Returns:
+        Function from the list of gradients, with None where there is none, to
+        the list of the clipped ones. It follows the optimizer's settings.
+    """
+    clip = optimizer._clip_gradients
+    optimizer._clip_gradients = list
+
+    def clip_present(gradients: Sequence[Any]) -> list[Any]:
+        clipped = iter(clip([g for g in gradients if g is not None]))
+        return [None if g is None else next(clipped) for g in gradients]
+
+    return clip_present
+
+
+def variables_of(
+    optimizer: keras.optimizers.Optimizer,
+) -> list[keras.Variable]:
+    """Returns the variables for which a Keras optimizer was built."""
+    return list(optimizer._trainable_variables)
+
+
+def replace_optimizer(
+    model: keras.Model, optimizer: keras.optimizers.Optimizer
+) -> None:
+    """Replaces the optimizer of a compiled model, also where it is saved.
+
+    Keras saves what `compile` was given. To call `compile` again would lose the
+    state of metrics, and a model may have a `compile` of its own.
+    """
+    model.optimizer = optimizer
+    model._compile_config.config["optimizer"] = optimizer
+    model.train_function = None  # It has traced the former optimizer.
+
+
+def divide_by_no_zeros(optimizer: keras.optimizers.Optimizer) -> None:
+    """Makes Keras's Adafactor take gradients of which most entries are zero.
+
+    Adafactor divides each entry by the root of v = r c / mean(r), in which r
+    and c are the means of the squares in its row and in its column. Where all
+    of both are 0, v underflows, and 0 / 0 is NaN. Adafactor stores v by the
+    public `assign` before it divides, so that a tiny number can take the place
+    of 0. Nothing else changes, to the bit.
+
+    The optimizer must be built already, as for `take_aggregated_gradients`.
+    """
+    for part in (optimizer, *getattr(optimizer, "optimizers", ())):
+        if isinstance(part, keras.optimizers.Adafactor):
+            part.assign = functools.partial(_assign_no_zeros, part.assign)
+
+
+def _assign_no_zeros(
+    assign: Callable[[keras.Variable, tf.Tensor], None],
+    variable: keras.Variable,
+    value: tf.Tensor | tf.IndexedSlices,
+) -> None:
+    """Calls `assign` with a tiny number in the place of zeros."""
+    if not isinstance(value, tf.IndexedSlices):
+        # The smallest normal number, because others may be taken for 0.
+        tiny = 2.0 ** (-14 if value.dtype == tf.float16 else -126)
+        value = tf.where(tf.equal(value, 0), tf.cast(tiny, value.dtype), value)
+    assign(variable, value)
+
+
+def give_back(optimizer: keras.optimizers.Optimizer) -> None:
+    """Undoes what the functions above have changed in an optimizer."""
+    for part in (optimizer, *getattr(optimizer, "optimizers", ())):
+        for name in ("_all_reduce_sum_gradients", "_clip_gradients", "assign"):
+            if name in vars(part):
+                delattr(part, name)
+
+
+def strategy_of(
+    optimizer: keras.optimizers.Optimizer,
+) -> tf.distribute.Strategy:
+    """Returns the strategy in whose scope a Keras optimizer was created."""
+    return optimizer._distribution_strategy
