@@ -56,11 +56,11 @@ def run(processes, timeout):
     return json.loads(server.stdout.readline())
 
 
-def run_one(program, args, timeout=300):
+def run_one(program, args, timeout=300, **env):
     """The `subprocess.CompletedProcess` of one of them, with its output."""
     with tempfile.TemporaryDirectory() as directory:
         outs = [os.path.join(directory, name) for name in ("out", "err")]
-        [status] = run([process(program, args, *outs)], timeout)
+        [status] = run([process(program, args, *outs, **env)], timeout)
         outputs = []
         for path in outs:
             with open(path, encoding="utf-8", errors="replace") as file:
