@@ -1,4 +1,4 @@
-"""What the wrapper does to a training, in the logs of `fit`."""
+"""Numbers about the wrapper in the logs of `fit`."""
 
 from collections.abc import Mapping
 from collections.abc import Sequence

@@ -81,7 +81,7 @@ def heat_map(columns: Sequence[np.ndarray]) -> np.ndarray:
 def _metadata(
     plugin_name: str, data_class: int
 ) -> tf.compat.v1.SummaryMetadata:
-    """What tells TensorBoard how to show a number or an image."""
+    """Metadata by which TensorBoard shows a number or an image."""
     plugin = tf.compat.v1.SummaryMetadata.PluginData(plugin_name=plugin_name)
     return tf.compat.v1.SummaryMetadata(
         plugin_data=plugin, data_class=data_class

@@ -1,4 +1,4 @@
-"""Which private parts there must be in the installed Keras and TensorFlow."""
+"""The check that Keras and TensorFlow have the private parts that are used."""
 
 import operator
 

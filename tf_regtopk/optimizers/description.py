@@ -1,4 +1,4 @@
-"""What an optimizer says that it is."""
+"""The line by which an optimizer describes itself."""
 
 from typing import Any
 

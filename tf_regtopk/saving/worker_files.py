@@ -35,7 +35,7 @@ _scope: contextvars.ContextVar[
 
 
 class _Told:
-    """Whether the user knows that each worker has to save."""
+    """Signs that the user knows that each worker has to save."""
 
     path_was_given = warned = False
 
