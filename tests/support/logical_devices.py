@@ -14,7 +14,8 @@ import tensorflow as tf
 # makes of a program stays the same, only its machine code is less polished; the
 # self-test runs on the machine code of users.
 _FLAGS = "--xla_backend_optimization_level=0"
-if tf.version.VERSION >= "2.20":  # XLA ends a process for a flag unknown to it.
+# XLA ends a process for a flag that it does not know, as newer ones may not.
+if tf.version.VERSION.startswith(("2.20.", "2.21.")):
     _FLAGS += " --xla_cpu_use_fusion_emitters=false"
     _FLAGS += " --xla_cpu_parallel_codegen_split_count=1"
 os.environ.setdefault("XLA_FLAGS", _FLAGS)
