@@ -35,8 +35,8 @@ def compiled(function: _Function) -> _Function:
 class _Compiled:
     """A `tf.function` of which replicas share what has been traced.
 
-    A `tf.function` alone would be traced for each device of a strategy anew:
-    eight replicas would wait three times as long for their first step.
+    A `tf.function` alone would be traced for each device of a strategy anew,
+    before the first step of a training.
     """
 
     def __init__(self, function: Any) -> None:
