@@ -33,6 +33,7 @@ from tf_regtopk.kernels import scatter_sum
 from tf_regtopk.kernels import tracing
 from tf_regtopk.optimizers import sparsified
 from tf_regtopk.steps import round as round_lib
+from tf_regtopk.steps import telemetry
 
 # What one vector of weights on one device has no counterpart of.
 _SPARSIFIED = {
@@ -61,7 +62,9 @@ Data: TypeAlias = tuple[tf.Tensor, ...]
 
 
 class MomentumSGD(NamedTuple):
-    """`v = momentum v + g`, and the weights follow v.
+    """The descent of `keras.optimizers.SGD`.
+
+        v = momentum v + rate g,        weights = weights - v
 
     Args:
         momentum: Float in [0, 1).
@@ -75,20 +78,25 @@ class MomentumSGD(NamedTuple):
         return 1
 
     def __call__(
-        self, arrays: tuple[tf.Tensor, ...], g: tf.Tensor, t: tf.Tensor
+        self,
+        arrays: tuple[tf.Tensor, ...],
+        g: tf.Tensor,
+        t: tf.Tensor,
+        rate: float | tf.Tensor,
     ) -> tuple[tf.Tensor, tuple[tf.Tensor, ...]]:
-        """Returns the change to subtract, in units of the learning rate.
+        """Returns the change to subtract.
 
         Args:
             arrays: Tuple of what it keeps; zeros at first.
             g: Float tensor `[J]`.
             t: Scalar int32 tensor, the number of steps before.
+            rate: Scalar, the learning rate.
 
         Returns:
             `(change, arrays)`.
         """
         del t
-        v = self.momentum * arrays[0] + g
+        v = self.momentum * arrays[0] + rate * g
         return v, (v,)
 
 
@@ -96,7 +104,8 @@ class Adam(NamedTuple):
     """The descent of `keras.optimizers.Adam`, called like `MomentumSGD`.
 
         m = beta_1 m + (1 - beta_1) g,      v = beta_2 v + (1 - beta_2) g^2
-        change = sqrt(1 - beta_2^(t+1)) / (1 - beta_1^(t+1)) m / (sqrt(v) + eps)
+        scale = rate sqrt(1 - beta_2^(t+1)) / (1 - beta_1^(t+1))
+        weights = weights - scale m / (sqrt(v) + eps)
 
     Args:
         beta_1: Float in [0, 1).
@@ -114,7 +123,11 @@ class Adam(NamedTuple):
         return 2
 
     def __call__(
-        self, arrays: tuple[tf.Tensor, ...], g: tf.Tensor, t: tf.Tensor
+        self,
+        arrays: tuple[tf.Tensor, ...],
+        g: tf.Tensor,
+        t: tf.Tensor,
+        rate: float | tf.Tensor,
     ) -> tuple[tf.Tensor, tuple[tf.Tensor, ...]]:
         """Returns the change to subtract, see `MomentumSGD`."""
         m, v = arrays
@@ -122,7 +135,7 @@ class Adam(NamedTuple):
         v = self.beta_2 * v + (1 - self.beta_2) * g**2
         power = tf.cast(t + 1, g.dtype)
         scale = tf.sqrt(1 - self.beta_2**power) / (1 - self.beta_1**power)
-        return scale * m / (tf.sqrt(v) + self.epsilon), (m, v)
+        return rate * (scale * m / (tf.sqrt(v) + self.epsilon)), (m, v)
 
 
 class State(NamedTuple):
@@ -162,8 +175,8 @@ class DenseDescent(NamedTuple):
     ) -> State:
         """The state after a step, as of `SparseDescent`."""
         aggregate = tf.reduce_mean(gradients, axis=0)
-        change, arrays = self.inner(state.arrays, aggregate, t)
-        return State(state.weights - rate * change, arrays)
+        change, arrays = self.inner(state.arrays, aggregate, t, rate)
+        return State(state.weights - change, arrays)
 
 
 class SparseDescent(NamedTuple):
@@ -217,35 +230,9 @@ class SparseDescent(NamedTuple):
         Returns:
             `State`.
         """
-        size, dtype = state.weights.shape[0], state.weights.dtype
-        k = self.sparsifier.num_selected(size)
-        method = round_lib.Method(
-            self.sparsifier,
-            self.error_feedback,
-            self.codec.payload(k, size, dtype),
-            (selection.Group(size, k),),
-        )
-        context = error_feedback_lib.Step(self.num_workers, k / size, rate, t)
-
-        def send(of_worker: tuple[Any, ...]) -> round_lib.Sent:
-            rank, gradient, local, memory = of_worker
-            before = round_lib.State(local, state.shared, memory)
-            return round_lib.send(method, gradient, before, context, rank)[1]
-
-        sent = tf.map_fn(
-            send,
-            (
-                tf.range(self.num_workers),
-                gradients / self.num_workers,
-                state.local,
-                state.memory,
-            ),
-            fn_output_signature=round_lib.Sent(
-                tf.TensorSpec([k], tf.int32),
-                tf.TensorSpec([k], dtype),
-                _specs(state.local),
-            ),
-        )
+        method, context = self._round(state, t, rate)
+        sent = self._send(method, state, gradients, context)
+        size = state.weights.shape[0]
         total = scatter_sum.sum_entries(sent.indices, sent.values, size)
         aggregate, shared = round_lib.aggregate(
             method, total, state.shared, context
@@ -262,12 +249,97 @@ class SparseDescent(NamedTuple):
             fn_output_signature=(
                 _specs(state.local),
                 _specs(state.memory),
-                tf.TensorSpec([k], tf.int32),
+                tf.TensorSpec(sent.indices.shape[1:], tf.int32),
             ),
         )
-        change, arrays = self.inner(state.arrays, aggregate, t)
-        weights = state.weights - rate * change
+        change, arrays = self.inner(state.arrays, aggregate, t, rate)
+        weights = state.weights - change
         return State(weights, arrays, local, shared, memory)
+
+    def telemetry(
+        self, state: State, gradients: tf.Tensor, t: tf.Tensor, rate: tf.Tensor
+    ) -> list[tuple[tf.Tensor, ...]]:
+        """Measures the step that `step` would take.
+
+        Args:
+            state: As of `step`, and so the others.
+            gradients: See above.
+            t: See above.
+            rate: See above.
+
+        Returns:
+            For each worker what `telemetry.of_settle` returns, of one variable
+            of J entries. `telemetry.by_name` gives the numbers their names.
+        """
+        method, context = self._round(state, t, rate)
+        size = state.weights.shape[0]
+        start = telemetry.initial([size], self.sparsifier, has_ages=False)
+        found, all_sent = [], []
+        for rank in range(self.num_workers):
+            gradient = gradients[rank] / self.num_workers
+            before = round_lib.State(
+                tuple(tensor[rank] for tensor in state.local),
+                state.shared,
+                tuple(tensor[rank] for tensor in state.memory),
+                start,
+            )
+            _, sent, a = round_lib.send(
+                method, gradient, before, context, tf.constant(rank)
+            )
+            all_sent.append(sent)
+            found.append(
+                telemetry.of_send(method, [size], gradient, a, before, sent, t)
+            )
+        indices = tf.stack([sent.indices for sent in all_sent])
+        values = tf.stack([sent.values for sent in all_sent])
+        total = scatter_sum.sum_entries(indices, values, size)
+        return [telemetry.of_settle(of_one, values, total) for of_one in found]
+
+    def _round(
+        self, state: State, t: tf.Tensor, rate: tf.Tensor
+    ) -> tuple[round_lib.Method, error_feedback_lib.Step]:
+        size, dtype = state.weights.shape[0], state.weights.dtype
+        k = self.sparsifier.num_selected(size)
+        method = round_lib.Method(
+            self.sparsifier,
+            self.error_feedback,
+            self.codec.payload(k, size, dtype),
+            (selection.Group(size, k),),
+        )
+        return method, error_feedback_lib.Step(
+            self.num_workers, k / size, rate, t
+        )
+
+    def _send(
+        self,
+        method: round_lib.Method,
+        state: State,
+        gradients: tf.Tensor,
+        context: error_feedback_lib.Step,
+    ) -> round_lib.Sent:
+        """Sends of all workers, `Sent` of tensors `[N, ...]`."""
+
+        def send(of_worker: tuple[Any, ...]) -> round_lib.Sent:
+            rank, gradient, local, memory = of_worker
+            before = round_lib.State(local, state.shared, memory)
+            return round_lib.send(method, gradient, before, context, rank)[1]
+
+        k = method.payload_codec.indices.k
+        sent: round_lib.Sent = tf.map_fn(
+            send,
+            (
+                tf.range(self.num_workers),
+                gradients / self.num_workers,
+                state.local,
+                state.memory,
+            ),
+            fn_output_signature=round_lib.Sent(
+                tf.TensorSpec([k], tf.int32),
+                tf.TensorSpec([k], state.weights.dtype),
+                _specs(state.local),
+            ),
+        )
+        return sent
 
 
 def descent_of(

@@ -23,9 +23,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 import tqdm
+import training_programs
 import worker_data
 
-from benchmarks.accelerators import training_programs
 from tf_regtopk.kernels import device_kind
 
 NUM_PREDICTED = 500  # Images that labels are predicted for at a time.
@@ -144,7 +144,7 @@ def main(argv):
         keras.utils.set_random_seed(seed)
         model = cifar10_resnet.build_model(args)
         numbers = image_training.numbers_of(
-            labels[: len(labels) - held_out], args, seed
+            labels[: len(labels) - held_out], args, seed, args.rounds
         )
         np.savez(
             directory / f"start_{seed}.npz",

@@ -16,6 +16,13 @@ import shift_variants
 import worker_data
 
 methods.METHODS.update(shift_variants.METHODS)
+methods.METHODS.update(
+    {
+        f"{name}_sign": lambda h, method=method: method(h.with_signs())
+        for name, method in methods.METHODS.items()
+        if name != "dense"
+    }
+)
 
 # Flags that say which runs there are, and nothing about each.
 _NOT_OF_A_RUN = (
@@ -24,6 +31,7 @@ _NOT_OF_A_RUN = (
     "methods",
     "output_dir",
     "seeds",
+    "tuning_rounds",  # Counts as `rounds` of the runs that it is for.
     "tuning_seeds",
 )
 # What most comparisons lack: the same without error feedback, and others'
@@ -217,7 +225,10 @@ def shared_setting(config):
 
 def _cached(setting, args, compute):
     """The result of a run, from disk if it is there."""
-    setting = {**shared_setting(example_utils.config()), **setting}
+    config = example_utils.config()
+    if setting["is_tuning"] and "tuning_rounds" in config:
+        config["rounds"] = config["tuning_rounds"]
+    setting = {**shared_setting(config), **setting}
     path = os.path.join(args.output_dir, "runs.jsonl")
     if os.path.exists(path):
         with open(path, encoding="utf-8") as f:

@@ -69,7 +69,7 @@ def train(task, strategy, args, is_tuning, method, learning_rate, seed):
     """
     images, labels = task.images, task.labels
     held_out = len(labels) - task.held_out
-    numbers = numbers_of(labels[:held_out], args, seed)
+    numbers = numbers_of(labels[:held_out], args, seed, args.rounds)
     test = task.test
     if is_tuning:
         test = images[held_out:], labels[held_out:]
@@ -107,7 +107,7 @@ def train(task, strategy, args, is_tuning, method, learning_rate, seed):
     }
 
 
-def numbers_of(labels, args, seed):
+def numbers_of(labels, args, seed, num_steps):
     """The images in every batch of a run, as of `worker_data.batches`."""
     parts = worker_data.shards(
         labels,
@@ -117,7 +117,7 @@ def numbers_of(labels, args, seed):
         args.batch_size,
         seed,
     )
-    return worker_data.batches(parts, args.batch_size, args.rounds, seed)
+    return worker_data.batches(parts, args.batch_size, num_steps, seed)
 
 
 class Tester(keras.callbacks.Callback):
@@ -157,7 +157,16 @@ class Tester(keras.callbacks.Callback):
 
 def bytes_a_step(optimizer, model, num_workers):
     """Bytes that each worker sends a step, in rings."""
+    cluster = tf_regtopk.Cluster(num_workers)
+    payload_bytes = 0
+    dense_bytes = sum(
+        4 * int(np.prod(v.shape)) for v in model.trainable_variables
+    )
     if isinstance(optimizer, tf_regtopk.SparsifiedOptimizer):
-        return optimizer.wire_report().sent_bytes
-    size = sum(int(np.prod(v.shape)) for v in model.trainable_variables)
-    return round(2 * (num_workers - 1) / num_workers * 4 * size)
+        report = optimizer.wire_report()
+        payload_bytes = report.payload_bytes
+        dense_bytes = report.dense_below_bytes
+    return round(
+        tf_regtopk.AllGather().sent_bytes(payload_bytes, cluster)
+        + tf_regtopk.AllReduce().sent_bytes(dense_bytes, cluster)
+    )

@@ -13,8 +13,7 @@ import paths
 import pytest
 import run_with_mock_data
 import tensorflow as tf
-
-from benchmarks.accelerators import training_programs
+import training_programs
 
 KEPT_RUNS = paths.ROOT / "docs/results/cifar10_resnet8_iid/runs.jsonl"
 
@@ -110,7 +109,9 @@ def test_steps_are_those_of_the_example(
     monkeypatch, mirrored, data, start, gradients_of, name
 ):
     method = training_programs.Method(name, ARGS, start)
-    numbers = image_training.numbers_of(data[1][:-HELD_OUT], ARGS, SEED)
+    numbers = image_training.numbers_of(
+        data[1][:-HELD_OUT], ARGS, SEED, ARGS.rounds
+    )
     before = flat(start.get_weights())
     state = method.start(tf.constant(before))
     step = tf.function(method.step, jit_compile=True, autograph=False)

@@ -1,13 +1,24 @@
-"""The training of cifar10_resnet.py as functions that can be exported."""
+"""The training of an image model as pure functions of tensors.
 
-import image_training
+`benchmarks/accelerators/export_training.py` exports them, and
+`simulated_training.py` calls them.
+"""
+
+import pathlib
+import sys
+
 import keras
-import methods
 import numpy as np
 import tensorflow as tf
 
+sys.path.append(str(pathlib.Path(__file__).parent.parent))
+
+import image_training
+import methods
+
 import tf_regtopk
 from tf_regtopk import simulation
+from tf_regtopk.steps import telemetry
 
 
 class Network:
@@ -43,20 +54,22 @@ class Network:
         Returns:
             Float tensor `[N, J]`.
         """
-
-        def gradient(numbers):
-            with tf.GradientTape() as tape:
-                tape.watch(weights)
-                logits = self._logits(weights, tf.gather(images, numbers), True)
-                loss = self._loss(tf.gather(labels, numbers), logits)
-            return tape.gradient(loss, weights)
-
         # One worker after the other: compiled once, whatever their number.
         return tf.map_fn(
-            gradient,
+            lambda numbers: self.gradient(
+                weights, tf.gather(images, numbers), tf.gather(labels, numbers)
+            ),
             numbers,
             fn_output_signature=tf.TensorSpec(weights.shape, weights.dtype),
         )
+
+    def gradient(self, weights, images, labels):
+        """The gradient `[J]` of the mean loss of one worker's batch."""
+        with tf.GradientTape() as tape:
+            tape.watch(weights)
+            logits = self._logits(weights, images, True)
+            loss = self._loss(labels, logits)
+        return tape.gradient(loss, weights)
 
     def predict(self, weights, images):
         logits = self._logits(weights, images, False)
@@ -95,21 +108,12 @@ class Method:
         self.version = methods.version(name)
         # Some take a multiple of the learning rate.
         self._scale = float(optimizer.learning_rate)
+        self.is_sparse = isinstance(optimizer, tf_regtopk.SparsifiedOptimizer)
         self._descent = simulation.descent_of(optimizer, args.num_workers)
-        if isinstance(optimizer, tf_regtopk.SparsifiedOptimizer):
-            optimizer.build(model.trainable_variables)
-            report = optimizer.wire_report()
-            cluster = tf_regtopk.Cluster(args.num_workers)
-            self.bytes_a_step = round(
-                tf_regtopk.AllGather().sent_bytes(report.payload_bytes, cluster)
-                + tf_regtopk.AllReduce().sent_bytes(
-                    report.dense_below_bytes, cluster
-                )
-            )
-        else:
-            self.bytes_a_step = image_training.bytes_a_step(
-                optimizer, model, args.num_workers
-            )
+        optimizer.build(model.trainable_variables)
+        self.bytes_a_step = image_training.bytes_a_step(
+            optimizer, model, args.num_workers
+        )
 
     def start(self, weights):
         """The list of arrays of the state before the first step."""
@@ -117,13 +121,50 @@ class Method:
 
     def step(self, gradients, t, learning_rate, *arrays):
         """Those after a step, of which the weights are the first."""
+        return tf.nest.flatten(
+            self._descent.step(
+                self._state(gradients, arrays),
+                gradients,
+                t,
+                self._scale * learning_rate,
+            )
+        )
+
+    def telemetry(self, gradients, t, learning_rate, *arrays):
+        """The numbers of each worker, as of `SparseDescent.telemetry`."""
+        return self._descent.telemetry(
+            self._state(gradients, arrays),
+            gradients,
+            t,
+            self._scale * learning_rate,
+        )
+
+    def by_name(self, of_workers):
+        """Means over the workers of what `telemetry` returned, by name.
+
+        Counts are shares of the k entries, the residual error one of the
+        gradient.
+        """
+        sparsifier = self._descent.sparsifier
+        rows = [
+            telemetry.by_name([a.numpy() for a in arrays], [1], [0], sparsifier)
+            for arrays in of_workers
+        ]
+        means = {
+            name: float(np.mean([r[name] for r in rows])) for name in rows[0]
+        }
+        k = means["selected"]
+        shares = ("unlike_top_k", *sparsifier.measured)
+        return {name: means[name] / k for name in shares} | {
+            "cancelled": means["cancelled"],
+            "residual": means["residual"] / means["gradient"],
+        }
+
+    def _state(self, gradients, arrays):
         weights = tf.TensorSpec(gradients.shape[1:], gradients.dtype)
-        state = tf.nest.pack_sequence_as(
+        return tf.nest.pack_sequence_as(
             tf.function(self._descent.initial_state)
             .get_concrete_function(weights)
             .structured_outputs,
             arrays,
-        )
-        return tf.nest.flatten(
-            self._descent.step(state, gradients, t, self._scale * learning_rate)
         )
