@@ -2,10 +2,10 @@ r"""Trains a small convolutional network with several workers.
 
 Each worker is a process of its own, on one machine or on many. The workers
 share every global batch out among them and send each other only the gradient
-entries that RegTop-k selects. To try it on one machine, on its CPU:
+entries that RegTop-k selects. To try it on one machine:
 
 ```
-python examples/multi_worker.py --num_local_workers=2
+python -m tf_regtopk.run --workers=2 examples/multi_worker.py
 ```
 
 In a cluster, start the same script on every machine, with the environment
@@ -50,28 +50,10 @@ import sklearn.model_selection
 import tensorflow as tf
 
 import tf_regtopk
-
-# Exit statuses of a worker, next to 0 and 1, which mean what they always do.
-LOST_A_WORKER = 3
-PORT_TAKEN = 4
-
-# What TensorFlow raises in a collective that other workers have left.
-_LOST_ERRORS = (
-    tf.errors.AbortedError,
-    tf.errors.CancelledError,
-    tf.errors.DeadlineExceededError,
-    tf.errors.UnavailableError,
-)
+from tf_regtopk.launch import bootstrap
 
 
 def define_flags():
-    flags.DEFINE_integer(
-        "num_local_workers",
-        0,
-        "Start this many workers on this machine, on its CPU. 0 means to be "
-        "one worker of a cluster, see --cluster.",
-        lower_bound=0,
-    )
     flags.DEFINE_enum(
         "cluster",
         "tf_config",
@@ -126,7 +108,7 @@ def define_flags():
         "sequential_input",
         False,
         "Read the images without background threads, which starve where many "
-        "workers share few cores. Set by --num_local_workers.",
+        "workers share few cores.",
     )
     # So that --help lists those too.
     flags.adopt_module_key_flags(example_utils)
@@ -448,17 +430,15 @@ def run_worker(args, tf_config, resolver=None):
             report(cluster, args, results)
         backup.delete()
     except (Exception, KeyboardInterrupt) as e:
-        if isinstance(e, _LOST_ERRORS):
-            status = LOST_A_WORKER
+        status = bootstrap.status_of(e)
+        if status == bootstrap.LOST_A_WORKER:
             message = (
                 f"lost another worker. {describe_peers(cluster.peers)} Start "
                 "all workers again to go on from the last backup."
             )
-        elif "Could not start gRPC server" in str(e):
-            status = PORT_TAKEN
+        elif status == bootstrap.PORT_TAKEN:
             message = f"could not listen on {cluster.address}."
         else:
-            status = 1
             message = f"failed: {type(e).__name__}: {e}"
         traceback.print_exc()
         print(f"{cluster.name} {message}", file=sys.stderr)
@@ -502,120 +482,24 @@ def report(cluster, args, results):
     )
 
 
-# ----- Workers on this machine -----
-
-
-def pick_addresses(count):
-    """Finds free ports. They may be taken again before they are used."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for s in sockets:
-            s.bind(("127.0.0.1", 0))
-        return [f"127.0.0.1:{s.getsockname()[1]}" for s in sockets]
-
-
-def describe_failure(worker):
-    """Says how a process failed. `None` if it has not."""
-    status = worker.poll()
-    if status is None:
-        # Nothing else would notice that the only worker is stopped.
-        options = os.WSTOPPED | os.WNOHANG | os.WNOWAIT
-        if os.waitid(os.P_PID, worker.pid, options):
-            return "is stopped"
-    elif status < 0:
-        return f"was ended by {signal.Signals(-status).name}"
-    elif status > 0:
-        return f"ended with exit status {status}"
-    return None
-
-
-def wait_for(workers):
-    """Waits until all workers have succeeded or one has failed."""
-    while True:
-        failures = {
-            name: failure
-            for name, worker in workers.items()
-            if (failure := describe_failure(worker))
-        }
-        statuses = [worker.poll() for worker in workers.values()]
-        if failures:
-            for name, failure in failures.items():
-                print(f"{name} {failure}.", file=sys.stderr)
-            print("The run ends for all workers.", file=sys.stderr, flush=True)
-            return PORT_TAKEN if PORT_TAKEN in statuses else 1
-        if not any(status is None for status in statuses):
-            return 0
-        time.sleep(0.1)
-
-
-def run_local_cluster(count):
-    """Starts `count` workers on this machine and sees them through."""
-    addresses = pick_addresses(count)
-    workers = {}
-    try:
-        for index, address in enumerate(addresses):
-            config = {
-                "cluster": {"worker": addresses},
-                "task": {"type": "worker", "index": index},
-            }
-            name = f"worker {index}"
-            workers[name] = subprocess.Popen(
-                [sys.executable, __file__, *sys.argv[1:]]
-                + ["--num_local_workers=0", "--sequential_input"],
-                env={
-                    **os.environ,
-                    "TF_CONFIG": json.dumps(config),
-                    "CUDA_VISIBLE_DEVICES": "-1",
-                },
-                # Ctrl-C is for this process, which then ends the workers.
-                start_new_session=True,
-            )
-            print(f"Started {name} (process {workers[name].pid}) at {address}")
-        sys.stdout.flush()
-        return wait_for(workers)
-    finally:
-        for worker in workers.values():
-            worker.kill()
-            worker.wait()
-
-
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments: {argv[1:]}")
     args = flags.FLAGS
     if args.cluster == "tf_config":
-        return run(args, os.environ.get("TF_CONFIG"))
+        if "TF_CONFIG" not in os.environ:
+            raise app.UsageError(
+                "The environment variable `TF_CONFIG` must say who the workers "
+                "are. To start workers on this machine: "
+                "python -m tf_regtopk.run --workers=2 examples/multi_worker.py"
+            )
+        return run_worker(args, os.environ["TF_CONFIG"])
     resolver = slurm_resolver(args.port_base)
     tf_config = {
         "cluster": resolver.cluster_spec().as_dict(),
         "task": {"type": resolver.task_type, "index": resolver.task_id},
     }
-    return run(args, json.dumps(tf_config), resolver)
-
-
-def run(args, tf_config, resolver=None):
-    if bool(args.num_local_workers) == bool(tf_config):
-        raise app.UsageError(
-            "Give either `--num_local_workers`, to start workers on this "
-            "machine, or the environment variable `TF_CONFIG`, to be a worker "
-            "of a cluster. Received: "
-            f"num_local_workers={args.num_local_workers}, "
-            f"TF_CONFIG={tf_config}"
-        )
-    if tf_config:
-        return run_worker(args, tf_config, resolver)
-
-    def exit_on(number, _):
-        sys.exit(128 + number)  # By way of the clean-up.
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, exit_on)
-    for _ in range(3):
-        status = run_local_cluster(args.num_local_workers)
-        if status != PORT_TAKEN:
-            break
-        print("A port was taken meanwhile. Trying others.", file=sys.stderr)
-    return status
+    return run_worker(args, json.dumps(tf_config), resolver)
 
 
 if __name__ == "__main__":

@@ -160,6 +160,12 @@ def program_and_flags(command):
     """The file that a command runs, and the names of the flags it gives."""
     words = shlex.split(command)
     words = list(itertools.dropwhile(lambda w: re.match("[A-Z_]+=", w), words))
+    if words[1:3] == ["-m", "tf_regtopk.run"]:
+        # The flags of the launcher come before the script.
+        words = [
+            "python",
+            *itertools.dropwhile(lambda w: ".py" not in w, words),
+        ]
     if words[:2] == ["python", "-m"]:
         path = paths.ROOT / f"{words[2].replace('.', '/')}.py"
     else:

@@ -27,6 +27,9 @@ import pytest
 import tensorflow as tf
 import yaml
 
+from tf_regtopk.launch import bootstrap
+from tf_regtopk.launch import command as launch_command
+
 DOCUMENT = (paths.ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
 TIMEOUT = 180
 # Where the image of the manifest has the repository, and its volume.
@@ -437,7 +440,7 @@ def test_manifest_is_as_the_operator_wants_it(manifest):
     # Else the operator gives no TF_CONFIG.
     assert worker["replicas"] >= 2
     # The operator's "ExitCode" takes statuses below 128 for good.
-    assert multi_worker.LOST_A_WORKER < 128
+    assert bootstrap.LOST_A_WORKER < 128
     assert worker["restartPolicy"] == "OnFailure"
     # One restart of every worker is to be survived many times.
     limit = job["spec"]["runPolicy"]["backoffLimit"]
@@ -579,14 +582,14 @@ def test_statuses_in_the_document():
     assert set(meanings) == {
         0,
         1,
-        multi_worker.LOST_A_WORKER,
-        multi_worker.PORT_TAKEN,
+        bootstrap.LOST_A_WORKER,
+        bootstrap.PORT_TAKEN,
         128 + signal.SIGABRT,
         128 + signal.SIGKILL,
         128 + signal.SIGTERM,
     }
-    assert "lost" in meanings[multi_worker.LOST_A_WORKER]
-    assert "port" in meanings[multi_worker.PORT_TAKEN]
+    assert "lost" in meanings[bootstrap.LOST_A_WORKER]
+    assert "port" in meanings[bootstrap.PORT_TAKEN]
 
 
 def test_links_and_flags_in_the_document():
@@ -595,8 +598,11 @@ def test_links_and_flags_in_the_document():
     for fragment in re.findall(r"\]\(#([^)]+)\)", DOCUMENT):
         headings = re.findall(r"^## (.*)$", DOCUMENT, re.M)
         assert fragment in {h.lower().replace(" ", "-") for h in headings}
-    source = pathlib.Path(multi_worker.__file__).read_text(encoding="utf-8")
+    source = "".join(
+        pathlib.Path(program.__file__).read_text(encoding="utf-8")
+        for program in (multi_worker, launch_command)
+    )
     flags = set(re.findall(r"`--([a-z]+_[a-z_]+)", DOCUMENT))
     assert len(flags) > 2
     for flag in flags:
-        assert f'"{flag}",' in source
+        assert f'"{flag}",' in source or f'"--{flag}",' in source

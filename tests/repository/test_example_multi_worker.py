@@ -7,8 +7,6 @@ import pathlib
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import types
 
@@ -20,6 +18,7 @@ import numpy as np
 import pytest
 
 import tf_regtopk
+from tf_regtopk.launch import bootstrap
 
 TIMEOUT = 120
 
@@ -59,7 +58,7 @@ def start_pair(started, tmp_path):
             pair[0].wait_for("Epoch 2/", TIMEOUT)
         except AssertionError:
             # Another process was quicker to take a port.
-            if any(p.popen.poll() == multi_worker.PORT_TAKEN for p in pair):
+            if any(p.popen.poll() == bootstrap.PORT_TAKEN for p in pair):
                 continue
             raise
         return pair, addresses
@@ -68,9 +67,9 @@ def start_pair(started, tmp_path):
 
 def worker_numbers(output):
     """The numbers of the processes that the launcher says it has started."""
-    numbers = re.findall(r"Started worker \d \(process (\d+)\)", output)
-    # The last two, should a first attempt have met a port that was taken.
-    return [int(number) for number in numbers[-2:]]
+    # The last ones, should a first attempt have met a port that was taken.
+    pids = re.findall(r"Started 2 workers \(processes (.*?)\)", output)[-1]
+    return [int(pid) for pid in pids.split(", ")]
 
 
 def assert_gone(number):
@@ -135,21 +134,28 @@ def test_a_kill_costs_nothing(started, tmp_path, trained):
 
     It resumes from the last backup of all workers.
     """
-    flags = [
-        "--num_local_workers=2",
-        f"--epochs={EPOCHS}",
-        f"--density={DENSITY}",
-    ]
-    launcher = start(started, tmp_path, *flags)
+    output = tmp_path / "output"
+
+    def launch():
+        launcher = multi_worker_launcher.Process(
+            ["-m", "tf_regtopk.run", "--workers=2", multi_worker.__file__]
+            + [f"--output_dir={output}", f"--epochs={EPOCHS}"]
+            + [f"--density={DENSITY}"],
+            tmp_path / f"output_{len(started)}.txt",
+        )
+        started.append(launcher)
+        return launcher
+
+    launcher = launch()
     workers = worker_numbers(launcher.wait_for("Epoch 4/", TIMEOUT))
     os.kill(workers[1], signal.SIGKILL)
-    assert launcher.wait(TIMEOUT) == 1, launcher.output
-    assert "worker 1 was ended by SIGKILL." in launcher.output
+    status = launcher.wait(TIMEOUT)
+    assert status == bootstrap.LOST_A_WORKER, launcher.output
+    assert "worker 1 was ended by SIGKILL" in launcher.output
     for worker in workers:
         assert_gone(worker)
-    again = start(started, tmp_path, *flags)
+    again = launch()
     assert again.wait(TIMEOUT) == 0, again.output
-    output = tmp_path / "output"
     assert (output / "curves.png").stat().st_size > 1000
     summary = json.loads((output / "summary.json").read_text())
     assert summary["config"]["num_workers"] == 2
@@ -176,20 +182,11 @@ def test_a_kill_costs_nothing(started, tmp_path, trained):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
-def test_launcher_takes_its_workers_along(started, tmp_path):
-    launcher = start(started, tmp_path, "--num_local_workers=2")
-    workers = worker_numbers(launcher.wait_for("Started worker 1", TIMEOUT))
-    launcher.popen.terminate()
-    assert launcher.wait(TIMEOUT) == 128 + signal.SIGTERM
-    for worker in workers:
-        assert_gone(worker)
-
-
 def test_worker_ends_when_another_is_ended(started, tmp_path):
     pair, addresses = start_pair(started, tmp_path)
     pair[0].popen.terminate()
     assert pair[0].wait(TIMEOUT) == -signal.SIGTERM
-    assert pair[1].wait(TIMEOUT) == multi_worker.LOST_A_WORKER, pair[1].output
+    assert pair[1].wait(TIMEOUT) == bootstrap.LOST_A_WORKER, pair[1].output
     assert (
         "worker 1 lost another worker. "
         f"No connection to: worker 0 ({addresses[0]})."
@@ -216,7 +213,7 @@ def test_a_worker_that_is_just_ending_is_named():
 def test_worker_ends_when_another_is_stopped(started, tmp_path):
     pair, _ = start_pair(started, tmp_path)
     pair[1].popen.send_signal(signal.SIGSTOP)
-    assert pair[0].wait(TIMEOUT) == multi_worker.LOST_A_WORKER, pair[0].output
+    assert pair[0].wait(TIMEOUT) == bootstrap.LOST_A_WORKER, pair[0].output
     assert "worker 0 lost another worker." in pair[0].output
     assert "one is stopped or stuck." in pair[0].output
 
@@ -251,7 +248,7 @@ def test_worker_ends_when_another_is_stuck(started, tmp_path):
         TF_CONFIG=multi_worker_launcher.tf_config(addresses, 1),
         PYTHONPATH=str(pathlib.Path(multi_worker.__file__).parent),
     )
-    assert worker.wait(TIMEOUT) == multi_worker.LOST_A_WORKER, worker.output
+    assert worker.wait(TIMEOUT) == bootstrap.LOST_A_WORKER, worker.output
     assert "DeadlineExceededError" in worker.output
     assert "one is stopped or stuck." in worker.output
 
@@ -274,7 +271,7 @@ def test_worker_that_cannot_start(started, tmp_path):
             tmp_path,
             TF_CONFIG=multi_worker_launcher.tf_config([taken, "host:1"], 0),
         )
-        assert late.wait(TIMEOUT) == multi_worker.PORT_TAKEN, late.output
+        assert late.wait(TIMEOUT) == bootstrap.PORT_TAKEN, late.output
     assert f"worker 0 could not listen on {taken}." in late.output
     assert lonely.wait(TIMEOUT) == -signal.SIGKILL, lonely.output
     assert (
@@ -283,56 +280,12 @@ def test_worker_that_cannot_start(started, tmp_path):
     ) in lonely.output
 
 
-def wait_for(stop=(), **codes):
-    """`multi_worker.wait_for()` on processes that run some code."""
-    workers = {
-        name: subprocess.Popen([sys.executable, "-c", code])
-        for name, code in codes.items()
-    }
-
-    def kill():
-        for worker in workers.values():
-            worker.kill()
-            worker.wait()
-
-    guard = threading.Timer(TIMEOUT, kill)
-    guard.start()
-    try:
-        for name in stop:
-            workers[name].send_signal(signal.SIGSTOP)
-        return multi_worker.wait_for(workers)
-    finally:
-        guard.cancel()
-        kill()
-
-
-def test_launcher_tells_how_workers_end(capfd):
-    sleep = "import time; time.sleep(1000)"
-    assert wait_for(a="", b="") == 0
-    assert wait_for(a="", b="raise SystemExit(7)", c=sleep) == 1
-    assert "b ended with exit status 7." in capfd.readouterr().err
-    assert wait_for(a=sleep, b=sleep, stop=["b"]) == 1
-    assert "b is stopped." in capfd.readouterr().err
-    code = f"raise SystemExit({multi_worker.PORT_TAKEN})"
-    assert wait_for(a=sleep, b=code) == multi_worker.PORT_TAKEN
-
-
-def test_launcher_tries_other_ports(monkeypatch):
-    statuses = [multi_worker.PORT_TAKEN, 0, 1]
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setattr(
-        multi_worker, "run_local_cluster", lambda _: statuses.pop(0)
-    )
-    args = types.SimpleNamespace(num_local_workers=2)
-    assert multi_worker.run(args, tf_config=None) == 0
-    assert statuses == [1]
-
-
-@pytest.mark.parametrize("num_local_workers, tf_config", [(0, None), (2, "{}")])
-def test_needs_one_kind_of_cluster(num_local_workers, tf_config):
-    args = types.SimpleNamespace(num_local_workers=num_local_workers)
-    with pytest.raises(app.UsageError, match="Received: num_local_workers"):
-        multi_worker.run(args, tf_config)
+def test_needs_a_cluster(monkeypatch):
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    args = types.SimpleNamespace(cluster="tf_config")
+    monkeypatch.setattr(multi_worker.flags, "FLAGS", args)
+    with pytest.raises(app.UsageError, match="`TF_CONFIG` must say"):
+        multi_worker.main([])
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ PUBLIC = {
 }
 # Each layer imports only from those before it.
 LAYERS = (
-    ("keras_internals", "log", "validation", "version"),
+    ("keras_internals", "launch", "log", "validation", "version"),
     ("hyper_parameters", "kernels"),
     ("distribute", "selection", "sparsifiers"),
     ("codecs", "saving"),
@@ -62,7 +62,7 @@ LAYERS = (
     ("steps",),
     ("optimizers",),
     ("callbacks", "methods", "simulation"),
-    ("__init__", "advise"),
+    ("__init__", "advise", "run"),
     ("selftest",),
 )
 PACKAGE = paths.ROOT / "tf_regtopk"

@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from tf_regtopk.callbacks import load_scope
 from tf_regtopk.distribute import collectives
+from tf_regtopk.launch import notes
 from tf_regtopk.log import logger
 from tf_regtopk.optimizers import wrapper
 from tf_regtopk.saving import saved_state
@@ -84,6 +85,7 @@ class Backup(keras.callbacks.Callback):
             FileNotFoundError: If the backups of some workers are missing.
             ValueError: If they cannot be loaded, or differ in their weights.
         """
+        notes.write("backup", os.path.abspath(self.directory))
         wrapper.all_of_model(model)  # Builds that of `compile`.
         self._clean_up()
         epoch = self._load_newest(model)

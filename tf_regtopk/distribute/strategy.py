@@ -7,6 +7,7 @@ import tensorflow as tf
 from tf_regtopk import keras_internals
 from tf_regtopk import validation
 from tf_regtopk.distribute import watchdog
+from tf_regtopk.launch import notes
 
 # The dtypes that the collective all-reduce takes.
 _REDUCIBLE = (
@@ -21,7 +22,12 @@ _REDUCIBLE = (
 
 def worker_number(strategy: tf.distribute.Strategy) -> tuple[int, int]:
     """`(number of this worker, number of workers)` of a `tf.distribute` one."""
-    resolver = getattr(strategy, "cluster_resolver", None)
+    return _number_in(getattr(strategy, "cluster_resolver", None))
+
+
+def _number_in(
+    resolver: tf.distribute.cluster_resolver.ClusterResolver | None,
+) -> tuple[int, int]:
     spec = resolver.cluster_spec().as_dict() if resolver else {}
     # The chief, if there is one by that name, is the first replica.
     counts = {job: len(spec.get(job, ())) for job in ("chief", "worker")}
@@ -94,6 +100,10 @@ class MultiWorkerMirroredStrategy(tf.distribute.MultiWorkerMirroredStrategy):
             validation.check_number(
                 "timeout_seconds", timeout_seconds, "positive", lambda t: t > 0
             )
+        resolver = cluster_resolver or (
+            tf.distribute.cluster_resolver.TFConfigClusterResolver()
+        )
+        notes.write("arrived", str(_number_in(resolver)[0]))
         super().__init__(
             cluster_resolver=cluster_resolver,
             communication_options=communication_options,

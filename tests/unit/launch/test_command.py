@@ -1,0 +1,371 @@
+"""The launcher, with scripts that need no TensorFlow."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from tf_regtopk.launch import command
+from tf_regtopk.launch import notes
+from tf_regtopk.launch import shares
+
+LIMIT = 60
+# Whatever a script may want to say of itself.
+PRELUDE = """
+import json, os, pathlib, signal, sys, time
+
+config = json.loads(os.environ["TF_CONFIG"])
+number = config["task"]["index"]
+notes = pathlib.Path(os.environ["TF_REGTOPK_LAUNCH_DIR"])
+is_first_attempt = notes.name == "attempt-0"
+
+
+def lose_another(name="UnavailableError"):
+    raise type(name, (Exception,), {"__module__": "tensorflow.python.x"})(
+        "Connection reset\\nAdditional GRPC error information"
+    )
+
+"""
+
+
+@pytest.fixture(autouse=True)
+def _signals():
+    """Takes the launcher's signal handlers away again."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def launch(tmp_path, capfdbinary):
+    """Function that runs a script, and returns the status and what is shown."""
+
+    def run(script, *options, workers=2, arguments=()):
+        path = tmp_path / "script.py"
+        path.write_text(PRELUDE + textwrap.dedent(script), "utf-8")
+        status = command.main(
+            [f"--workers={workers}", f"--log_dir={tmp_path / 'logs'}"]
+            + ["--device=cpu", *options, str(path), *arguments]
+        )
+        shown = capfdbinary.readouterr()
+        return status, shown.out.decode(), shown.err.decode()
+
+    return run
+
+
+def test_each_worker_knows_its_place(launch, tmp_path):
+    script = f"""
+    place = [config, sys.argv[1:], os.environ["CUDA_VISIBLE_DEVICES"]]
+    place += [sorted(os.sched_getaffinity(0)), sys.path[0], __name__]
+    pathlib.Path({str(tmp_path)!r}, str(number)).write_text(json.dumps(place))
+    """
+    # Options of the script are not the launcher's.
+    arguments = ["--workers=7", "-x", "--", "name"]
+    status, _, _ = launch(script, workers=2, arguments=arguments)
+    assert status == 0
+    places = [json.loads((tmp_path / str(n)).read_text()) for n in range(2)]
+    configs, passed, gpus, cores, paths, names = zip(*places, strict=True)
+    assert [c["task"] for c in configs] == [
+        {"type": "worker", "index": n} for n in range(2)
+    ]
+    assert configs[0]["cluster"] == configs[1]["cluster"]
+    assert len(set(configs[0]["cluster"]["worker"])) == 2
+    assert passed == (arguments, arguments)
+    assert gpus == ("-1", "-1")
+    assert paths == (str(tmp_path), str(tmp_path))
+    assert names == ("__main__", "__main__")
+    everywhere = shares.cores()
+    if len(everywhere) > 1:
+        assert sorted(cores[0] + cores[1]) == everywhere
+    else:
+        assert cores == (everywhere, everywhere)
+
+
+def test_more_workers_than_cores_share_them(monkeypatch):
+    monkeypatch.setattr(shares, "cores", lambda: [0, 1, 2])
+    assert [place.cores for place in command.places(3, "cpu")] == [
+        (0,),
+        (1,),
+        (2,),
+    ]
+    assert [place.cores for place in command.places(4, "cpu")] == [()] * 4
+
+
+@pytest.mark.parametrize(
+    "visible, expected",
+    [("0,1,2,3", [("0", "1"), ("2", "3")]), ("GPU-a, GPU-b,-1,3", None)],
+)
+def test_gpus_are_shared_out(monkeypatch, visible, expected):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    expected = expected or [("GPU-a",), ("GPU-b",)]
+    places = command.places(2, "auto")
+    assert [place.gpus for place in places] == expected
+    assert not any(place.cores for place in places)
+    assert not any(place.gpus for place in command.places(2, "cpu"))
+    with pytest.raises(SystemExit, match="at most the number of GPUs"):
+        command.places(5, "auto")
+
+
+def test_no_gpus(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert not any(place.gpus for place in command.places(2, "auto"))
+    with pytest.raises(SystemExit, match="Received: 2 workers, 0 GPUs"):
+        command.places(2, "gpu")
+
+
+@pytest.mark.parametrize(
+    "show, expected",
+    [
+        ("chief", ["of 0", "more of 0"]),
+        ("none", []),
+        (
+            "all",
+            ["[worker 0] of 0", "[worker 0] more of 0"]
+            + ["[worker 1] of 1", "[worker 1] more of 1"],
+        ),
+    ],
+)
+def test_output(launch, tmp_path, show, expected):
+    script = """
+    print("of", number)
+    print("more of", number, file=sys.stderr)
+    """
+    _, out, _ = launch(script, f"--show={show}")
+    assert sorted(out.splitlines()) == sorted(expected)
+    for number in range(2):
+        log = tmp_path / f"logs/attempt-0/worker-{number}.log"
+        assert log.read_text() == f"of {number}\nmore of {number}\n"
+
+
+# What worker 1 of 3 does, the status of the launcher, and what is told. The
+# others sleep, or lose it.
+FAILURES = {
+    "an error": (
+        "raise ValueError('bad thing')",
+        1,
+        "worker 1 ended with ValueError: bad thing, after",
+    ),
+    "an exit": ("sys.exit(7)", 1, "worker 1 ended with sys.exit(7), after"),
+    "a message": (
+        "sys.exit('no data')",
+        1,
+        "worker 1 ended with sys.exit('no data')",
+    ),
+    "an abrupt end": ("os._exit(9)", 1, "worker 1 ended with status 9, after"),
+    "killed": (
+        "os.kill(os.getpid(), signal.SIGKILL)",
+        3,
+        "worker 1 was ended by SIGKILL",
+    ),
+    "crashed": ("os.abort()", 3, "worker 1 was ended by SIGABRT, after"),
+    "stopped": (
+        "os.kill(os.getpid(), signal.SIGSTOP)",
+        3,
+        "worker 1 is stopped (SIGSTOP), after",
+    ),
+    "stuck": ("time.sleep(1000)", 3, "worker 1 did not answer the others"),
+    "ended too early": ("sys.exit()", 3, "worker 1 had ended before the other"),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_the_cause_is_told(launch, monkeypatch, name):
+    monkeypatch.setattr(command, "_SETTLE_SECONDS", 0.5)
+    does, expected_status, told = FAILURES[name]
+    script = f"""
+    print("a line of", number)
+    if number == 1:
+        time.sleep(0.5)
+        {does}
+    time.sleep(0.2 if {name!r} in ("stuck", "ended too early") else 1000)
+    lose_another()
+    """
+    since = time.monotonic()
+    status, out, err = launch(script, workers=3)
+    assert status == expected_status
+    assert told in err
+    assert "| a line of 1" in err
+    assert "worker 0 " not in err and "worker 2 " not in err
+    assert "2 other workers ended with it" in err
+    assert out.startswith("a line of 0\n")
+    assert time.monotonic() - since < LIMIT
+
+
+def test_all_lose_each_other(launch):
+    status, _, err = launch("lose_another('DeadlineExceededError')")
+    assert status == 3
+    for number in range(2):
+        assert (
+            f"worker {number} ended with DeadlineExceededError: "
+            "Connection reset, after" in err
+        )
+    assert "Additional GRPC" not in err.replace("| Additional GRPC", "")
+
+
+def test_traceback_is_that_of_the_script(launch, tmp_path):
+    launch("def f(): raise ValueError('bad')\nf()", workers=1)
+    log = (tmp_path / "logs/attempt-0/worker-0.log").read_text()
+    assert log.startswith("Traceback (most recent call last):\n  File ")
+    assert "bootstrap.py" not in log and "runpy" not in log
+    assert log.endswith("ValueError: bad\n")
+
+
+def test_restarts(launch, tmp_path):
+    script = """
+    (notes / f"backup-{number}").write_text("/the/backups")
+    if is_first_attempt and number == 1:
+        sys.exit(5)
+    if is_first_attempt:
+        time.sleep(1000)
+    """
+    status, _, err = launch(script, "--max_restarts=2")
+    assert status == 0
+    assert (
+        "Restart 1 of 2: all workers start again, from the last backup that "
+        "all have in /the/backups." in err
+    )
+    assert "Restart 2" not in err
+    assert (tmp_path / "logs" / "attempt-1" / "worker-1.log").exists()
+
+
+def test_restarts_end(launch):
+    status, _, err = launch("sys.exit(5)", "--max_restarts=1", workers=1)
+    assert status == 1
+    assert err.count("worker 0 ended with sys.exit(5)") == 2
+    assert "has not called `tf_regtopk.Backup.restore`" in err
+
+
+@pytest.mark.parametrize("num_taken, expected", [(2, 0), (3, 4)])
+def test_other_ports_where_some_are_taken(launch, num_taken, expected):
+    script = f"""
+    attempt = int(notes.name.rpartition("-")[2])
+    if attempt < {num_taken} and number == 1:
+        raise RuntimeError("Could not start gRPC server")
+    if attempt < {num_taken}:
+        time.sleep(1000)
+    """
+    status, _, err = launch(script)
+    assert status == expected
+    assert err.count("A port was taken meanwhile.") == 2
+
+
+def test_a_worker_that_does_not_start(launch):
+    script = """
+    if number != 1:
+        (notes / f"arrived-{number}").write_text(str(number))
+    time.sleep(1000)
+    """
+    status, _, err = launch(script, "--start_timeout=1", workers=3)
+    assert status == 3
+    assert "worker 1 has not created its strategy within 1 s" in err
+    assert "worker 0 has" not in err
+
+
+def test_processes_of_workers_end_with_them(launch, tmp_path):
+    script = f"""
+    import subprocess
+    child = subprocess.Popen([sys.executable, "-c", "import time; "
+                              "time.sleep(1000)"])
+    pathlib.Path({str(tmp_path / "child")!r}).write_text(str(child.pid))
+    sys.exit(1)
+    """
+    launch(script, workers=1)
+    child = int((tmp_path / "child").read_text())
+    deadline = time.monotonic() + LIMIT
+    while is_running(child):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_workers_end_with_the_launcher(tmp_path, number):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, pathlib, sys, time\n"
+        "pathlib.Path(sys.argv[1], f'pid-{os.getpid()}').touch()\n"
+        "time.sleep(1000)\n"
+    )
+    # By its function, because the command has TensorFlow imported first.
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, str(tmp_path / "logs")]
+        + [str(script), str(tmp_path)],
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + LIMIT
+        while len(pids := [*tmp_path.glob("pid-*")]) < 2:
+            assert launcher.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        launcher.send_signal(number)
+        status = launcher.wait(LIMIT)
+        assert status == {signal.SIGKILL: -9, signal.SIGTERM: 128 + 15}[number]
+        while any(is_running(int(p.name.partition("-")[2])) for p in pids):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        launcher.kill()
+        launcher.wait()
+
+
+LAUNCHER = f"""
+import importlib.machinery, sys, types
+package = types.ModuleType("tf_regtopk")
+package.__path__ = [{os.path.dirname(os.path.dirname(command.__file__))!r}]
+sys.modules["tf_regtopk"] = package
+from tf_regtopk.launch import command
+assert "tensorflow" not in sys.modules
+sys.exit(command.main(
+    ["--workers=2", "--device=cpu", "--log_dir=" + sys.argv[1], *sys.argv[2:]]))
+"""
+
+
+def is_running(pid):
+    """Whether there is such a process, other than one nobody waits for."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["x.py"], "required: --workers"),
+        (["--workers=0", "x.py"], "integer of at least 1. Received: 0"),
+        (["--workers=two", "x.py"], "Received: two"),
+        (["--workers=1", "--max_restarts=-1", "x.py"], "at least 0"),
+        (["--workers=1", "missing.py"], "must be a file. Received: missing.py"),
+        (["--workers=1"], "required: script"),
+    ],
+)
+def test_wrong_arguments(capsys, argv, message):
+    with pytest.raises(SystemExit) as end:
+        command.main(argv)
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_logs_of_an_earlier_run_are_kept(launch):
+    launch("", workers=1)
+    with pytest.raises(SystemExit):
+        launch("", workers=1)
+
+
+def test_notes(tmp_path, monkeypatch):
+    monkeypatch.delenv(notes.VARIABLE, raising=False)
+    notes.write("backup", "nobody reads this")
+    monkeypatch.setenv(notes.VARIABLE, str(tmp_path))
+    assert notes.read(tmp_path, "backup") == []
+    notes.write("backup", "first")
+    notes.write("backup", "second")
+    assert notes.read(tmp_path, "backup") == ["second"]
+    monkeypatch.setenv(notes.VARIABLE, str(tmp_path / "missing"))
+    notes.write("backup", "third")

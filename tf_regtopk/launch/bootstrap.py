@@ -1,0 +1,111 @@
+"""Runs a user's script as one worker, and records how the script failed.
+
+    python bootstrap.py SETTINGS SCRIPT [arguments]
+
+The launcher starts this file by its path, so that the worker imports TensorFlow
+when its script does, and nothing of this package before.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import pathlib
+import runpy
+import signal
+import sys
+import traceback
+from typing import Any
+from typing import NoReturn
+
+# Exit statuses of a worker, beside 0 and those that a script chooses.
+FAILED, LOST_A_WORKER, PORT_TAKEN = 1, 3, 4
+
+# What TensorFlow raises in a collective that other workers have left.
+_LOST_ERRORS = (
+    "AbortedError",
+    "CancelledError",
+    "DeadlineExceededError",
+    "UnavailableError",
+)
+_PR_SET_PDEATHSIG = 1
+
+
+def status_of(error: BaseException) -> int:
+    """Returns the exit status of a worker that an error has ended."""
+    if "Could not start gRPC server" in str(error):
+        return PORT_TAKEN
+    is_tensorflows = type(error).__module__.startswith("tensorflow.")
+    if is_tensorflows and type(error).__name__ in _LOST_ERRORS:
+        return LOST_A_WORKER
+    return FAILED
+
+
+def main(settings: dict[str, Any], script: str, arguments: list[str]) -> None:
+    """Runs the script as `python script arguments` does.
+
+    Args:
+        settings: Dict with `error_file`, the path of a file to write; `cores`,
+            the numbers of the cores to run on, or None; and `launcher`, the
+            number of the process that this one ends with.
+        script: Path of the script.
+        arguments: Its arguments.
+    """
+    _end_with(settings["launcher"])
+    if settings["cores"]:
+        os.sched_setaffinity(0, settings["cores"])
+    # TensorFlow imports these again, in place of this file and its folder.
+    sys.argv = [script, *arguments]
+    sys.path[0] = os.path.dirname(os.path.abspath(script))
+    error_file = pathlib.Path(settings["error_file"])
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        if end.code is None or end.code == 0:
+            return
+        if not isinstance(end.code, int):
+            print(end.code, file=sys.stderr)
+        status = end.code if isinstance(end.code, int) else FAILED
+        _end(error_file, status, f"sys.exit({end.code!r})")
+    except BaseException as error:
+        _print_traceback(error)
+        # The rest of what TensorFlow says are its own operations.
+        first = str(error).strip().partition("\n")[0]
+        _end(error_file, status_of(error), f"{type(error).__name__}: {first}")
+
+
+def _end(error_file: pathlib.Path, status: int, message: str) -> NoReturn:
+    """Ends the process at once.
+
+    At a regular exit TensorFlow may wait for workers that are gone.
+    """
+    with contextlib.suppress(OSError):
+        error_file.write_text(json.dumps({"status": status, "error": message}))
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(status % 256)
+
+
+def _print_traceback(error: BaseException) -> None:
+    """Prints the traceback without the frames of this file and of `runpy`."""
+    of_script = error.__traceback__
+    while of_script and of_script.tb_frame.f_code.co_filename in (
+        __file__,
+        runpy.__file__,
+        "<frozen runpy>",
+    ):
+        of_script = of_script.tb_next
+    traceback.print_exception(type(error), error, of_script)
+
+
+def _end_with(launcher: int) -> None:
+    """Ends this process when the launcher ends, also where that is killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != launcher:  # It has ended already.
+        os._exit(FAILED)
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]), sys.argv[2], sys.argv[3:])

@@ -1,0 +1,29 @@
+"""Notes that a worker leaves for the launcher, if one has started the worker.
+
+They are files in a folder that the environment variable `VARIABLE` names.
+"""
+
+import contextlib
+import os
+import pathlib
+
+VARIABLE = "TF_REGTOPK_LAUNCH_DIR"
+
+
+def write(name: str, text: str) -> None:
+    """Leaves a note, over an earlier one of the name; nothing without launcher.
+
+    Args:
+        name: What the note is about.
+        text: The note.
+    """
+    if directory := os.environ.get(VARIABLE):
+        # A worker does not fail because a note cannot be left.
+        with contextlib.suppress(OSError):
+            pathlib.Path(directory, f"{name}-{os.getpid()}").write_text(text)
+
+
+def read(directory: str | os.PathLike[str], name: str) -> list[str]:
+    """Returns the notes of all workers about something, each text once."""
+    found = pathlib.Path(directory).glob(f"{name}-*")
+    return sorted({path.read_text() for path in found})

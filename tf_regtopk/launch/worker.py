@@ -1,0 +1,185 @@
+"""A worker: a process that runs the user's script, seen from the launcher."""
+
+from collections.abc import Callable
+from collections.abc import Sequence
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+from tf_regtopk.launch import bootstrap
+from tf_regtopk.launch import notes
+
+# Seconds in which the rest of a worker's output is read once it has ended.
+_READ_SECONDS = 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """What a worker is given of the machine.
+
+    Args:
+        number: Number of the worker.
+        addresses: Addresses of all workers, "host:port".
+        gpus: Names of its GPUs; none to run on the CPU.
+        cores: Numbers of its cores; none for all.
+    """
+
+    number: int
+    addresses: tuple[str, ...]
+    gpus: tuple[str, ...] = ()
+    cores: tuple[int, ...] = ()
+
+    @property
+    def tf_config(self) -> str:
+        """The value of `TF_CONFIG`."""
+        return json.dumps(
+            {
+                "cluster": {"worker": list(self.addresses)},
+                "task": {"type": "worker", "index": self.number},
+            }
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """How a worker has failed.
+
+    Args:
+        number: Number of the worker.
+        what: Says what has happened to it, as the end of a sentence.
+        is_lost: Whether it has failed because it lost another worker.
+        is_own: Whether its script has ended it.
+        is_port_taken: Whether it could not listen on its port.
+    """
+
+    number: int
+    what: str
+    is_lost: bool = False
+    is_own: bool = False
+    is_port_taken: bool = False
+
+
+class Worker:
+    """A process that runs a script as one worker.
+
+    Args:
+        place: `Place`.
+        command: The script and its arguments.
+        directory: Folder for its log and its notes.
+        show: Function that is called with each piece of its output, in bytes.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        command: Sequence[str],
+        directory: pathlib.Path,
+        show: Callable[[bytes], Any],
+    ) -> None:
+        self.number = place.number
+        self.name = f"worker {place.number}"
+        self.log = directory / f"worker-{place.number}.log"
+        self._error_file = directory / f"worker-{place.number}.error"
+        self._since = time.monotonic()
+        settings = {
+            "error_file": str(self._error_file),
+            "cores": list(place.cores) or None,
+            "launcher": os.getpid(),
+        }
+        self._popen = subprocess.Popen(
+            [
+                sys.executable,
+                bootstrap.__file__,
+                json.dumps(settings),
+                *command,
+            ],
+            env={
+                **os.environ,
+                "CUDA_VISIBLE_DEVICES": ",".join(place.gpus) or "-1",
+                "PYTHONUNBUFFERED": "1",
+                "TF_CONFIG": place.tf_config,
+                notes.VARIABLE: str(directory),
+            },
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            # Ctrl-C is for the launcher, which then ends the workers.
+            start_new_session=True,
+        )
+        self.pid = self._popen.pid
+        self._reader = threading.Thread(
+            target=self._read, args=(show,), daemon=True
+        )
+        self._reader.start()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since it was started."""
+        return time.monotonic() - self._since
+
+    @property
+    def has_succeeded(self) -> bool:
+        """Whether it has ended with status 0."""
+        return self._popen.poll() == 0
+
+    def failure(self) -> Failure | None:
+        """Returns how it has failed, None if it has not."""
+        status = self._popen.poll()
+        if status is None:
+            # No other worker would notice that the only worker is stopped.
+            options = os.WSTOPPED | os.WNOHANG | os.WNOWAIT
+            if os.waitid(os.P_PID, self.pid, options):
+                return Failure(self.number, "is stopped (SIGSTOP)")
+            return None
+        if status == 0:
+            return None
+        if status < 0:
+            name = signal.Signals(-status).name
+            hint = ", as when memory runs out" if name == "SIGKILL" else ""
+            return Failure(self.number, f"was ended by {name}{hint}")
+        error = None
+        with contextlib.suppress(OSError, ValueError):
+            error = json.loads(self._error_file.read_text())["error"]
+        return Failure(
+            self.number,
+            f"ended with {error}" if error else f"ended with status {status}",
+            is_lost=status == bootstrap.LOST_A_WORKER,
+            is_own=True,
+            is_port_taken=status == bootstrap.PORT_TAKEN,
+        )
+
+    def end(self) -> None:
+        """Ends it, and all processes that it has started."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self._popen.wait()
+        self._reader.join(_READ_SECONDS)
+
+    def last_lines(self, count: int) -> list[str]:
+        """Returns the last lines of its output that say something."""
+        with open(self.log, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 20_000))
+            text = file.read().decode("utf-8", "replace")
+        # A progress bar overwrites its line.
+        lines = [line.rpartition("\r")[2].rstrip() for line in text.split("\n")]
+        return [line for line in lines if line.strip(" \b")][-count:]
+
+    def _read(self, show: Callable[[bytes], Any]) -> None:
+        """Copies its output into its log, and shows it."""
+        assert self._popen.stdout is not None
+        descriptor = self._popen.stdout.fileno()
+        with open(self.log, "wb", buffering=0) as log:
+            while piece := os.read(descriptor, 1 << 16):
+                # A worker goes on when nobody reads or keeps its output.
+                with contextlib.suppress(OSError):
+                    log.write(piece)
+                with contextlib.suppress(OSError):
+                    show(piece)
