@@ -74,7 +74,7 @@ def _attempt(args: argparse.Namespace, directory: pathlib.Path) -> int:
     """Starts all workers once, and returns the status when they have ended."""
     workers: list[worker_lib.Worker] = []
     try:
-        for place in places(args.workers, args.device):
+        for place in places(args.workers, args.device, args.cores):
             workers.append(
                 worker_lib.Worker(
                     place,
@@ -102,17 +102,20 @@ def _attempt(args: argparse.Namespace, directory: pathlib.Path) -> int:
     return bootstrap.LOST_A_WORKER
 
 
-def places(count: int, device: str) -> list[worker_lib.Place]:
+def places(
+    count: int, device: str, cores_of: str = "share"
+) -> list[worker_lib.Place]:
     """Shares this machine out among workers.
 
     Args:
         count: Number of workers.
         device: "auto", "gpu" or "cpu". "auto" is "gpu" where there is one.
+        cores_of: "share" or "all", which matters on the CPU.
 
     Returns:
         A `Place` for each. Each has its GPUs and all cores, or, on the CPU, its
         share of the cores, because the threads of several workers on the same
-        cores get in each other's way.
+        cores get in each other's way (`benchmarks/cluster/launcher_cores.py`).
 
     Raises:
         SystemExit: If there are GPUs, but not for every worker.
@@ -124,7 +127,7 @@ def places(count: int, device: str) -> list[worker_lib.Place]:
             f"be given. Received: {count} workers, {_count(len(gpus), 'GPU')}"
         )
     cores = shares.cores()
-    if gpus or len(cores) < count:
+    if gpus or cores_of == "all" or len(cores) < count:
         cores = []
     return [
         worker_lib.Place(number, tuple(addresses), tuple(own), tuple(pinned))
@@ -314,6 +317,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         choices=["auto", "gpu", "cpu"],
         default="auto",
         help="auto: GPUs, shared out, where there are any.",
+    )
+    parser.add_argument(
+        "--cores",
+        choices=["share", "all"],
+        default="share",
+        help="On the CPU: the cores of each worker, if there are enough.",
     )
     parser.add_argument(
         "--show",

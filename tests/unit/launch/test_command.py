@@ -96,6 +96,8 @@ def test_more_workers_than_cores_share_them(monkeypatch):
         (2,),
     ]
     assert [place.cores for place in command.places(4, "cpu")] == [()] * 4
+    of_all = command.places(3, "cpu", cores_of="all")
+    assert [place.cores for place in of_all] == [()] * 3
 
 
 @pytest.mark.parametrize(
