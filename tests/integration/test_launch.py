@@ -7,6 +7,8 @@ import keras
 import numpy as np
 import pytest
 
+from tf_regtopk.launch import notes
+
 LIMIT = 240
 SCRIPT = """
 import os
@@ -63,7 +65,8 @@ def train(tmp_path):
         result = tmp_path / f"{name}.keras"
         process = subprocess.run(
             [sys.executable, "-m", "tf_regtopk.run", "--workers=2"]
-            + ["--max_restarts=1", "--device=cpu", str(script)]
+            + ["--max_restarts=1", "--device=cpu"]
+            + [f"--log_dir={tmp_path / name}_logs", str(script)]
             + [str(tmp_path / name), str(result), str(int(has_failure))],
             capture_output=True,
             text=True,
@@ -76,11 +79,14 @@ def train(tmp_path):
     return run
 
 
-def test_goes_on_to_the_bit_when_a_worker_is_lost(train):
+def test_goes_on_to_the_bit_when_a_worker_is_lost(train, tmp_path):
     expected, _ = train("whole", has_failure=False)
     weights, output = train("lost", has_failure=True)
     assert "worker 1 was ended by SIGKILL" in output
     assert "Restart 1 of 1: all workers start again, from the last" in output
     assert "Epoch 3/4" in output
+    for attempt in range(2):
+        directory = tmp_path / f"lost_logs/attempt-{attempt}"
+        assert notes.read(directory, "arrived") == ["0", "1"]
     for array, of_whole in zip(weights, expected, strict=True):
         np.testing.assert_array_equal(array, of_whole)

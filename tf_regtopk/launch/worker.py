@@ -23,7 +23,7 @@ _READ_SECONDS = 2.0
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """What a worker is given of the machine.
+    """A share of the machine, for one worker.
 
     Args:
         number: Number of the worker.
@@ -50,7 +50,7 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """How a worker has failed.
+    """A failure of a worker.
 
     Args:
         number: Number of the worker.
@@ -127,7 +127,7 @@ class Worker:
 
     @property
     def has_succeeded(self) -> bool:
-        """Whether it has ended with status 0."""
+        """True if it has ended with status 0."""
         return self._popen.poll() == 0
 
     def failure(self) -> Failure | None:
@@ -136,7 +136,8 @@ class Worker:
         if status is None:
             # No other worker would notice that the only worker is stopped.
             options = os.WSTOPPED | os.WNOHANG | os.WNOWAIT
-            if os.waitid(os.P_PID, self.pid, options):
+            # macOS has it from Python 3.13 on.
+            if hasattr(os, "waitid") and os.waitid(os.P_PID, self.pid, options):
                 return Failure(self.number, "is stopped (SIGSTOP)")
             return None
         if status == 0:

@@ -13,6 +13,7 @@ import pytest
 from tf_regtopk.launch import command
 from tf_regtopk.launch import notes
 from tf_regtopk.launch import shares
+from tf_regtopk.launch import supervision
 
 LIMIT = 60
 # Whatever a script may want to say of itself.
@@ -179,7 +180,7 @@ FAILURES = {
 
 @pytest.mark.parametrize("name", FAILURES)
 def test_the_cause_is_told(launch, monkeypatch, name):
-    monkeypatch.setattr(command, "_SETTLE_SECONDS", 0.5)
+    monkeypatch.setattr(supervision, "_SETTLE_SECONDS", 0.5)
     does, expected_status, told = FAILURES[name]
     script = f"""
     print("a line of", number)
