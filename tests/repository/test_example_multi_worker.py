@@ -170,8 +170,11 @@ def test_a_kill_costs_nothing(started, tmp_path, trained):
     assert len(expected["history"]["loss"]) == EPOCHS
     history = summary["history"]
     for name, values in expected["history"].items():
+        # Other numbers of threads sum in another order, by which one of 1,437
+        # images may be taken for another digit.
+        rtol = 1e-3 if "accuracy" in name else 1e-4
         np.testing.assert_allclose(
-            history[name], values[first_epoch:], rtol=1e-4
+            history[name], values[first_epoch:], rtol=rtol
         )
     for name, value in summary["final"].items():
         np.testing.assert_allclose(value, history[f"val_{name}"][-1])
