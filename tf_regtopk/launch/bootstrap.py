@@ -54,7 +54,7 @@ def main(settings: dict[str, Any], script: str, arguments: list[str]) -> None:
     _end_with(settings["launcher"])
     if settings["cores"]:
         os.sched_setaffinity(0, settings["cores"])
-    # TensorFlow imports these again, in place of this file and its folder.
+    # Python would set them so for the script.
     sys.argv = [script, *arguments]
     sys.path[0] = os.path.dirname(os.path.abspath(script))
     error_file = pathlib.Path(settings["error_file"])

@@ -44,9 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(number, _exit)
     directory = pathlib.Path(
         args.log_dir or tempfile.mkdtemp(prefix="tf_regtopk-")
-    )
+    ).resolve()  # A script may change its folder.
     num_restarts, num_port_tries = 0, 1
-    for attempt in range(args.max_restarts + _MAX_PORT_TRIES):
+    while True:
+        attempt = num_restarts + num_port_tries - 1
         of_attempt = directory / f"attempt-{attempt}"
         of_attempt.mkdir(parents=True)
         status = _attempt(args, of_attempt)
@@ -63,7 +64,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"Restart {num_restarts} of {args.max_restarts}: all workers start "
             f"again, {_where_it_goes_on(of_attempt)}."
         )
-    return status
 
 
 def _attempt(args: argparse.Namespace, directory: pathlib.Path) -> int:
