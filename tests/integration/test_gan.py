@@ -103,6 +103,7 @@ def test_as_with_plain_optimizers(mirrored):
         np.testing.assert_allclose(wrapped, plain, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_is_backed_up_and_goes_on(mirrored, tmp_path):
     """To the bit; what each optimizer holds back is part of it."""
     model = make(mirrored(2), sparse(0.1))

@@ -109,8 +109,8 @@ def weigh_outputs(model):
 def restore_best_weights(model):
     """The learning rate rises until the loss does, and the best is kept."""
     stop = keras.callbacks.EarlyStopping(patience=1, restore_best_weights=True)
-    rise = keras.callbacks.LearningRateScheduler(lambda i: 0.1 * 4.0**i)
-    fit(model, epochs=6, validation_data=(X, Y), callbacks=[rise, stop])
+    rise = keras.callbacks.LearningRateScheduler(lambda i: 0.1 * 16.0**i)
+    fit(model, epochs=4, validation_data=(X, Y), callbacks=[rise, stop])
     assert stop.stopped_epoch
     fit(model, epochs=1)  # Goes on from the best.
 

@@ -43,7 +43,11 @@ def shared(sizes=SIZES):
             marks=pytest.mark.slow,
         ),
         ("kernels.flatten", {"F", "all in XLA", "joined before"}),
-        ("step.parts", {"F", "step, RegTopK", "sum of 8", "flatten", "split"}),
+        pytest.param(
+            "step.parts",
+            {"F", "step, RegTopK", "sum of 8", "flatten", "split"},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_speed(benchmark, methods, tmp_path):

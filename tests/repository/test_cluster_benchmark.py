@@ -263,6 +263,7 @@ def test_quick_run(needs_network, tmp_path):
     assert summary["networks"]["unshaped"]["bulk_bits_per_second"] > 0
 
 
+@pytest.mark.slow
 def test_nothing_is_left_after_sigterm(needs_network, tmp_path):
     process = start(tmp_path, "--methods=dense")
     watchdog = threading.Timer(120, process.kill)

@@ -185,6 +185,7 @@ def test_a_kill_costs_nothing(started, tmp_path, trained):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_worker_ends_when_another_is_ended(started, tmp_path):
     pair, addresses = start_pair(started, tmp_path)
     pair[0].popen.terminate()
@@ -256,6 +257,7 @@ def test_worker_ends_when_another_is_stuck(started, tmp_path):
     assert "one is stopped or stuck." in worker.output
 
 
+@pytest.mark.slow
 def test_worker_that_cannot_start(started, tmp_path):
     """One whose peer never comes and one whose port is taken."""
     addresses = multi_worker_launcher.free_addresses(2)
