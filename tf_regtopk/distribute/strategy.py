@@ -103,11 +103,13 @@ class MultiWorkerMirroredStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         resolver = cluster_resolver or (
             tf.distribute.cluster_resolver.TFConfigClusterResolver()
         )
-        notes.write("arrived", str(_number_in(resolver)[0]))
+        number = str(_number_in(resolver)[0])
+        notes.write("arrived", number)
         super().__init__(
             cluster_resolver=cluster_resolver,
             communication_options=communication_options,
         )
+        notes.write("met", number)  # TensorFlow has waited for all workers.
         keras_internals.let_collectives_run_in_loops(self)
         self.watchdog = None
         if timeout_seconds is not None and worker_number(self)[1] > 1:

@@ -12,20 +12,26 @@ them are started again.
 import argparse
 from collections.abc import Callable
 from collections.abc import Sequence
+import dataclasses
 import pathlib
 import signal
 import sys
 import tempfile
+import time
 from types import FrameType
 
+from tf_regtopk.launch import arguments
 from tf_regtopk.launch import bootstrap
+from tf_regtopk.launch import cluster
+from tf_regtopk.launch import groups
 from tf_regtopk.launch import notes
-from tf_regtopk.launch import shares
 from tf_regtopk.launch import supervision
 from tf_regtopk.launch import worker as worker_lib
 
 # Times that a port may be taken by others between the choice and its use.
 _MAX_PORT_TRIES = 3
+# The exit status of `argparse`.
+_WRONG_ARGUMENTS = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,47 +42,75 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0 when all workers have succeeded, 1 when a script has
-        failed, 3 when a worker was lost, 4 when ports were taken, and 128 + n
-        when signal n has ended the launcher.
+        failed, 2 when the arguments are wrong, 3 when a worker was lost, 4 when
+        ports were taken, and 128 + n when signal n has ended the launcher.
+
+    Raises:
+        SystemExit: If the arguments are wrong, or a signal ends the launcher.
     """
-    args = _parse(argv)
+    args = arguments.parse(argv, (__doc__ or "").partition("\n")[0])
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _exit)
-    directory = pathlib.Path(
-        args.log_dir or tempfile.mkdtemp(prefix="tf_regtopk-")
-    ).resolve()  # A script may change its folder.
+    try:
+        group, told = groups.group_of(args)
+        directory = _log_directory(args.log_dir, group.folder)
+        if told:
+            _say(told)
+        return _supervise(args, group, directory)
+    except TimeoutError as error:
+        _say(str(error))
+        return bootstrap.LOST_A_WORKER
+    except (OSError, ValueError) as error:
+        _say(f"python -m tf_regtopk.run: {error}")
+        return _WRONG_ARGUMENTS
+
+
+def _supervise(
+    args: argparse.Namespace, group: groups.Alone, directory: pathlib.Path
+) -> int:
+    """Starts the workers until they succeed, or as often as they may fail."""
     num_restarts, num_port_tries = 0, 1
-    while True:
-        attempt = num_restarts + num_port_tries - 1
-        of_attempt = directory / f"attempt-{attempt}"
-        of_attempt.mkdir(parents=True)
-        status = _attempt(args, of_attempt)
-        if status == 0:
-            return 0
-        if status == bootstrap.PORT_TAKEN and num_port_tries < _MAX_PORT_TRIES:
-            num_port_tries += 1
-            _say("A port was taken meanwhile. Trying others.")
-            continue
-        if num_restarts == args.max_restarts:
-            return status
-        num_restarts += 1
-        _say(
-            f"Restart {num_restarts} of {args.max_restarts}: all workers start "
-            f"again, {_where_it_goes_on(of_attempt)}."
-        )
+    try:
+        while True:
+            attempt = num_restarts + num_port_tries - 1
+            of_attempt = directory / f"attempt-{attempt}"
+            of_attempt.mkdir(parents=True)
+            status = _attempt(args, group, of_attempt)
+            if status == 0:
+                return 0
+            if (
+                status == bootstrap.PORT_TAKEN
+                and group.chooses_ports
+                and num_port_tries < _MAX_PORT_TRIES
+            ):
+                num_port_tries += 1
+                _say("A port was taken meanwhile. Trying others.")
+                continue
+            if num_restarts == args.max_restarts:
+                return status
+            num_restarts += 1
+            _say(
+                f"Restart {num_restarts} of {args.max_restarts}: all workers "
+                f"start again, {_where_it_goes_on(of_attempt)}."
+            )
+            time.sleep(group.pause)
+    finally:
+        group.leave()
 
 
-def _attempt(args: argparse.Namespace, directory: pathlib.Path) -> int:
+def _attempt(
+    args: argparse.Namespace, group: groups.Alone, directory: pathlib.Path
+) -> int:
     """Starts all workers once, and returns the status when they have ended."""
     workers: list[worker_lib.Worker] = []
     try:
-        for place in places(args.workers, args.device, args.cores):
+        for place in group.places():
             workers.append(
                 worker_lib.Worker(
                     place,
                     [args.script, *args.arguments],
                     directory,
-                    _shower(args.show, place.number),
+                    _shower(args.show, place),
                 )
             )
         pids = ", ".join(str(worker.pid) for worker in workers)
@@ -84,77 +118,56 @@ def _attempt(args: argparse.Namespace, directory: pathlib.Path) -> int:
             f"Started {_count(len(workers), 'worker')} (processes {pids}), "
             f"with their output in {directory}"
         )
-        failures = supervision.wait_for(workers, directory, args.start_timeout)
+        failures = supervision.wait_for(
+            workers, directory, args.start_timeout, group.failures_elsewhere
+        )
     finally:
         for worker in workers:
             worker.end()
+    own = [_detailed(failure, workers, group) for failure in failures]
+    failures = group.settle(own)
     if not failures:
         return 0
-    _report(failures, workers)
-    if any(failure.is_port_taken for failure in failures):
+    causes = [f for f in failures if not f.is_lost] or failures
+    _say("\n".join(_report(causes, workers)))
+    if any(failure.is_port_taken for failure in causes):
         return bootstrap.PORT_TAKEN
-    if any(failure.is_own and not failure.is_lost for failure in failures):
+    if any(failure.is_own and not failure.is_lost for failure in causes):
         return bootstrap.FAILED
     return bootstrap.LOST_A_WORKER
 
 
-def places(
-    count: int, device: str, cores_of: str = "share"
-) -> list[worker_lib.Place]:
-    """Shares this machine out among workers.
-
-    Args:
-        count: Number of workers.
-        device: "auto", "gpu" or "cpu". "auto" is "gpu" where there is one.
-        cores_of: "share" or "all", which matters on the CPU.
-
-    Returns:
-        A `Place` for each. Each has its GPUs and all cores, or, on the CPU, its
-        share of the cores, because the threads of several workers on the same
-        cores get in each other's way (`benchmarks/cluster/launcher_cores.py`).
-
-    Raises:
-        SystemExit: If there are GPUs, but not for every worker.
-    """
-    gpus = shares.gpus() if device != "cpu" else []
-    if (gpus or device == "gpu") and len(gpus) < count:
-        raise SystemExit(
-            "`--workers` must be at most the number of GPUs, or `--device=cpu` "
-            f"be given. Received: {count} workers, {_count(len(gpus), 'GPU')}"
-        )
-    cores = shares.cores()
-    if gpus or cores_of == "all" or len(cores) < count:
-        cores = []
-    return [
-        worker_lib.Place(number, tuple(addresses), tuple(own), tuple(pinned))
-        for number, (addresses, own, pinned) in enumerate(
-            zip(
-                [shares.free_addresses(count)] * count,
-                shares.split(gpus, count),
-                shares.split(cores, count),
-                strict=True,
-            )
-        )
+def _detailed(
+    failure: worker_lib.Failure,
+    workers: Sequence[worker_lib.Worker],
+    group: groups.Alone,
+) -> worker_lib.Failure:
+    """Adds what the worker has said last, and who does not answer it."""
+    [worker] = [each for each in workers if each.name == failure.name]
+    details = [
+        f"Its output: {worker.log}",
+        *(f"| {line}" for line in worker.last_lines(5)),
     ]
+    if failure.is_lost:
+        details += group.silence()
+    what = f"{failure.what}, after {worker.seconds:.0f} s"
+    return dataclasses.replace(failure, what=what, details=tuple(details))
 
 
 def _report(
-    failures: Sequence[worker_lib.Failure],
-    workers: Sequence[worker_lib.Worker],
-) -> None:
-    """Says on one screen which workers have failed, and why."""
+    causes: Sequence[worker_lib.Failure], workers: Sequence[worker_lib.Worker]
+) -> list[str]:
+    """Returns the lines of a screen that says which have failed, and why."""
     lines = ["-" * 72]
-    for failure in failures:
-        worker = workers[failure.number]
-        lines += [
-            f"{worker.name} {failure.what}, after {worker.seconds:.0f} s.",
-            f"  Its output: {worker.log}",
-            *(f"  | {line}" for line in worker.last_lines(5)),
-        ]
-    num_others = len(workers) - len(failures)
+    for failure in causes:
+        lines.append(f"{failure.name} {failure.what}.")
+        lines += [f"  {detail}" for detail in failure.details]
+    names = {failure.name for failure in causes}
+    num_others = sum(worker.name not in names for worker in workers)
     if num_others:
-        lines.append(f"{_count(num_others, 'other worker')} ended with it.")
-    _say("\n".join([*lines, "-" * 72]))
+        here = _count(num_others, "other worker")
+        lines.append(f"{here} ended with it.")
+    return [*lines, "-" * 72]
 
 
 def _where_it_goes_on(directory: pathlib.Path) -> str:
@@ -168,9 +181,22 @@ def _where_it_goes_on(directory: pathlib.Path) -> str:
     return f"from the last backup that all have in {', '.join(backups)}"
 
 
-def _shower(show: str, number: int) -> Callable[[bytes], None]:
+def _log_directory(log_dir: str | None, folder: str) -> pathlib.Path:
+    """Returns the folder for the output of this machine's workers."""
+    parent = log_dir or tempfile.mkdtemp(prefix="tf_regtopk-")
+    # A script may change its working directory.
+    directory = (pathlib.Path(parent) / folder).resolve()
+    if list(directory.glob("attempt-*")):
+        raise ValueError(
+            "`--log_dir` must hold no output of an earlier run. "
+            f"Received: {directory}"
+        )
+    return directory
+
+
+def _shower(show: str, place: cluster.Place) -> Callable[[bytes], None]:
     """Returns the function that writes a worker's output to the terminal."""
-    if show == "none" or (show == "chief" and number > 0):
+    if show == "none" or (show == "chief" and place.number > 0):
         return lambda piece: None
     if show == "chief":
         return _write
@@ -180,7 +206,7 @@ def _shower(show: str, number: int) -> Callable[[bytes], None]:
         nonlocal rest
         *lines, rest = (rest + piece).split(b"\n")
         for line in lines:
-            _write(f"[worker {number}] ".encode() + line + b"\n")
+            _write(f"[{place.name}] ".encode() + line + b"\n")
 
     return show_lines
 
@@ -204,83 +230,3 @@ def _exit(number: int, frame: FrameType | None) -> None:
     """Ends the launcher by way of its clean-up."""
     del frame
     sys.exit(128 + number)
-
-
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    # Not absl, which would look for its flags among those of the script.
-    parser = argparse.ArgumentParser(
-        "python -m tf_regtopk.run",
-        description=(__doc__ or "").partition("\n")[0],
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--workers",
-        type=_natural,
-        required=True,
-        help="Number of workers to start on this machine.",
-    )
-    parser.add_argument(
-        "--max_restarts",
-        type=_natural_or_zero,
-        default=0,
-        help="How often all workers are started again when one has failed.",
-    )
-    parser.add_argument(
-        "--start_timeout",
-        type=_natural,
-        default=300,
-        help="Seconds that a worker waits for the others to start.",
-    )
-    parser.add_argument(
-        "--device",
-        choices=["auto", "gpu", "cpu"],
-        default="auto",
-        help="auto: GPUs, shared out, where there are any.",
-    )
-    parser.add_argument(
-        "--cores",
-        choices=["share", "all"],
-        default="share",
-        help="On the CPU: the cores of each worker, if there are enough.",
-    )
-    parser.add_argument(
-        "--show",
-        choices=["chief", "all", "none"],
-        default="chief",
-        help="Whose output is shown here: that of worker 0, or of all, with "
-        "the number of the worker before each line.",
-    )
-    parser.add_argument(
-        "--log_dir",
-        help="Folder for the output of each worker, by default a new one among "
-        "the temporary files.",
-    )
-    parser.add_argument("script", help="Path of the script.")
-    parser.add_argument(
-        "arguments", nargs=argparse.REMAINDER, help="Those of the script."
-    )
-    args = parser.parse_args(argv)
-    if not pathlib.Path(args.script).is_file():
-        parser.error(f"`script` must be a file. Received: {args.script}")
-    if args.log_dir and list(pathlib.Path(args.log_dir).glob("attempt-*")):
-        parser.error(
-            "`--log_dir` must hold no output of an earlier run. "
-            f"Received: {args.log_dir}"
-        )
-    return args
-
-
-def _natural(text: str) -> int:
-    return _at_least(text, 1)
-
-
-def _natural_or_zero(text: str) -> int:
-    return _at_least(text, 0)
-
-
-def _at_least(text: str, minimum: int) -> int:
-    if not text.isdecimal() or int(text) < minimum:
-        raise argparse.ArgumentTypeError(
-            f"must be an integer of at least {minimum}. Received: {text}"
-        )
-    return int(text)

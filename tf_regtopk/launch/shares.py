@@ -12,12 +12,22 @@ _Item = TypeVar("_Item")
 
 
 def free_addresses(count: int) -> list[str]:
-    """Finds free ports of this machine. Another process may be quicker."""
+    """Finds free addresses within this machine."""
+    return [f"127.0.0.1:{port}" for port in free_ports(count, "127.0.0.1")]
+
+
+def free_ports(count: int, host: str) -> list[int]:
+    """Finds free ports of this machine. Another process may be quicker.
+
+    Args:
+        count: Number of ports.
+        host: Address to listen at, "" for all of this machine.
+    """
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [f"127.0.0.1:{each.getsockname()[1]}" for each in sockets]
+            each.bind((host, 0))
+        return [each.getsockname()[1] for each in sockets]
 
 
 def gpus() -> list[str]:

@@ -1,5 +1,6 @@
 """Supervision: waiting for workers, and finding the cause of a failure."""
 
+from collections.abc import Callable
 from collections.abc import Sequence
 import pathlib
 import time
@@ -17,6 +18,7 @@ def wait_for(
     workers: Sequence[worker_lib.Worker],
     directory: pathlib.Path,
     start_timeout: float,
+    failures_elsewhere: Callable[[], Sequence[worker_lib.Failure]] = list,
 ) -> list[worker_lib.Failure]:
     """Waits until all workers have succeeded or the cause of a failure is seen.
 
@@ -26,16 +28,20 @@ def wait_for(
     Args:
         workers: Sequence of `Worker`.
         directory: Folder of their notes.
-        start_timeout: Seconds in which all workers must create their strategy
-            once one has begun to: TensorFlow waits for them without end.
+        start_timeout: Seconds in which all workers of all machines must create
+            their strategy once one has begun to: TensorFlow waits for them
+            without end.
+        failures_elsewhere: Function that returns the failures of other
+            machines so far.
 
     Returns:
-        The failures that are the cause; empty if all have succeeded.
+        The failures that are the cause; empty if all have succeeded, or if the
+        cause is elsewhere.
     """
     first_lost = first_arrived = None
     while True:
         arrived = notes.read(directory, "arrived")
-        if arrived and len(arrived) < len(workers):
+        if arrived and not notes.read(directory, "met"):
             first_arrived = first_arrived or time.monotonic()
             if time.monotonic() - first_arrived > start_timeout:
                 return _late(arrived, workers, start_timeout)
@@ -45,7 +51,10 @@ def wait_for(
             return causes
         if all(worker.has_succeeded for worker in workers):
             return []
-        if found:
+        elsewhere = failures_elsewhere()
+        if any(not failure.is_lost for failure in elsewhere):
+            return []
+        if found or elsewhere:
             first_lost = first_lost or time.monotonic()
             if (
                 len(found) == len(workers)
@@ -61,9 +70,19 @@ def _late(
     start_timeout: float,
 ) -> list[worker_lib.Failure]:
     """Returns as causes the workers that are not among those that arrived."""
+    if len(arrived) == len(workers):  # Some of another machine are not.
+        return [
+            worker_lib.Failure(
+                worker.name,
+                f"has waited {start_timeout:g} s (`--start_timeout`) for the "
+                "others to create their strategies",
+                is_lost=True,
+            )
+            for worker in workers
+        ]
     return [
         worker_lib.Failure(
-            worker.number,
+            worker.name,
             "has not created its strategy within "
             f"{start_timeout:g} s (`--start_timeout`) of another worker",
         )
@@ -76,11 +95,11 @@ def _causes_among(
     lost: Sequence[worker_lib.Failure], workers: Sequence[worker_lib.Worker]
 ) -> list[worker_lib.Failure]:
     """Returns the causes where all failures are of workers that lost others."""
-    numbers = {failure.number for failure in lost}
-    others = [worker for worker in workers if worker.number not in numbers]
+    names = {failure.name for failure in lost}
+    others = [worker for worker in workers if worker.name not in names]
     causes = [
         worker_lib.Failure(
-            worker.number,
+            worker.name,
             "had ended before the others"
             if worker.has_succeeded
             else "did not answer the others, and is stuck",

@@ -15,6 +15,7 @@ import time
 from typing import Any
 
 from tf_regtopk.launch import bootstrap
+from tf_regtopk.launch import cluster
 from tf_regtopk.launch import notes
 
 # Seconds in which the rest of a worker's output is read once it has ended.
@@ -22,56 +23,31 @@ _READ_SECONDS = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """A share of the machine, for one worker.
-
-    Args:
-        number: Number of the worker.
-        addresses: Addresses of all workers, "host:port".
-        gpus: Names of its GPUs; none to run on the CPU.
-        cores: Numbers of its cores; none for all.
-    """
-
-    number: int
-    addresses: tuple[str, ...]
-    gpus: tuple[str, ...] = ()
-    cores: tuple[int, ...] = ()
-
-    @property
-    def tf_config(self) -> str:
-        """The value of `TF_CONFIG`."""
-        return json.dumps(
-            {
-                "cluster": {"worker": list(self.addresses)},
-                "task": {"type": "worker", "index": self.number},
-            }
-        )
-
-
-@dataclasses.dataclass(frozen=True)
 class Failure:
-    """A failure of a worker.
+    """A failure of a worker, or of a machine.
 
     Args:
-        number: Number of the worker.
+        name: Name of the worker or machine.
         what: Says what has happened to it, as the end of a sentence.
         is_lost: Whether it has failed because it lost another worker.
         is_own: Whether its script has ended it.
         is_port_taken: Whether it could not listen on its port.
+        details: Lines on it, such as the last of its output.
     """
 
-    number: int
+    name: str
     what: str
     is_lost: bool = False
     is_own: bool = False
     is_port_taken: bool = False
+    details: tuple[str, ...] = ()
 
 
 class Worker:
     """A process that runs a script as one worker.
 
     Args:
-        place: `Place`.
+        place: `cluster.Place`.
         command: The script and its arguments.
         directory: Folder for its log and its notes.
         show: Function that is called with each piece of its output, in bytes.
@@ -79,13 +55,12 @@ class Worker:
 
     def __init__(
         self,
-        place: Place,
+        place: cluster.Place,
         command: Sequence[str],
         directory: pathlib.Path,
         show: Callable[[bytes], Any],
     ) -> None:
-        self.number = place.number
-        self.name = f"worker {place.number}"
+        self.number, self.name = place.number, place.name
         self.log = directory / f"worker-{place.number}.log"
         self._error_file = directory / f"worker-{place.number}.error"
         self._since = time.monotonic()
@@ -103,7 +78,7 @@ class Worker:
             ],
             env={
                 **os.environ,
-                "CUDA_VISIBLE_DEVICES": ",".join(place.gpus) or "-1",
+                **_visible_gpus(place),
                 "PYTHONUNBUFFERED": "1",
                 "TF_CONFIG": place.tf_config,
                 notes.VARIABLE: str(directory),
@@ -138,19 +113,19 @@ class Worker:
             options = os.WSTOPPED | os.WNOHANG | os.WNOWAIT
             # macOS has it from Python 3.13 on.
             if hasattr(os, "waitid") and os.waitid(os.P_PID, self.pid, options):
-                return Failure(self.number, "is stopped (SIGSTOP)")
+                return Failure(self.name, "is stopped (SIGSTOP)")
             return None
         if status == 0:
             return None
         if status < 0:
             name = signal.Signals(-status).name
             hint = ", as when memory runs out" if name == "SIGKILL" else ""
-            return Failure(self.number, f"was ended by {name}{hint}")
+            return Failure(self.name, f"was ended by {name}{hint}")
         error = None
         with contextlib.suppress(OSError, ValueError):
             error = json.loads(self._error_file.read_text())["error"]
         return Failure(
-            self.number,
+            self.name,
             f"ended with {error}" if error else f"ended with status {status}",
             is_lost=status == bootstrap.LOST_A_WORKER,
             is_own=True,
@@ -184,3 +159,9 @@ class Worker:
                     log.write(piece)
                 with contextlib.suppress(OSError):
                     show(piece)
+
+
+def _visible_gpus(place: cluster.Place) -> dict[str, str]:
+    if place.gpus is None:
+        return {}
+    return {"CUDA_VISIBLE_DEVICES": ",".join(place.gpus) or "-1"}

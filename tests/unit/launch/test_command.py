@@ -1,44 +1,21 @@
 """The launcher, with scripts that need no TensorFlow."""
 
+import argparse
 import json
-import os
 import signal
-import subprocess
-import sys
 import textwrap
 import time
 
+import bare_launcher
 import pytest
 
 from tf_regtopk.launch import command
+from tf_regtopk.launch import groups
 from tf_regtopk.launch import notes
 from tf_regtopk.launch import shares
 from tf_regtopk.launch import supervision
 
 LIMIT = 60
-# Whatever a script may want to say of itself.
-PRELUDE = '''
-import json, os, pathlib, signal, sys, time
-
-config = json.loads(os.environ["TF_CONFIG"])
-number = config["task"]["index"]
-notes = pathlib.Path(os.environ["TF_REGTOPK_LAUNCH_DIR"])
-is_first_attempt = notes.name == "attempt-0"
-
-
-def meet():
-    """Waits for the other workers, however busy the machine is."""
-    (notes / f"here-{number}").touch()
-    while len([*notes.glob("here-*")]) < len(config["cluster"]["worker"]):
-        time.sleep(0.01)
-
-
-def lose_another(name="UnavailableError"):
-    raise type(name, (Exception,), {"__module__": "tensorflow.python.x"})(
-        "Connection reset\\nAdditional GRPC error information"
-    )
-
-'''
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +34,9 @@ def launch(tmp_path, capfdbinary):
 
     def run(script, *options, workers=2, arguments=()):
         path = tmp_path / "script.py"
-        path.write_text(PRELUDE + textwrap.dedent(script), "utf-8")
+        path.write_text(
+            bare_launcher.PRELUDE + textwrap.dedent(script), "utf-8"
+        )
         status = command.main(
             [f"--workers={workers}", f"--log_dir={tmp_path / 'logs'}"]
             + ["--device=cpu", *options, str(path), *arguments]
@@ -96,15 +75,16 @@ def test_each_worker_knows_its_place(launch, tmp_path):
         assert cores == (everywhere, everywhere)
 
 
+def places(workers, device, cores="share"):
+    args = argparse.Namespace(workers=workers, device=device, cores=cores)
+    return groups.Alone(args).places()
+
+
 def test_more_workers_than_cores_share_them(monkeypatch):
     monkeypatch.setattr(shares, "cores", lambda: [0, 1, 2])
-    assert [place.cores for place in command.places(3, "cpu")] == [
-        (0,),
-        (1,),
-        (2,),
-    ]
-    assert [place.cores for place in command.places(4, "cpu")] == [()] * 4
-    of_all = command.places(3, "cpu", cores_of="all")
+    assert [place.cores for place in places(3, "cpu")] == [(0,), (1,), (2,)]
+    assert [place.cores for place in places(4, "cpu")] == [()] * 4
+    of_all = places(3, "cpu", cores="all")
     assert [place.cores for place in of_all] == [()] * 3
 
 
@@ -115,19 +95,19 @@ def test_more_workers_than_cores_share_them(monkeypatch):
 def test_gpus_are_shared_out(monkeypatch, visible, expected):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     expected = expected or [("GPU-a",), ("GPU-b",)]
-    places = command.places(2, "auto")
-    assert [place.gpus for place in places] == expected
-    assert not any(place.cores for place in places)
-    assert not any(place.gpus for place in command.places(2, "cpu"))
-    with pytest.raises(SystemExit, match="at most the number of GPUs"):
-        command.places(5, "auto")
+    found = places(2, "auto")
+    assert [place.gpus for place in found] == expected
+    assert not any(place.cores for place in found)
+    assert not any(place.gpus for place in places(2, "cpu"))
+    with pytest.raises(ValueError, match="at most the number of GPUs"):
+        places(5, "auto")
 
 
 def test_no_gpus(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
-    assert not any(place.gpus for place in command.places(2, "auto"))
-    with pytest.raises(SystemExit, match="Received: 2 workers, 0 GPUs"):
-        command.places(2, "gpu")
+    assert not any(place.gpus for place in places(2, "auto"))
+    with pytest.raises(ValueError, match="Received: 2 workers, 0 GPUs"):
+        places(2, "gpu")
 
 
 @pytest.mark.parametrize(
@@ -304,11 +284,8 @@ def test_workers_end_with_the_launcher(tmp_path, number):
         "pathlib.Path(sys.argv[1], f'pid-{os.getpid()}').touch()\n"
         "time.sleep(1000)\n"
     )
-    # By its function, because the command has TensorFlow imported first.
-    launcher = subprocess.Popen(
-        [sys.executable, "-c", LAUNCHER, str(tmp_path / "logs")]
-        + [str(script), str(tmp_path)],
-        stderr=subprocess.DEVNULL,
+    launcher = bare_launcher.start(
+        "--workers=2", f"--log_dir={tmp_path / 'logs'}", script, tmp_path
     )
     try:
         deadline = time.monotonic() + LIMIT
@@ -326,18 +303,6 @@ def test_workers_end_with_the_launcher(tmp_path, number):
         launcher.wait()
 
 
-LAUNCHER = f"""
-import importlib.machinery, sys, types
-package = types.ModuleType("tf_regtopk")
-package.__path__ = [{os.path.dirname(os.path.dirname(command.__file__))!r}]
-sys.modules["tf_regtopk"] = package
-from tf_regtopk.launch import command
-assert "tensorflow" not in sys.modules
-sys.exit(command.main(
-    ["--workers=2", "--device=cpu", "--log_dir=" + sys.argv[1], *sys.argv[2:]]))
-"""
-
-
 def is_running(pid):
     """Whether there is such a process, other than one nobody waits for."""
     try:
@@ -350,7 +315,6 @@ def is_running(pid):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["x.py"], "required: --workers"),
         (["--workers=0", "x.py"], "integer of at least 1. Received: 0"),
         (["--workers=two", "x.py"], "Received: two"),
         (["--workers=1", "--max_restarts=-1", "x.py"], "at least 0"),
@@ -367,8 +331,9 @@ def test_wrong_arguments(capsys, argv, message):
 
 def test_logs_of_an_earlier_run_are_kept(launch):
     launch("", workers=1)
-    with pytest.raises(SystemExit):
-        launch("", workers=1)
+    status, _, err = launch("", workers=1)
+    assert status == 2
+    assert "`--log_dir` must hold no output of an earlier run." in err
 
 
 def test_notes(tmp_path, monkeypatch):

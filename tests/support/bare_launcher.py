@@ -1,0 +1,62 @@
+"""Starts the launcher without TensorFlow, for scripts that need none."""
+
+import os
+import subprocess
+import sys
+
+from tf_regtopk.launch import command
+
+# By its function, because the command has TensorFlow imported first.
+_PROGRAM = f"""
+import importlib.machinery, sys, types
+package = types.ModuleType("tf_regtopk")
+package.__path__ = [{os.path.dirname(os.path.dirname(command.__file__))!r}]
+sys.modules["tf_regtopk"] = package
+from tf_regtopk.launch import command
+assert "tensorflow" not in sys.modules
+sys.exit(command.main(sys.argv[1:]))
+"""
+
+# What a script may want to say of itself.
+PRELUDE = '''
+import json, os, pathlib, signal, sys, time
+
+config = json.loads(os.environ["TF_CONFIG"])
+number = config["task"]["index"]
+notes = pathlib.Path(os.environ["TF_REGTOPK_LAUNCH_DIR"])
+is_first_attempt = notes.name == "attempt-0"
+
+
+def meet(directory=notes):
+    """Waits for the other workers, however busy the machine is."""
+    (directory / f"here-{number}").touch()
+    num_workers = len(config["cluster"]["worker"])
+    while len([*directory.glob("here-*")]) < num_workers:
+        time.sleep(0.01)
+
+
+def lose_another(name="UnavailableError"):
+    raise type(name, (Exception,), {"__module__": "tensorflow.python.x"})(
+        "Connection reset\\nAdditional GRPC error information"
+    )
+
+'''
+
+
+def start(*args, **env):
+    """Starts the launcher, with what it prints in a pipe.
+
+    Args:
+        *args: Its arguments.
+        **env: Environment variables beside those of this process.
+
+    Returns:
+        A `subprocess.Popen`.
+    """
+    return subprocess.Popen(
+        [sys.executable, "-c", _PROGRAM, "--device=cpu", *map(str, args)],
+        env={**os.environ, **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )

@@ -1,0 +1,263 @@
+"""Launchers of several machines, played by addresses of this one."""
+
+import json
+import signal
+import socket
+import textwrap
+import time
+
+import bare_launcher
+import pytest
+
+from tf_regtopk.launch import bootstrap
+from tf_regtopk.launch import command
+from tf_regtopk.launch import rendezvous
+from tf_regtopk.launch import shares
+
+LIMIT = 90
+HOSTS = "127.0.0.1,127.0.0.2:2"
+
+
+class Machines:
+    """Launchers of the hosts 127.0.0.1, ..., with a folder that all see."""
+
+    def __init__(self, path):
+        self._path = path
+        [self._port] = shares.free_ports(1, "127.0.0.1")
+        self.script = path / "script.py"
+        self.launchers = {}
+
+    def write(self, script):
+        prelude = f"folder = {str(self._path)!r}\n" + bare_launcher.PRELUDE
+        self.script.write_text(
+            prelude + "folder = pathlib.Path(folder)\n"
+            # The number of the restart, which each launcher counts by itself.
+            "run = folder / notes.name\n"
+            "run.mkdir(exist_ok=True)\n" + textwrap.dedent(script),
+            "utf-8",
+        )
+
+    def start(self, number, *options, hosts=HOSTS, secret="s", arguments=()):
+        host = f"127.0.0.{number}"
+        where = (f"--hosts={hosts}",) if hosts else ()
+        self.launchers[number] = bare_launcher.start(
+            *where,
+            f"--rendezvous_port={self._port}",
+            f"--host={host}",
+            *options,
+            self.script,
+            *arguments,
+            TF_REGTOPK_SECRET=secret,
+        )
+        return self.launchers[number]
+
+    @property
+    def board(self):
+        return f"127.0.0.1:{self._port}"
+
+    def wait(self):
+        """The statuses and outputs of all launchers, by number."""
+        outputs = {
+            number: launcher.communicate(timeout=LIMIT)[0]
+            for number, launcher in self.launchers.items()
+        }
+        return {n: x.returncode for n, x in self.launchers.items()}, outputs
+
+    def wait_for_board(self):
+        deadline = time.monotonic() + LIMIT
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", self._port)).close()
+                return
+            except ConnectionRefusedError:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+
+    def wait_for(self, name):
+        deadline = time.monotonic() + LIMIT
+        while not (self._path / name).exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+@pytest.fixture
+def machines(tmp_path):
+    machines = Machines(tmp_path)
+    yield machines
+    for launcher in machines.launchers.values():
+        launcher.kill()
+        launcher.communicate()
+
+
+def test_workers_of_all_machines(machines, tmp_path):
+    machines.write("""
+    meet(run)
+    (folder / f"config-{number}").write_text(os.environ["TF_CONFIG"])
+    print("output of", number)
+    """)
+    machines.start(2)
+    machines.start(1)
+    statuses, outputs = machines.wait()
+    assert statuses == {1: 0, 2: 0}, outputs
+    configs = [
+        json.loads((tmp_path / f"config-{n}").read_text()) for n in range(3)
+    ]
+    [addresses] = {tuple(c["cluster"]["worker"]) for c in configs}
+    hosts = [address.partition(":")[0] for address in addresses]
+    assert hosts == ["127.0.0.1", "127.0.0.2", "127.0.0.2"]
+    # The chief's output alone.
+    assert "output of 0" in outputs[1] and "output of" not in outputs[2]
+
+
+def test_machines_that_are_not_listed(machines):
+    machines.write("meet(run)")
+    for number in (1, 2):
+        machines.start(
+            number, f"--rendezvous={machines.board}", "--nodes=2", hosts=None
+        )
+    statuses, outputs = machines.wait()
+    assert statuses == {1: 0, 2: 0}, outputs
+
+
+FAILURES = {
+    "raise ValueError('too bad')": (
+        bootstrap.FAILED,
+        "worker 2 ended with ValueError: too bad",
+    ),
+    "os.kill(os.getpid(), signal.SIGKILL)": (
+        bootstrap.LOST_A_WORKER,
+        "worker 2 was ended by SIGKILL",
+    ),
+    "os.kill(os.getpid(), signal.SIGSTOP)": (
+        bootstrap.LOST_A_WORKER,
+        "worker 2 is stopped",
+    ),
+    "time.sleep(1000)": (
+        bootstrap.LOST_A_WORKER,
+        "worker 2 did not answer the others, and is stuck",
+    ),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_every_launcher_names_the_cause(machines, failure):
+    machines.write(f"""
+    meet(run)
+    if number == 2:
+        {failure}
+    lose_another()
+    """)
+    for number in (1, 2):
+        machines.start(number)
+    statuses, outputs = machines.wait()
+    status, text = FAILURES[failure]
+    assert statuses == {1: status, 2: status}, outputs
+    for output in outputs.values():
+        assert text in output
+        assert "worker 0 ended" not in output
+
+
+def test_all_start_again(machines):
+    machines.write("""
+    meet(run)
+    if is_first_attempt and number == 0:
+        raise ValueError
+    """)
+    for number in (1, 2):
+        machines.start(number, "--max_restarts=1")
+    statuses, outputs = machines.wait()
+    assert statuses == {1: 0, 2: 0}, outputs
+    for output in outputs.values():
+        assert "Restart 1 of 1" in output
+
+
+def test_a_launcher_that_is_lost_comes_back(machines):
+    """As after the loss of a machine, here of that with the board."""
+    machines.write("""
+    is_new = sys.argv[1:] == ["new"] or not is_first_attempt
+    meet(folder / "new" if is_new else run)
+    (folder / "met").touch()
+    if not is_new:
+        time.sleep(1000)
+    """)
+    (machines.script.parent / "new").mkdir()
+    for number in (1, 2):
+        machines.start(number, "--max_restarts=1")
+    machines.wait_for("met")
+    first = machines.launchers[1]
+    first.kill()
+    first.communicate()
+    machines.start(1, arguments=["new"])
+    statuses, outputs = machines.wait()
+    assert statuses == {1: 0, 2: 0}, outputs
+    assert "127.0.0.1 was started again" in outputs[2]
+
+
+def test_a_launcher_that_is_ended(machines):
+    machines.write("meet(run); (folder / 'met').touch(); time.sleep(1000)")
+    for number in (1, 2):
+        machines.start(number)
+    machines.wait_for("met")
+    machines.launchers[2].send_signal(signal.SIGTERM)
+    statuses, outputs = machines.wait()
+    assert statuses == {1: bootstrap.LOST_A_WORKER, 2: 128 + 15}, outputs
+    assert "127.0.0.2 has left, because its launcher was ended" in outputs[1]
+
+
+def test_a_machine_that_does_not_come(machines):
+    machines.write("")
+    machines.start(1, "--start_timeout=1")
+    statuses, outputs = machines.wait()
+    assert statuses == {1: bootstrap.LOST_A_WORKER}
+    assert "Received: 127.0.0.1. Missing: 127.0.0.2" in outputs[1]
+
+
+def test_another_secret(machines):
+    machines.write("")
+    machines.start(1)
+    machines.wait_for_board()
+    other = machines.start(2, secret="another")
+    output, _ = other.communicate(timeout=LIMIT)
+    assert other.returncode == 2
+    assert "The secret must be the same on all machines" in output
+
+
+def test_a_name_that_another_has(machines):
+    machines.write("")
+    machines.start(1)
+    machines.wait_for_board()
+    time.sleep(1)  # The first takes its name.
+    machines.launchers[3] = machines.launchers.pop(1)
+    other = machines.start(1)
+    output, _ = other.communicate(timeout=LIMIT)
+    assert other.returncode == 2
+    assert "Received: 127.0.0.1, which another launcher has" in output
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ([], "The workers must be told"),
+        (["--hosts=a,a"], "must be names, each once"),
+        (["--hosts=a:0"], "must be names, each once"),
+        (["--hosts=a.invalid,b.invalid"], "which of the hosts this machine is"),
+        (["--hosts=a", "--host=c"], "`--host` must be one of the hosts"),
+        (["--hosts=127.0.0.1"], "A secret must be given"),
+        (["--rendezvous=host0"], "must be a host and a port"),
+        (["--rendezvous=host0:1"], "and `--nodes`"),
+        (["--hostfile=missing"], "missing"),
+    ],
+)
+def test_wrong_arguments(monkeypatch, capsys, tmp_path, argv, message):
+    for name in ("TF_CONFIG", "SLURM_STEP_NUM_TASKS", "TF_REGTOPK_SECRET"):
+        monkeypatch.delenv(name, raising=False)
+    script = tmp_path / "script.py"
+    script.touch()
+    assert command.main([*argv, str(script)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_where_a_host_is():
+    assert rendezvous.is_here("127.0.0.1")
+    assert not rendezvous.is_here("192.0.2.1")  # Kept for documents.
+    assert rendezvous.own_address(("127.0.0.1", 1)) == "127.0.0.1"

@@ -1,0 +1,263 @@
+"""Groups of workers: this machine's part of a training, and of the others'."""
+
+import argparse
+from collections.abc import Sequence
+import dataclasses
+import os
+import pathlib
+import re
+
+from tf_regtopk.launch import cluster
+from tf_regtopk.launch import rendezvous
+from tf_regtopk.launch import shares
+from tf_regtopk.launch import worker as worker_lib
+
+# The variable that holds the secret, if no file does.
+SECRET_VARIABLE = "TF_REGTOPK_SECRET"
+# Seconds before workers that know nothing of each other's launchers start
+# again: longer than the heartbeat by which the others notice a lost worker.
+_PAUSE_SECONDS = 15.0
+
+
+class Alone:
+    """All workers are of this machine.
+
+    Also the base of the other groups.
+
+    Args:
+        args: The command's arguments.
+    """
+
+    # Seconds to wait before a restart.
+    pause = 0.0
+    # Whether another attempt has other ports.
+    chooses_ports = True
+    # Folder for its logs in that of all launchers, which machines may share.
+    folder = ""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args = args
+
+    def places(self) -> list[cluster.Place]:
+        """Returns the places of this machine's workers in the next attempt.
+
+        Raises:
+            TimeoutError: If the workers of other machines do not come.
+            ValueError: If there are no places.
+        """
+        count = self._args.workers
+        return self._share_out(shares.free_addresses(count), 0, count)
+
+    def failures_elsewhere(self) -> list[worker_lib.Failure]:
+        """Returns the failures of other machines so far."""
+        return []
+
+    def settle(
+        self, failures: Sequence[worker_lib.Failure]
+    ) -> list[worker_lib.Failure]:
+        """Returns the failures of all machines, when all attempts have ended.
+
+        Args:
+            failures: Those of this machine.
+        """
+        return list(failures)
+
+    def silence(self) -> list[str]:
+        """Returns lines on who does not answer, where no launcher knows."""
+        return []
+
+    def leave(self) -> None:
+        """Takes this machine's launcher out of the group."""
+
+    def _share_out(
+        self, addresses: Sequence[str], first: int, count: int
+    ) -> list[cluster.Place]:
+        """Shares this machine out among its workers.
+
+        Each has its GPUs and all cores, or, on the CPU, its share of the cores,
+        because the threads of several workers on the same cores get in each
+        other's way (`benchmarks/cluster/launcher_cores.py`).
+        """
+        gpus = shares.gpus() if self._args.device != "cpu" else []
+        if (gpus or self._args.device == "gpu") and len(gpus) < count:
+            raise ValueError(
+                "`--workers` must be at most the number of GPUs, or "
+                f"`--device=cpu` be given. Received: {count} workers, "
+                f"{len(gpus)} GPUs"
+            )
+        cores = shares.cores()
+        if gpus or self._args.cores == "all" or len(cores) < count:
+            cores = []
+        return [
+            cluster.place_of(addresses, number, tuple(own), tuple(pinned))
+            for number, own, pinned in zip(
+                range(first, first + count),
+                shares.split(gpus, count),
+                shares.split(cores, count),
+                strict=True,
+            )
+        ]
+
+
+class Told(Alone):
+    """One worker, whose place somebody else has told, as a cluster does.
+
+    Args:
+        args: The command's arguments.
+        place: The place.
+    """
+
+    pause = _PAUSE_SECONDS
+    chooses_ports = False
+
+    def __init__(self, args: argparse.Namespace, place: cluster.Place) -> None:
+        super().__init__(args)
+        self._place = place
+        self.folder = place.name.replace(" ", "-")
+
+    def places(self) -> list[cluster.Place]:
+        if self._args.device == "cpu":
+            return [dataclasses.replace(self._place, gpus=())]
+        return [self._place]
+
+    def silence(self) -> list[str]:
+        return [cluster.silence(self._place.peers)]
+
+
+class Gathered(Alone):
+    """Workers of several machines, whose launchers meet at a rendezvous.
+
+    Args:
+        args: The command's arguments.
+
+    Raises:
+        ValueError: If the arguments do not say what is needed.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        super().__init__(args)
+        hosts = _hosts(args)
+        if hosts:
+            self._host = args.host or _this_host(hosts)
+            if self._host not in hosts:
+                raise ValueError(
+                    "`--host` must be one of the hosts. Received: "
+                    f"{self._host}, and the hosts {', '.join(hosts)}"
+                )
+            board, num_machines = next(iter(hosts)), len(hosts)
+            self._count = args.workers or hosts[self._host]
+            port = args.rendezvous_port
+        else:
+            board, _, text = args.rendezvous.rpartition(":")
+            if not board or not text.isdecimal() or not args.nodes:
+                raise ValueError(
+                    "`--rendezvous` must be a host and a port, as host0:29500, "
+                    "and `--nodes` the number of machines. Received: "
+                    f"{args.rendezvous}, {args.nodes} nodes"
+                )
+            port, num_machines = int(text), args.nodes
+            self._host = args.host or rendezvous.own_address((board, port))
+            self._count = args.workers or 1
+        self.folder = self._host
+        self.chooses_ports = not args.port
+        self._member = rendezvous.Member(
+            self._host,
+            num_machines,
+            (board, port),
+            _secret(args),
+            order=list(hosts),
+        )
+
+    def places(self) -> list[cluster.Place]:
+        ports = (
+            range(self._args.port, self._args.port + self._count)
+            if self._args.port
+            else shares.free_ports(self._count, host="")
+        )
+        addresses, first = self._member.meet(
+            [f"{self._host}:{port}" for port in ports], self._args.start_timeout
+        )
+        return self._share_out(addresses, first, self._count)
+
+    def failures_elsewhere(self) -> list[worker_lib.Failure]:
+        return self._member.failures_elsewhere()
+
+    def settle(
+        self, failures: Sequence[worker_lib.Failure]
+    ) -> list[worker_lib.Failure]:
+        return self._member.settle(failures)
+
+    def leave(self) -> None:
+        self._member.leave()
+
+
+def group_of(args: argparse.Namespace) -> tuple[Alone, str]:
+    """Returns the group that the arguments or the environment tell.
+
+    Args:
+        args: The command's arguments.
+
+    Returns:
+        The group, and a line that says how it was found.
+
+    Raises:
+        ValueError: If nothing tells it, or what tells it makes no sense.
+    """
+    if args.hosts or args.hostfile or args.rendezvous:
+        return Gathered(args), ""
+    if args.workers:
+        return Alone(args), ""
+    told = cluster.told_place(args.port)
+    if told is None:
+        raise ValueError(
+            "The workers must be told: by `--workers` for this machine, by "
+            "`--hosts`, `--hostfile` or `--rendezvous` for several, by the "
+            "environment variable `TF_CONFIG`, or by the variables of a step "
+            "of Slurm with more than one task. Received: none of these"
+        )
+    place, source = told
+    return Told(args, place), (
+        f"This is {place.name} of {len(place.addresses)}, by {source}."
+    )
+
+
+def _hosts(args: argparse.Namespace) -> dict[str, int]:
+    """Returns the number of workers of each host that is listed."""
+    text = args.hosts or ""
+    if args.hostfile:
+        lines = pathlib.Path(args.hostfile).read_text("utf-8").splitlines()
+        text = ",".join(line.partition("#")[0] for line in lines)
+    hosts = {}
+    for item in filter(None, re.split(r"[\s,]+", text)):
+        match = re.fullmatch(r"([^:\s]+)(?::([1-9]\d*))?", item)
+        if not match or match[1] in hosts:
+            raise ValueError(
+                "Hosts must be names, each once, with a number of workers or "
+                f"without, as host0,host1:2. Received: {text}"
+            )
+        hosts[match[1]] = int(match[2] or 1)
+    return hosts
+
+
+def _this_host(hosts: Sequence[str] | dict[str, int]) -> str:
+    here = [host for host in hosts if rendezvous.is_here(host)]
+    if len(here) == 1:
+        return here[0]
+    raise ValueError(
+        "`--host` must say which of the hosts this machine is. Received: none, "
+        f"and of {', '.join(hosts)} the names of this machine are: "
+        f"{', '.join(here) or 'none'}"
+    )
+
+
+def _secret(args: argparse.Namespace) -> bytes:
+    if args.secret_file:
+        secret = pathlib.Path(args.secret_file).read_bytes().strip()
+    else:
+        secret = os.environ.get(SECRET_VARIABLE, "").encode()
+    if not secret:
+        raise ValueError(
+            f"A secret must be given, by `--secret_file` or `{SECRET_VARIABLE}`"
+            ", the same on all machines. Received: none"
+        )
+    return secret

@@ -1,0 +1,373 @@
+"""The rendezvous: launchers of several machines agree on one training.
+
+Each launcher has a post on a board that one of them keeps, and reads those of
+all. What carries the posts are the managers of Python's `multiprocessing`, to
+which a launcher proves by a secret that it may take part. What they carry is
+not encrypted.
+"""
+
+from collections.abc import Sequence
+import contextlib
+import dataclasses
+import errno
+import math
+import multiprocessing
+from multiprocessing import managers
+import socket
+import threading
+import time
+from typing import Any
+import uuid
+
+from tf_regtopk.launch import worker as worker_lib
+
+# A launcher that has said nothing for so many seconds is gone.
+SILENT_SECONDS = 15.0
+_BEAT_SECONDS = 0.2
+# Seconds that the keeper of the board waits for the others to read the end.
+_FAREWELL_SECONDS = 5.0
+# Seconds in which one that was started again may find its name taken.
+_NAME_SECONDS = 5.0
+_METHODS = ("exchange",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Post:
+    """A launcher's state, for the others to read.
+
+    Args:
+        launcher: Text that no other launcher process has.
+        attempt: Number of the attempt that the launcher is at, or waits for.
+        members: The launchers that take part in it, once they have met.
+        addresses: Those of its workers in this attempt, "host:port".
+        failures: The failures of its workers, None while they run.
+        before: Its failures in the attempt before, None if it took no part.
+        has_left: Whether the launcher is about to end.
+    """
+
+    launcher: str
+    attempt: int = -1
+    members: frozenset[str] = frozenset()
+    addresses: tuple[str, ...] = ()
+    failures: tuple[worker_lib.Failure, ...] | None = None
+    before: tuple[worker_lib.Failure, ...] | None = None
+    has_left: bool = False
+
+
+class Board:
+    """The posts of all machines."""
+
+    def __init__(self) -> None:
+        self._posts: dict[str, tuple[Post, float]] = {}
+        self._lock = threading.Lock()
+
+    def exchange(self, machine: str, post: Post) -> dict[str, Any] | None:
+        """Puts a machine's post up, and returns all with their ages.
+
+        Args:
+            machine: Name of the machine.
+            post: Its `Post`, in place of an earlier one.
+
+        Returns:
+            Dict from the names of machines to `(post, seconds since then)`, or
+            None if another launcher uses the name.
+        """
+        now = time.monotonic()
+        with self._lock:
+            earlier, since = self._posts.get(machine, (post, now))
+            is_alive = _age(since) < _BEAT_SECONDS * 10 and not earlier.has_left
+            if earlier.launcher != post.launcher and is_alive:
+                return None
+            self._posts[machine] = post, now
+            return {
+                name: (each, now - since)
+                for name, (each, since) in self._posts.items()
+            }
+
+
+class _Manager(managers.BaseManager):
+    """The board of another process."""
+
+
+_Manager.register("board", exposed=_METHODS)
+
+
+def keep_board(address: tuple[str, int], secret: bytes) -> bool:
+    """Keeps a board in this process, for as long as the process runs.
+
+    Args:
+        address: Host and port to listen at.
+        secret: What others must know.
+
+    Returns:
+        False if the address is of another machine, or another process of this
+        machine listens there: presumably the launcher that keeps the board.
+    """
+    board = Board()
+
+    class Keeper(managers.BaseManager):
+        pass
+
+    Keeper.register("board", callable=lambda: board, exposed=_METHODS)
+    try:
+        server = Keeper(address, secret).get_server()
+    except OSError as error:
+        if error.errno in (errno.EADDRNOTAVAIL, errno.EADDRINUSE):
+            return False
+        raise
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return True
+
+
+class Member:
+    """This launcher among those of all machines.
+
+    Args:
+        machine: Name of this machine.
+        num_machines: Number of machines.
+        address: Host and port of the board.
+        secret: What proves that this launcher may take part.
+        order: Names of the machines, in which their workers are numbered. By
+            default the order of the names of those that came.
+    """
+
+    def __init__(
+        self,
+        machine: str,
+        num_machines: int,
+        address: tuple[str, int],
+        secret: bytes,
+        order: Sequence[str] = (),
+    ) -> None:
+        self._machine = machine
+        self._num_machines = num_machines
+        self._address, self._secret = address, secret
+        self._order = order
+        self._post = Post(str(uuid.uuid4()))
+        self._others: dict[str, tuple[Post, float]] = {}
+        self._error: Exception | None = None
+        self._num_exchanges, self._heard_at = 0, -math.inf
+        self._exchanged = threading.Condition()
+        self._keeps_board = keep_board(address, secret)
+        threading.Thread(target=self._keep_in_touch, daemon=True).start()
+
+    def meet(
+        self, addresses: Sequence[str], timeout: float
+    ) -> tuple[list[str], int]:
+        """Waits until all machines are there for the next attempt.
+
+        Args:
+            addresses: Those of the workers of this machine.
+            timeout: Seconds to wait.
+
+        Returns:
+            The addresses of the workers of all machines, and the number of the
+            first worker of this machine.
+
+        Raises:
+            TimeoutError: If some do not come. The message says which.
+            ValueError: If the secret is another than that of the board.
+        """
+        deadline = time.monotonic() + timeout
+        launcher, before = self._post.launcher, self._post.failures
+        attempt = self._post.attempt + 1
+        while True:
+            self._post = Post(
+                launcher, attempt, addresses=tuple(addresses), before=before
+            )
+            self._wait_for_news()
+            posts = {
+                name: post
+                for name, (post, since) in self._others.items()
+                if _age(since) < SILENT_SECONDS and not post.has_left
+            }
+            posts[self._machine] = self._post
+            attempt = max(_next_attempt(p, launcher) for p in posts.values())
+            there = {n for n, p in posts.items() if p.attempt == attempt}
+            names = [n for n in self._order or sorted(there) if n in there]
+            if len(names) == self._num_machines and self._is_heard():
+                members = frozenset(posts[name].launcher for name in names)
+                self._post = dataclasses.replace(self._post, members=members)
+                of_machines = [posts[name].addresses for name in names]
+                first = sum(map(len, of_machines[: names.index(self._machine)]))
+                return [a for each in of_machines for a in each], first
+            if time.monotonic() > deadline:
+                raise TimeoutError(self._who_is_missing(names, timeout))
+
+    def failures_elsewhere(self) -> list[worker_lib.Failure]:
+        """Returns the failures of the other machines in this attempt."""
+        return [f for outcome in self._outcomes() for f in outcome or ()]
+
+    def settle(
+        self, failures: Sequence[worker_lib.Failure]
+    ) -> list[worker_lib.Failure]:
+        """Tells how the attempt has ended here, and waits for the others.
+
+        Args:
+            failures: Those of this machine's workers.
+
+        Returns:
+            The failures of all machines.
+        """
+        self._post = dataclasses.replace(self._post, failures=tuple(failures))
+        while None in (outcomes := self._outcomes()):
+            self._wait_for_news()
+        return [*failures, *(f for outcome in outcomes for f in outcome or ())]
+
+    def leave(self) -> None:
+        """Tells that this launcher ends, and lets the others read its post."""
+        self._post = dataclasses.replace(self._post, has_left=True)
+        deadline = time.monotonic() + _FAREWELL_SECONDS
+        while True:
+            self._wait_for_news()
+            others_left = all(p.has_left for p, _ in self._others.values())
+            if (
+                not self._keeps_board
+                or others_left
+                or time.monotonic() > deadline
+            ):
+                return
+
+    def _outcomes(self) -> list[Sequence[worker_lib.Failure] | None]:
+        """The failures of each other machine, None while its workers run."""
+        if not self._is_heard():
+            return [[worker_lib.Failure("the rendezvous", self._no_answer())]]
+        return [
+            self._outcome(name, post, _age(since))
+            for name, (post, since) in self._others.items()
+        ]
+
+    def _outcome(
+        self, machine: str, post: Post, age: float
+    ) -> Sequence[worker_lib.Failure] | None:
+        if post.attempt == self._post.attempt and post.failures is not None:
+            return post.failures
+        if post.attempt == self._post.attempt + 1 and post.before is not None:
+            return post.before  # It waits for the next attempt already.
+        if post.attempt > self._post.attempt:
+            what = "was started again"
+        elif post.has_left:
+            what = "has left, because its launcher was ended"
+        elif age > SILENT_SECONDS:
+            what = f"has not been heard of for {age:.0f} s"
+        else:
+            return None
+        return [worker_lib.Failure(machine, what)]
+
+    def _who_is_missing(self, names: Sequence[str], timeout: float) -> str:
+        missing = [name for name in self._order if name not in names]
+        return (
+            f"{self._num_machines} machines must be there within {timeout:g} s "
+            f"(`--start_timeout`). Received: {', '.join(names)}"
+            + (f". Missing: {', '.join(missing)}" if missing else "")
+            + ("" if self._is_heard() else f". The board {self._no_answer()}")
+        )
+
+    def _is_heard(self) -> bool:
+        """True unless the board has not answered for a while."""
+        return _age(self._heard_at) < SILENT_SECONDS
+
+    def _no_answer(self) -> str:
+        return f"does not answer at {self._board_address}"
+
+    @property
+    def _board_address(self) -> str:
+        return f"{self._address[0]}:{self._address[1]}"
+
+    def _wait_for_news(self) -> None:
+        """Waits for an exchange that has begun after this call, or a while."""
+        with self._exchanged:
+            end = self._num_exchanges + 2
+            self._exchanged.wait_for(
+                lambda: self._num_exchanges >= end or self._error, 2.0
+            )
+        if self._error:
+            raise self._error
+
+    def _keep_in_touch(self) -> None:
+        board, named_at = None, time.monotonic()
+        while self._error is None:
+            error, posts = None, None
+            try:
+                if board is None:
+                    manager = _Manager(self._address, self._secret)
+                    manager.connect()
+                    board = manager.board()  # type: ignore[attr-defined]
+                posts = board.exchange(self._machine, self._post)
+                if posts is not None:
+                    named_at = time.monotonic()
+                elif _age(named_at) > _NAME_SECONDS:
+                    error = ValueError(
+                        "Each machine must have a name of its own (`--host`). "
+                        f"Received: {self._machine}, which another launcher has"
+                    )
+            except multiprocessing.AuthenticationError:
+                error = ValueError(
+                    "The secret must be the same on all machines. Received: "
+                    f"another than that of {self._board_address}"
+                )
+            except (OSError, EOFError):
+                board, named_at = None, time.monotonic()
+            self._hear(posts, error)
+            time.sleep(_BEAT_SECONDS)
+
+    def _hear(
+        self,
+        posts: dict[str, tuple[Post, float]] | None,
+        error: Exception | None,
+    ) -> None:
+        with self._exchanged:
+            if posts is not None:
+                now = self._heard_at = time.monotonic()
+                # A board that was begun anew does not know all at once.
+                self._others |= {
+                    name: (post, now - age)
+                    for name, (post, age) in posts.items()
+                    if name != self._machine
+                }
+                self._num_exchanges += 1
+            self._error = error
+            self._exchanged.notify_all()
+
+
+def _next_attempt(post: Post, launcher: str) -> int:
+    """Returns the first attempt in which a launcher can join another's."""
+    # One that was started again interrupts the others, which may not have
+    # noticed that the one before it has gone.
+    takes_part = not post.members or launcher in post.members
+    return post.attempt + (not takes_part)
+
+
+def _age(since: float) -> float:
+    return time.monotonic() - since
+
+
+def is_here(host: str) -> bool:
+    """Returns whether a host is this machine.
+
+    Args:
+        host: Its name or address.
+    """
+    try:
+        found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
+    except OSError:
+        return False
+    for family, kind, _, _, address in found:
+        with contextlib.suppress(OSError), socket.socket(family, kind) as each:
+            each.bind(address)
+            return True
+    return False
+
+
+def own_address(towards: tuple[str, int]) -> str:
+    """Returns the address by which another machine reaches this one.
+
+    Args:
+        towards: Host and port of the other machine. Nothing is sent there.
+    """
+    [(family, _, _, _, address), *_] = socket.getaddrinfo(
+        *towards, type=socket.SOCK_DGRAM
+    )
+    with socket.socket(family, socket.SOCK_DGRAM) as each:
+        each.connect(address)
+        return str(each.getsockname()[0])
