@@ -1,13 +1,13 @@
 """`python -m tf_regtopk.run` with a script that trains on two workers."""
 
-import subprocess
-import sys
-
 import keras
+import multi_worker_launcher
 import numpy as np
 import pytest
 
+from tf_regtopk.launch import bootstrap
 from tf_regtopk.launch import notes
+from tf_regtopk.launch import shares
 
 LIMIT = 240
 SCRIPT = """
@@ -56,37 +56,109 @@ backup.delete()
 
 
 @pytest.fixture
-def train(tmp_path):
-    """Function that trains, and returns the weights and the output."""
+def start(tmp_path):
+    """Function that starts a launcher of the script."""
     script = tmp_path / "train.py"
     script.write_text(SCRIPT, "utf-8")
+    with multi_worker_launcher.processes() as started:
 
-    def run(name, has_failure):
-        result = tmp_path / f"{name}.keras"
-        process = subprocess.run(
-            [sys.executable, "-m", "tf_regtopk.run", "--workers=2"]
-            + ["--max_restarts=1", "--device=cpu"]
-            + [f"--log_dir={tmp_path / name}_logs", str(script)]
-            + [str(tmp_path / name), str(result), str(int(has_failure))],
-            capture_output=True,
-            text=True,
-            timeout=LIMIT,
+        def start(name, has_failure, *options, **env):
+            started.append(
+                multi_worker_launcher.Process(
+                    ["-m", "tf_regtopk.run", "--max_restarts=1"]
+                    + ["--device=cpu", f"--log_dir={tmp_path / name}_logs"]
+                    + [*options, script, tmp_path / name]
+                    + [tmp_path / f"{name}.keras", int(has_failure)],
+                    tmp_path / f"{name}-{len(started)}.txt",
+                    **env,
+                )
+            )
+            return started[-1]
+
+        yield start
+
+
+def wait_for(*launchers):
+    for launcher in launchers:
+        assert launcher.wait(LIMIT) == 0, launcher.output
+
+
+def check_weights(tmp_path, names):
+    """Of the runs that a worker was lost in, and of the one without."""
+    whole, *others = (
+        keras.saving.load_model(tmp_path / f"{name}.keras").get_weights()
+        for name in ("whole", *names)
+    )
+    for other in others:
+        for array, of_whole in zip(other, whole, strict=True):
+            np.testing.assert_array_equal(array, of_whole)
+
+
+def test_goes_on_to_the_bit_when_a_worker_is_lost(start, tmp_path):
+    """With launchers of two machines, and as if nothing had happened."""
+    wait_for(start("whole", False, "--workers=2"))
+    [port] = shares.free_ports(1, "127.0.0.1")
+    launchers = [
+        start(
+            "lost",
+            True,
+            "--hosts=127.0.0.1,127.0.0.2",
+            f"--host={host}",
+            f"--rendezvous_port={port}",
+            TF_REGTOPK_SECRET="secret",
         )
-        output = process.stdout + process.stderr
-        assert process.returncode == 0, output
-        return keras.saving.load_model(result).get_weights(), output
+        for host in ("127.0.0.1", "127.0.0.2")
+    ]
+    wait_for(*launchers)
+    for launcher, host in zip(
+        launchers, ("127.0.0.1", "127.0.0.2"), strict=True
+    ):
+        assert "worker 1 was ended by SIGKILL" in launcher.output
+        assert "Restart 1 of 1: all workers start again, from the last" in (
+            launcher.output
+        )
+        for attempt in range(2):
+            directory = tmp_path / f"lost_logs/{host}/attempt-{attempt}"
+            assert len(notes.read(directory, "met")) == 1
+    assert "Epoch 3/4" in launchers[0].output
+    check_weights(tmp_path, ["lost"])
 
-    return run
+
+@pytest.mark.slow
+def test_other_ways_to_start_go_on_as_well(start, tmp_path):
+    """On one machine, and by launchers that know nothing of each other."""
+    wait_for(start("whole", False, "--workers=2"))
+    alone = start("alone", True, "--workers=2")
+    wait_for(alone)
+    assert "worker 1 was ended by SIGKILL" in alone.output
+    addresses = multi_worker_launcher.free_addresses(2)
+    told = [
+        start(
+            "told",
+            True,
+            TF_CONFIG=multi_worker_launcher.tf_config(addresses, number),
+        )
+        for number in range(2)
+    ]
+    wait_for(*told)
+    for number, launcher in enumerate(told):
+        assert f"This is worker {number} of 2, by `TF_CONFIG`." in (
+            launcher.output
+        )
+    assert f"No connection to: worker 1 ({addresses[1]})." in told[0].output
+    check_weights(tmp_path, ["alone", "told"])
 
 
-def test_goes_on_to_the_bit_when_a_worker_is_lost(train, tmp_path):
-    expected, _ = train("whole", has_failure=False)
-    weights, output = train("lost", has_failure=True)
-    assert "worker 1 was ended by SIGKILL" in output
-    assert "Restart 1 of 1: all workers start again, from the last" in output
-    assert "Epoch 3/4" in output
-    for attempt in range(2):
-        directory = tmp_path / f"lost_logs/attempt-{attempt}"
-        assert notes.read(directory, "arrived") == ["0", "1"]
-    for array, of_whole in zip(weights, expected, strict=True):
-        np.testing.assert_array_equal(array, of_whole)
+@pytest.mark.slow
+def test_a_worker_whose_peer_does_not_come(start):
+    addresses = multi_worker_launcher.free_addresses(2)
+    lonely = start(
+        "lonely",
+        False,
+        "--max_restarts=0",
+        "--start_timeout=3",
+        TF_CONFIG=multi_worker_launcher.tf_config(addresses, 0),
+    )
+    assert lonely.wait(LIMIT) == bootstrap.LOST_A_WORKER
+    assert "worker 0 has waited 3 s (`--start_timeout`)" in lonely.output
+    assert f"No connection to: worker 1 ({addresses[1]})." in lonely.output

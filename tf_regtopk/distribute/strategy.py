@@ -115,6 +115,11 @@ class MultiWorkerMirroredStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         if timeout_seconds is not None and worker_number(self)[1] > 1:
             self.watchdog = watchdog.Watchdog(timeout_seconds)
 
+    @property
+    def is_chief(self) -> bool:
+        """True on the worker that writes what only one is to write."""
+        return worker_number(self)[0] == 0
+
     def reduce(
         self,
         reduce_op: tf.distribute.ReduceOp | str,
