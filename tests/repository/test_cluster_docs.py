@@ -18,17 +18,17 @@ import subprocess
 import sys
 import time
 
-from absl import app
 import fake_slurm
 import multi_worker
 import multi_worker_launcher
 import paths
 import pytest
-import tensorflow as tf
 import yaml
 
+from tf_regtopk.launch import arguments
 from tf_regtopk.launch import bootstrap
 from tf_regtopk.launch import command as launch_command
+from tf_regtopk.launch import shares
 
 DOCUMENT = (paths.ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
 TIMEOUT = 180
@@ -40,20 +40,14 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```$", DOCUMENT, re.M | re.S)
 
 
-LOOPBACK, WORKER, TRAIN, SBATCH, SUPERVISE = blocks("sh")
+LOOPBACK, HOSTS, TRAIN, SBATCH = blocks("sh")
 
 
 @pytest.fixture
 def place(tmp_path):
     """A folder like the repository's root, with the scripts of the document."""
     (tmp_path / "examples").symlink_to(paths.ROOT / "examples")
-    scripts = {
-        "worker.sh": WORKER,
-        "train.sh": TRAIN,
-        "supervise.sh": SUPERVISE,
-    }
-    for name, text in scripts.items():
-        (tmp_path / name).write_text(text)
+    (tmp_path / "train.sh").write_text(TRAIN)
     fake = f"{sys.executable} {fake_slurm.__file__}"
     programs = {
         "python": sys.executable,
@@ -141,7 +135,7 @@ def run(place):
 
 def check_summary(folder, epochs, first_epoch=0):
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary["num_replicas"] == summary["config"]["num_workers"] == 2
+    assert summary["num_replicas"] == 2
     assert summary["first_epoch"] == first_epoch
     assert len(summary["history"]["loss"]) == epochs - first_epoch
     assert summary["final"]["accuracy"] > 0.2
@@ -156,13 +150,6 @@ def test_one_machine(place, run):
 
 
 # ----- Hosts of your own -----
-
-
-def child_of(pid):
-    """The only child of a process."""
-    path = pathlib.Path(f"/proc/{pid}/task/{pid}/children")
-    [child] = path.read_text().split()
-    return int(child)
 
 
 def listening(pid):
@@ -183,118 +170,46 @@ def listening(pid):
     return found
 
 
+def parent_of(pid):
+    status = pathlib.Path(f"/proc/{pid}/status").read_text()
+    return int(re.search(r"PPid:\s+(\d+)", status)[1])
+
+
 @pytest.mark.slow
 def test_hosts_of_your_own_lose_a_worker(place, run):
-    """`supervise.sh`, and so `worker.sh`, through a loss to the end."""
-    addresses = multi_worker_launcher.free_addresses(2)
-    supervisors = [
-        run(
-            ["sh", "supervise.sh", "--epochs=12", "--batch_size=256"]
-            + ["--sequential_input", "--density=1"],
-            WORKERS=" ".join(addresses),
-            INDEX=str(index),
-            PAUSE="1",
+    """The command of two hosts, through a loss to the end."""
+    (place / ".tf_regtopk_secret").write_text("a secret\n")
+    [board] = shares.free_ports(1, "127.0.0.1")
+    hosts = ("127.0.0.1", "127.0.0.2")
+    launchers = []
+    for host in hosts:
+        where = f"--hosts={','.join(hosts)} --host={host}"
+        block = HOSTS.replace(
+            "--hosts=host0,host1", f"{where} --rendezvous_port={board}"
         )
-        for index in range(2)
+        assert block != HOSTS
+        launchers.append(run(["sh", "-c", "set -e\n" + block], HOME=str(place)))
+    launchers[0].wait_for("Epoch 2/")
+    workers = [
+        int(re.search(r"\(processes (\d+)\)", launcher.output)[1])
+        for launcher in launchers
     ]
-    supervisors[0].wait_for("Epoch 4/")
-    workers = [child_of(supervisor.popen.pid) for supervisor in supervisors]
-    for worker, address in zip(workers, addresses, strict=True):
-        port = f"{int(address.split(':')[1]):04X}"
-        [(host, open_port)] = listening(worker)
-        assert open_port == port
+    for worker in workers:
+        [(host, _)] = listening(worker)
         assert set(host) == {"0"}  # Not loopback: all interfaces.
+    # One launcher listens, at the address that it was told.
+    of_launchers = set.union(*(listening(parent_of(w)) for w in workers))
+    assert of_launchers == {("0100007F", f"{board:04X}")}
     os.kill(workers[1], signal.SIGKILL)
-    for supervisor in supervisors:
-        assert supervisor.wait() == 0, supervisor.output
-    output = supervisors[0].output
-    assert "worker 0 lost another worker." in output
+    for launcher in launchers:
+        assert launcher.wait() == 0, launcher.output
+        assert "worker 1 was ended by SIGKILL" in launcher.output
+    output = launchers[0].output
     [first_epoch] = re.findall(r"Resuming after epoch (\d+)", output)
-    assert int(first_epoch) >= 3
+    assert int(first_epoch) >= 1
     check_summary(
-        place / "results" / "multi_worker", 12, first_epoch=int(first_epoch)
+        place / "results" / "multi_worker", 4, first_epoch=int(first_epoch)
     )
-
-
-def tf_config_of(place, **env):
-    """What `worker.sh` gives the example as `TF_CONFIG`, and its arguments."""
-    make_program(place / "bin" / "python", 'printf "%s\n" "$TF_CONFIG" "$@"')
-    output = subprocess.run(
-        ["sh", "worker.sh", "--epochs=3", "--output_dir=a b"],
-        cwd=place,
-        env={"PATH": f"{place / 'bin'}:{os.environ['PATH']}", **env},
-        capture_output=True,
-        check=True,
-        text=True,
-        timeout=TIMEOUT,
-    ).stdout
-    tf_config, *argv = output.splitlines()
-    assert argv == [
-        "examples/multi_worker.py",
-        "--epochs=3",
-        "--output_dir=a b",
-    ]
-    return json.loads(tf_config)
-
-
-def test_tf_config_of_many_hosts(place):
-    hosts = [f"node-{i}.cluster:23456" for i in range(11)]
-    for index in (0, 10):
-        assert tf_config_of(
-            place, WORKERS=" ".join(hosts), INDEX=str(index)
-        ) == {
-            "cluster": {"worker": hosts},
-            "task": {"type": "worker", "index": index},
-        }
-
-
-def test_tf_config_as_the_script_has_it(place):
-    assert tf_config_of(place) == {
-        "cluster": {"worker": ["host0:12345", "host1:12345"]},
-        "task": {"type": "worker", "index": 0},
-    }
-
-
-@pytest.mark.parametrize(
-    "script, program, arguments",
-    [
-        ("supervise.sh", "worker.sh", ["--epochs=3"]),
-        ("train.sh", "bin/srun", ["--epochs=3"]),
-    ],
-)
-@pytest.mark.parametrize(
-    "statuses, expected, num_starts",
-    [
-        ([0], 0, 1),
-        ([3, 137, 4, 0], 0, 4),
-        ([3, 1, 0], 1, 2),
-        ([3] * 100, 3, 20),
-    ],
-)
-def test_loops(
-    place, script, program, arguments, statuses, expected, num_starts
-):
-    """What is started again, and how often."""
-    (place / "statuses").write_text("\n".join(map(str, statuses)))
-    make_program(
-        place / program,
-        'echo "$@" >> starts\nexit "$(sed -n "$(wc -l < starts)p" statuses)"',
-    )
-    status = subprocess.run(
-        ["bash", script, *arguments],
-        cwd=place,
-        env={
-            "PATH": f"{place / 'bin'}:{os.environ['PATH']}",
-            "PAUSE": "0",
-            "SLURM_JOB_ID": "7",
-        },
-        check=False,
-        timeout=TIMEOUT,
-    ).returncode
-    assert status == expected
-    starts = (place / "starts").read_text().splitlines()
-    assert len(starts) == num_starts
-    assert all(start.endswith(" ".join(arguments)) for start in starts)
 
 
 # ----- Slurm -----
@@ -327,88 +242,6 @@ def test_slurm(place, run):
     )
     assert command.wait() == 0, command.output
     check_summary(place / "results" / "multi_worker", epochs=2)
-
-
-@pytest.fixture
-def slurm(monkeypatch, tmp_path):
-    """Function that puts this process into a Slurm step, without GPUs."""
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setenv("PATH", str(tmp_path))  # No nvidia-smi.
-
-    def enter(nodes, tasks_per_node, num_tasks, number, node, local_number):
-        for name, value in {
-            "SLURMD_NODENAME": node,
-            "SLURM_LOCALID": local_number,
-            "SLURM_PROCID": number,
-            "SLURM_STEP_NODELIST": nodes,
-            "SLURM_STEP_NUM_TASKS": num_tasks,
-            "SLURM_STEP_TASKS_PER_NODE": tasks_per_node,
-        }.items():
-            monkeypatch.setenv(name, str(value))
-
-    return enter
-
-
-@pytest.mark.parametrize(
-    "nodes, tasks_per_node, counts",
-    [
-        ("a01", "1", {"a01": 1}),
-        ("n[9-10]", "1(x2)", {"n9": 1, "n10": 1}),
-        ("n[9-10]", "2,1", {"n9": 2, "n10": 1}),
-        ("a,b[1,3-4]", "3(x2),2,1", {"a": 3, "b1": 3, "b3": 2, "b4": 1}),
-    ],
-)
-def test_each_task_finds_its_own_address(slurm, nodes, tasks_per_node, counts):
-    # As Slurm numbers tasks, by blocks.
-    tasks = [
-        (node, local)
-        for node, count in counts.items()
-        for local in range(count)
-    ]
-    addresses = {f"{node}:{2000 + local}" for node, local in tasks}
-    seen = []
-    for number, (node, local) in enumerate(tasks):
-        slurm(nodes, tasks_per_node, len(tasks), number, node, local)
-        resolver = multi_worker.slurm_resolver(2000)
-        workers = resolver.cluster_spec().as_dict()["worker"]
-        assert set(workers) == addresses and len(workers) == len(tasks)
-        assert resolver.task_type == "worker"
-        assert workers[resolver.task_id] == f"{node}:{2000 + local}"
-        assert resolver.rpc_layer == "grpc"
-        assert resolver.num_accelerators() == {"GPU": 0}
-        assert "CUDA_VISIBLE_DEVICES" not in os.environ
-        seen.append((resolver.task_id, tuple(workers)))
-    assert sorted(index for index, _ in seen) == list(range(len(tasks)))
-    assert len({workers for _, workers in seen}) == 1
-
-
-def test_what_tensorflows_own_resolver_needs(slurm):
-    """If one of these fails, `slurm_resolver` can do without a correction."""
-    own = tf.distribute.cluster_resolver.SlurmClusterResolver
-    slurm("n[9-10]", "1(x2)", 2, 0, "n9", 0)
-    with pytest.raises(FileNotFoundError):
-        own()
-    with pytest.raises(ValueError, match="must not be zero"):
-        own(gpus_per_node=0).cluster_spec()
-    resolver = own(gpus_per_node=1)
-    workers = resolver.cluster_spec().as_dict()["worker"]
-    assert workers[resolver.task_id] == "n10:8888"
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
-    assert resolver.num_accelerators() == {"GPU": 1}
-
-
-@pytest.mark.parametrize("missing", ["SLURM_LOCALID", "SLURM_STEP_NODELIST"])
-def test_refuses_to_be_outside_of_srun(slurm, monkeypatch, missing):
-    slurm("n[9-10]", "1(x2)", 2, 0, "n9", 0)
-    monkeypatch.delenv(missing)
-    with pytest.raises(app.UsageError, match="must be used in a task"):
-        multi_worker.slurm_resolver(2000)
-
-
-def test_refuses_a_host_that_is_not_in_the_step(slurm):
-    slurm("n[9-10]", "1(x2)", 2, 0, "n11", 0)
-    with pytest.raises(app.UsageError, match="'SLURMD_NODENAME': 'n11'"):
-        multi_worker.slurm_resolver(2000)
 
 
 # ----- Kubernetes -----
@@ -481,19 +314,12 @@ def test_manifest_fits_together(manifest):
 def test_manifest_runs(manifest, run, place):
     worker = manifest["TFJob"]["spec"]["tfReplicaSpecs"]["Worker"]
     [container] = worker["template"]["spec"]["containers"]
-    program, script, *arguments = container["command"]
-    assert program == "python"
+    program, *options, script, output = container["command"]
+    assert (program, *options[:2]) == ("python", "-m", "tf_regtopk.run")
     script = re.sub(f"^{IMAGE_ROOT}/", f"{paths.ROOT}/", script)
     assert script == multi_worker.__file__
-    [output_dir] = [
-        argument.split("=")[1]
-        for argument in arguments
-        if argument.startswith("--output_dir=")
-    ]
-    assert output_dir.startswith(f"{VOLUME}/")
-    arguments = [
-        argument.replace(f"={VOLUME}/", f"={place}/") for argument in arguments
-    ]
+    assert output.startswith(f"--output_dir={VOLUME}/")
+    output_dir = place / output.removeprefix(f"--output_dir={VOLUME}/")
     addresses = multi_worker_launcher.free_addresses(worker["replicas"])
     workers = []
     for index in range(worker["replicas"]):
@@ -505,14 +331,14 @@ def test_manifest_runs(manifest, run, place):
         }
         workers.append(
             run(
-                [program, script, *arguments]
-                + ["--epochs=2", "--sequential_input", "--density=1"],
+                [program, *options, script, f"--output_dir={output_dir}"]
+                + ["--epochs=2"],
                 TF_CONFIG=json.dumps(tf_config, separators=(",", ":")),
             )
         )
     for each in workers:
         assert each.wait() == 0, each.output
-    check_summary(place / output_dir.removeprefix(f"{VOLUME}/"), epochs=2)
+    check_summary(output_dir, epochs=2)
 
 
 def test_image_has_what_the_manifest_starts(manifest):
@@ -547,47 +373,27 @@ def test_image_has_what_the_manifest_starts(manifest):
     assert f"docker build --tag={container['image']} ." in DOCUMENT
 
 
-def test_start_has_a_timeout_of_its_own(run):
-    addresses = multi_worker_launcher.free_addresses(2)
-    worker = run(
-        ["python", multi_worker.__file__, "--start_timeout_seconds=1"]
-        + ["--timeout_seconds=600"],
-        TF_CONFIG=multi_worker_launcher.tf_config(addresses, 0),
-    )
-    assert worker.wait() == -signal.SIGKILL, worker.output
-    assert f"waited 1 s for the start of {addresses[1]}." in worker.output
-
-
 # ----- The document itself -----
 
 
 def test_document_shows_nothing_else():
-    """All blocks are run or checked above, but the one of Python."""
-    assert set(re.findall(r"^```(.+)$", DOCUMENT, re.M)) == {
-        "dockerfile",
-        "python",
-        "sh",
-    }
-    [snippet] = blocks("python")
-    assert "slurm_resolver(port_base=" in snippet
+    """All blocks are run or checked above."""
+    languages = re.findall(r"^```(.+)$", DOCUMENT, re.M)
+    assert set(languages) == {"dockerfile", "sh"}
 
 
 def test_statuses_in_the_document():
-    table = re.findall(r"^\| ([\d, ]+) \| (.*?) \|", DOCUMENT, re.M)
-    meanings = {
-        int(status): meaning
-        for statuses, meaning in table
-        for status in statuses.split(", ")
-    }
+    table = re.findall(r"^\| (\d+) \| (.*?) \|", DOCUMENT, re.M)
+    meanings = {int(status): meaning for status, meaning in table}
     assert set(meanings) == {
         0,
-        1,
+        bootstrap.FAILED,
+        launch_command.WRONG_ARGUMENTS,
         bootstrap.LOST_A_WORKER,
         bootstrap.PORT_TAKEN,
-        128 + signal.SIGABRT,
-        128 + signal.SIGKILL,
-        128 + signal.SIGTERM,
     }
+    assert "script" in meanings[bootstrap.FAILED]
+    assert "arguments" in meanings[launch_command.WRONG_ARGUMENTS]
     assert "lost" in meanings[bootstrap.LOST_A_WORKER]
     assert "port" in meanings[bootstrap.PORT_TAKEN]
 
@@ -599,8 +405,8 @@ def test_links_and_flags_in_the_document():
         headings = re.findall(r"^## (.*)$", DOCUMENT, re.M)
         assert fragment in {h.lower().replace(" ", "-") for h in headings}
     source = "".join(
-        pathlib.Path(program.__file__).read_text(encoding="utf-8")
-        for program in (multi_worker, launch_command)
+        pathlib.Path(module.__file__).read_text(encoding="utf-8")
+        for module in (multi_worker, arguments)
     )
     flags = set(re.findall(r"`--([a-z]+_[a-z_]+)", DOCUMENT))
     assert len(flags) > 2

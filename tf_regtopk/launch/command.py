@@ -31,7 +31,7 @@ from tf_regtopk.launch import worker as worker_lib
 # Times that a port may be taken by others between the choice and its use.
 _MAX_PORT_TRIES = 3
 # The exit status of `argparse`.
-_WRONG_ARGUMENTS = 2
+WRONG_ARGUMENTS = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return bootstrap.LOST_A_WORKER
     except (OSError, ValueError) as error:
         _say(f"python -m tf_regtopk.run: {error}")
-        return _WRONG_ARGUMENTS
+        return WRONG_ARGUMENTS
 
 
 def _supervise(
