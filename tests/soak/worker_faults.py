@@ -1,8 +1,9 @@
 r"""Ends and stops workers of `examples/multi_worker.py` at random moments.
 
-After each fault the other workers have to end within the time promised, with a
-message; and the same command has to go on from the last backup. In the end the
-weights have to equal, to the bit, those of a run that nothing happened to.
+Each worker has a launcher of its own. After each fault the other workers have
+to end within the time promised, and their launchers have to say why; and the
+same command has to go on from the last backup. In the end the weights have to
+equal, to the bit, those of a run that nothing happened to.
 
     python tests/soak/worker_faults.py --faults=20
 
@@ -31,12 +32,12 @@ sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "support"))
 import multi_worker_launcher
 import paths
 
+from tf_regtopk.launch import bootstrap
+
 EXAMPLE = paths.EXAMPLES / "multi_worker.py"
-# What `examples/multi_worker.py` ends with when another worker is lost.
-LOST_A_WORKER, PORT_TAKEN = 3, 4
-# Python and TensorFlow start before the example's own timeout runs, and
-# TensorFlow's heartbeat takes up to 15 s.
-GRACE_SECONDS = 30
+# Python and TensorFlow start before the timeout runs, TensorFlow's heartbeat
+# takes up to 15 s, and the launchers take some to look for the cause.
+GRACE_SECONDS = 40
 WHILE_WRITING = " while it wrote"
 
 flags.DEFINE_integer("faults", 20, "Faults to cause.", lower_bound=1)
@@ -53,12 +54,13 @@ def start(directory):
     return [
         multi_worker_launcher.Process(
             [
+                *("-m", "tf_regtopk.run", "--show=all"),
+                f"--start_timeout={args.timeout_seconds + GRACE_SECONDS}",
                 EXAMPLE,
                 f"--output_dir={directory / 'output'}",
                 f"--epochs={args.epochs}",
                 f"--batch_size={24 * args.workers}",
                 f"--timeout_seconds={args.timeout_seconds}",
-                "--sequential_input",
             ],
             directory / f"worker_{i}.txt",
             TF_CONFIG=multi_worker_launcher.tf_config(addresses, i),
@@ -129,24 +131,24 @@ def cause_fault(directory, number, rng, seconds):
             is_writing = wait_for_write(directory, workers, victim, seconds)
         else:
             time.sleep(rng.uniform(0, 0.8 * seconds))
-        if any(w.popen.poll() == PORT_TAKEN for w in workers):
+        if any(w.popen.poll() == bootstrap.PORT_TAKEN for w in workers):
             return "port taken"
         if any(w.popen.poll() == 0 for w in workers):
             wait_for_success(workers, args.timeout_seconds + GRACE_SECONDS)
             check_resumed(workers, first_epoch)
             return "finished"
         others = [w for i, w in enumerate(workers) if i != victim]
+        started = workers[victim].wait_for("(processes ", GRACE_SECONDS)
         assert all(w.popen.poll() is None for w in workers), workers
-        workers[victim].popen.send_signal(sign)
+        os.kill(int(re.search(r"\(processes (\d+)\)", started)[1]), sign)
         begin = time.monotonic()
         for other in others:
-            status = other.wait(args.timeout_seconds + GRACE_SECONDS)
-            # Killed from outside where TensorFlow waits for a first contact.
-            if status == -signal.SIGKILL:
-                assert "s for the start of" in other.output, other.output
-            elif status:  # Else it had done its part.
-                assert status == LOST_A_WORKER, other.output[-3000:]
-                assert "lost another worker" in other.output
+            status = other.wait(args.timeout_seconds + 2 * GRACE_SECONDS)
+            if status:  # Else it had done its part.
+                assert status == bootstrap.LOST_A_WORKER, other.output[-3000:]
+                assert "(`--start_timeout`)" in other.output or (
+                    "Error: " in other.output
+                ), other.output[-3000:]
         ended = time.monotonic() - begin
         check_resumed(workers, first_epoch)
         return (
@@ -156,8 +158,7 @@ def cause_fault(directory, number, rng, seconds):
         )
     finally:
         for worker in workers:
-            worker.popen.kill()
-            worker.popen.wait()
+            worker.end()
 
 
 def main(argv):

@@ -149,7 +149,7 @@ class Member:
         self._num_exchanges, self._heard_at = 0, -math.inf
         self._exchanged = threading.Condition()
         self._keeps_board = keep_board(address, secret)
-        threading.Thread(target=self._keep_in_touch, daemon=True).start()
+        self._reach_board()
 
     def meet(
         self, addresses: Sequence[str], timeout: float
@@ -274,8 +274,17 @@ class Member:
     def _board_address(self) -> str:
         return f"{self._address[0]}:{self._address[1]}"
 
+    def _reach_board(self) -> None:
+        """Begins to exchange posts with the board, over a new connection."""
+        self._connected_at = time.monotonic()
+        self._thread = threading.Thread(target=self._keep_in_touch, daemon=True)
+        self._thread.start()
+
     def _wait_for_news(self) -> None:
         """Waits for an exchange that has begun after this call, or a while."""
+        # A connection to a machine that is gone may wait without end.
+        if _age(max(self._heard_at, self._connected_at)) > SILENT_SECONDS:
+            self._reach_board()
         with self._exchanged:
             end = self._num_exchanges + 2
             self._exchanged.wait_for(
@@ -286,7 +295,8 @@ class Member:
 
     def _keep_in_touch(self) -> None:
         board, named_at = None, time.monotonic()
-        while self._error is None:
+        this_thread = threading.current_thread()
+        while self._error is None and self._thread is this_thread:
             error, posts = None, None
             try:
                 if board is None:
@@ -308,7 +318,8 @@ class Member:
                 )
             except (OSError, EOFError):
                 board, named_at = None, time.monotonic()
-            self._hear(posts, error)
+            if self._thread is this_thread:
+                self._hear(posts, error)
             time.sleep(_BEAT_SECONDS)
 
     def _hear(
