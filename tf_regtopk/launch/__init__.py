@@ -1,5 +1,9 @@
 """The launcher: worker processes, started, watched and restarted.
 
-`command.py` has the command line, `run.py` of the package starts it. Nothing
-here imports TensorFlow.
+`command.py` runs the command and `arguments.py` parses its line; `run.py` of
+the package starts it. `groups.py` says which workers there are: those of this
+machine, those of machines that meet (`rendezvous.py`), or one that somebody
+else has told of (`cluster.py`). `worker.py` is a process, `supervision.py`
+waits for several, and `bootstrap.py` is what runs in the process. Nothing here
+needs TensorFlow, but the variables of Slurm.
 """

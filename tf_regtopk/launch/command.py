@@ -7,6 +7,10 @@ The script needs nothing but `tf_regtopk.MultiWorkerMirroredStrategy()`, and
 gets a port, `TF_CONFIG`, and its share of the GPUs, or else of the cores. When
 one fails, all are ended, and the cause is told; with `--max_restarts` all of
 them are started again.
+
+On several machines the same command runs on each, with `--hosts` and a secret
+that the launchers know. Where Slurm or `TF_CONFIG` says which worker this is,
+the launcher starts this one.
 """
 
 import argparse
@@ -66,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _supervise(
-    args: argparse.Namespace, group: groups.Alone, directory: pathlib.Path
+    args: argparse.Namespace, group: groups.Group, directory: pathlib.Path
 ) -> int:
     """Starts the workers until they succeed, or as often as they may fail."""
     num_restarts, num_port_tries = 0, 1
@@ -99,7 +103,7 @@ def _supervise(
 
 
 def _attempt(
-    args: argparse.Namespace, group: groups.Alone, directory: pathlib.Path
+    args: argparse.Namespace, group: groups.Group, directory: pathlib.Path
 ) -> int:
     """Starts all workers once, and returns the status when they have ended."""
     workers: list[worker_lib.Worker] = []
@@ -140,7 +144,7 @@ def _attempt(
 def _detailed(
     failure: worker_lib.Failure,
     workers: Sequence[worker_lib.Worker],
-    group: groups.Alone,
+    group: groups.Group,
 ) -> worker_lib.Failure:
     """Adds what the worker has said last, and who does not answer it."""
     [worker] = [each for each in workers if each.name == failure.name]

@@ -19,10 +19,8 @@ SECRET_VARIABLE = "TF_REGTOPK_SECRET"
 _PAUSE_SECONDS = 15.0
 
 
-class Alone:
-    """All workers are of this machine.
-
-    Also the base of the other groups.
+class Group:
+    """The workers of a training, and which of them are of this machine.
 
     Args:
         args: The command's arguments.
@@ -43,10 +41,9 @@ class Alone:
 
         Raises:
             TimeoutError: If the workers of other machines do not come.
-            ValueError: If there are no places.
+            ValueError: If the machine has no GPUs for them.
         """
-        count = self._args.workers
-        return self._share_out(shares.free_addresses(count), 0, count)
+        raise NotImplementedError
 
     def failures_elsewhere(self) -> list[worker_lib.Failure]:
         """Returns the failures of other machines so far."""
@@ -99,7 +96,15 @@ class Alone:
         ]
 
 
-class Told(Alone):
+class OneMachine(Group):
+    """All workers are of this machine."""
+
+    def places(self) -> list[cluster.Place]:
+        count = self._args.workers
+        return self._share_out(shares.free_addresses(count), 0, count)
+
+
+class Told(Group):
     """One worker, whose place somebody else has told, as a cluster does.
 
     Args:
@@ -124,7 +129,7 @@ class Told(Alone):
         return [cluster.silence(self._place.peers)]
 
 
-class Gathered(Alone):
+class Gathered(Group):
     """Workers of several machines, whose launchers meet at a rendezvous.
 
     Args:
@@ -191,7 +196,7 @@ class Gathered(Alone):
         self._member.leave()
 
 
-def group_of(args: argparse.Namespace) -> tuple[Alone, str]:
+def group_of(args: argparse.Namespace) -> tuple[Group, str]:
     """Returns the group that the arguments or the environment tell.
 
     Args:
@@ -206,7 +211,7 @@ def group_of(args: argparse.Namespace) -> tuple[Alone, str]:
     if args.hosts or args.hostfile or args.rendezvous:
         return Gathered(args), ""
     if args.workers:
-        return Alone(args), ""
+        return OneMachine(args), ""
     told = cluster.told_place(args.port)
     if told is None:
         raise ValueError(

@@ -77,7 +77,7 @@ def test_each_worker_knows_its_place(launch, tmp_path):
 
 def places(workers, device, cores="share"):
     args = argparse.Namespace(workers=workers, device=device, cores=cores)
-    return groups.Alone(args).places()
+    return groups.OneMachine(args).places()
 
 
 def test_more_workers_than_cores_share_them(monkeypatch):
