@@ -143,26 +143,22 @@ class Gathered(Group):
         super().__init__(args)
         hosts = _hosts(args)
         if hosts:
+            board, port = next(iter(hosts)), args.rendezvous_port
+            num_machines = len(hosts)
+        else:
+            board, port = _board(args)
+            num_machines = args.nodes
+        rendezvous.check_is_reached(board)
+        if hosts:
             self._host = args.host or _this_host(hosts)
             if self._host not in hosts:
                 raise ValueError(
                     "`--host` must be one of the hosts. Received: "
                     f"{self._host}, and the hosts {', '.join(hosts)}"
                 )
-            board, num_machines = next(iter(hosts)), len(hosts)
-            self._count = args.workers or hosts[self._host]
-            port = args.rendezvous_port
         else:
-            board, _, text = args.rendezvous.rpartition(":")
-            if not board or not text.isdecimal() or not args.nodes:
-                raise ValueError(
-                    "`--rendezvous` must be a host and a port, as host0:29500, "
-                    "and `--nodes` the number of machines. Received: "
-                    f"{args.rendezvous}, {args.nodes} nodes"
-                )
-            port, num_machines = int(text), args.nodes
             self._host = args.host or rendezvous.own_address((board, port))
-            self._count = args.workers or 1
+        self._count = args.workers or hosts.get(self._host, 1)
         self.folder = self._host
         self.chooses_ports = not args.port
         self._member = rendezvous.Member(
@@ -208,7 +204,15 @@ def group_of(args: argparse.Namespace) -> tuple[Group, str]:
     Raises:
         ValueError: If nothing tells it, or what tells it makes no sense.
     """
-    if args.hosts or args.hostfile or args.rendezvous:
+    ways = [args.hosts, args.hostfile, args.rendezvous]
+    if sum(map(bool, ways)) > 1 or (args.nodes and not args.rendezvous):
+        raise ValueError(
+            "One of `--hosts`, `--hostfile`, and `--rendezvous` with `--nodes` "
+            "must say which machines there are. Received: "
+            f"--hosts={args.hosts} --hostfile={args.hostfile} "
+            f"--rendezvous={args.rendezvous} --nodes={args.nodes}"
+        )
+    if any(ways):
         return Gathered(args), ""
     if args.workers:
         return OneMachine(args), ""
@@ -242,6 +246,18 @@ def _hosts(args: argparse.Namespace) -> dict[str, int]:
             )
         hosts[match[1]] = int(match[2] or 1)
     return hosts
+
+
+def _board(args: argparse.Namespace) -> tuple[str, int]:
+    """Returns host and port of `--rendezvous`."""
+    host, _, port = args.rendezvous.rpartition(":")
+    if not host or not port.isdecimal() or not args.nodes:
+        raise ValueError(
+            "`--rendezvous` must be a host and a port, as host0:29500, and "
+            "`--nodes` the number of machines. Received: "
+            f"{args.rendezvous}, {args.nodes} nodes"
+        )
+    return host, int(port)
 
 
 def _this_host(hosts: Sequence[str] | dict[str, int]) -> str:

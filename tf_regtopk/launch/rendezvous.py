@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import contextlib
 import dataclasses
 import errno
+import ipaddress
 import math
 import multiprocessing
 from multiprocessing import managers
@@ -368,6 +369,30 @@ def is_here(host: str) -> bool:
             each.bind(address)
             return True
     return False
+
+
+def check_is_reached(host: str) -> None:
+    """Raises a `ValueError` if others cannot reach this machine by its name.
+
+    Args:
+        host: Name or address, of this machine or another.
+    """
+    with contextlib.suppress(ValueError):
+        ipaddress.ip_address(host)
+        return  # Somebody has meant this address.
+    try:
+        address = socket.gethostbyname(host)
+    except OSError as error:
+        raise ValueError(
+            f"The name of the rendezvous must be known. Received: {host}, for "
+            f"which this machine finds no address ({error})"
+        ) from error
+    if ipaddress.ip_address(address).is_loopback and host != "localhost":
+        raise ValueError(
+            "The name of the rendezvous must lead to an address by which the "
+            f"others reach it. Received: {host}, which is {address} here, as "
+            "in many an /etc/hosts. Give the address in place of the name"
+        )
 
 
 def own_address(towards: tuple[str, int]) -> str:

@@ -240,12 +240,19 @@ def test_a_name_that_another_has(machines):
         ([], "The workers must be told"),
         (["--hosts=a,a"], "must be names, each once"),
         (["--hosts=a:0"], "must be names, each once"),
-        (["--hosts=a.invalid,b.invalid"], "which of the hosts this machine is"),
-        (["--hosts=a", "--host=c"], "`--host` must be one of the hosts"),
+        (["--hosts=a.invalid,b"], "finds no address"),
+        (
+            ["--hosts=203.0.113.1,203.0.113.2"],
+            "which of the hosts this machine is",
+        ),
+        (["--hosts=203.0.113.1", "--host=c"], "`--host` must be one of the"),
         (["--hosts=127.0.0.1"], "A secret must be given"),
         (["--rendezvous=host0"], "must be a host and a port"),
         (["--rendezvous=host0:1"], "and `--nodes`"),
         (["--hostfile=missing"], "missing"),
+        (["--hosts=a", "--rendezvous=b:1"], "One of `--hosts`"),
+        (["--hosts=a", "--nodes=2"], "One of `--hosts`"),
+        (["--rendezvous=a.invalid:1", "--nodes=2"], "finds no address"),
     ],
 )
 def test_wrong_arguments(monkeypatch, capsys, tmp_path, argv, message):
@@ -257,7 +264,16 @@ def test_wrong_arguments(monkeypatch, capsys, tmp_path, argv, message):
     assert message in capsys.readouterr().err
 
 
+def test_a_name_that_only_this_machine_knows(monkeypatch):
+    """As Debian writes its own name into /etc/hosts."""
+    monkeypatch.setattr(socket, "gethostbyname", lambda host: "127.0.1.1")
+    with pytest.raises(ValueError, match="which is 127.0.1.1 here"):
+        rendezvous.check_is_reached("host0")
+    for address in ("localhost", "127.0.0.1", "::1"):
+        rendezvous.check_is_reached(address)
+
+
 def test_where_a_host_is():
     assert rendezvous.is_here("127.0.0.1")
-    assert not rendezvous.is_here("192.0.2.1")  # Kept for documents.
+    assert not rendezvous.is_here("203.0.113.1")  # Kept for documents.
     assert rendezvous.own_address(("127.0.0.1", 1)) == "127.0.0.1"
