@@ -38,7 +38,7 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     )
     machines.add_argument(
         "--rendezvous_port",
-        type=_natural,
+        type=_port,
         default=29500,
         help="Port at which the first of the hosts waits for the others.",
     )
@@ -57,7 +57,7 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     )
     machines.add_argument(
         "--port",
-        type=_natural,
+        type=_port,
         help="Port of this machine's first worker. The next has the next. By "
         "default free ones.",
     )
@@ -113,6 +113,14 @@ def _natural(text: str) -> int:
 
 def _natural_or_zero(text: str) -> int:
     return _at_least(text, 0)
+
+
+def _port(text: str) -> int:
+    if _at_least(text, 1) > 65535:
+        raise argparse.ArgumentTypeError(
+            f"must be a port, at most 65535. Received: {text}"
+        )
+    return int(text)
 
 
 def _at_least(text: str, minimum: int) -> int:

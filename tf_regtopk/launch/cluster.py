@@ -8,6 +8,9 @@ import os
 import socket
 import time
 
+# The environment variable with the secret of launchers that meet.
+SECRET_VARIABLE = "TF_REGTOPK_SECRET"
+
 # Ports of a Slurm job: those of `--port`, or of the job's number. Jobs may
 # share a host, so each has 20 of its own.
 _SLURM_PORTS, _PORTS_A_JOB = 12000, 20

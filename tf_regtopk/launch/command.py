@@ -54,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = arguments.parse(argv, (__doc__ or "").partition("\n")[0])
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _exit)
+        if signal.getsignal(number) != signal.SIG_IGN:  # As under `nohup`.
+            signal.signal(number, _exit)
     try:
         group, told = groups.group_of(args)
         directory = _log_directory(args.log_dir, group.folder)
@@ -74,9 +75,11 @@ def _supervise(
 ) -> int:
     """Starts the workers until they succeed, or as often as they may fail."""
     num_restarts, num_port_tries = 0, 1
+    # A launcher of several may have been started again.
+    num_before = len(list(directory.glob("attempt-*")))
     try:
         while True:
-            attempt = num_restarts + num_port_tries - 1
+            attempt = num_before + num_restarts + num_port_tries - 1
             of_attempt = directory / f"attempt-{attempt}"
             of_attempt.mkdir(parents=True)
             status = _attempt(args, group, of_attempt)
@@ -129,8 +132,10 @@ def _attempt(
         for worker in workers:
             worker.end()
     own = [_detailed(failure, workers, group) for failure in failures]
-    failures = group.settle(own)
-    if not failures:
+    # Several machines may tell of the same failure, one with its details.
+    told = sorted(group.settle(own), key=lambda failure: bool(failure.details))
+    failures = list({failure.name: failure for failure in told}.values())
+    if not failures and all(worker.has_succeeded for worker in workers):
         return 0
     causes = [f for f in failures if not f.is_lost] or failures
     _say("\n".join(_report(causes, workers)))
@@ -147,7 +152,10 @@ def _detailed(
     group: groups.Group,
 ) -> worker_lib.Failure:
     """Adds what the worker has said last, and who does not answer it."""
-    [worker] = [each for each in workers if each.name == failure.name]
+    named = [each for each in workers if each.name == failure.name]
+    if not named:  # It is of another machine.
+        return failure
+    [worker] = named
     details = [
         f"Its output: {worker.log}",
         *(f"| {line}" for line in worker.last_lines(5)),
@@ -190,7 +198,7 @@ def _log_directory(log_dir: str | None, folder: str) -> pathlib.Path:
     parent = log_dir or tempfile.mkdtemp(prefix="tf_regtopk-")
     # A script may change its working directory.
     directory = (pathlib.Path(parent) / folder).resolve()
-    if list(directory.glob("attempt-*")):
+    if not folder and list(directory.glob("attempt-*")):
         raise ValueError(
             "`--log_dir` must hold no output of an earlier run. "
             f"Received: {directory}"

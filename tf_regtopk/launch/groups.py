@@ -12,8 +12,6 @@ from tf_regtopk.launch import rendezvous
 from tf_regtopk.launch import shares
 from tf_regtopk.launch import worker as worker_lib
 
-# The variable that holds the secret, if no file does.
-SECRET_VARIABLE = "TF_REGTOPK_SECRET"
 # Seconds before workers that know nothing of each other's launchers start
 # again: longer than the heartbeat by which the others notice a lost worker.
 _PAUSE_SECONDS = 15.0
@@ -204,8 +202,10 @@ def group_of(args: argparse.Namespace) -> tuple[Group, str]:
     Raises:
         ValueError: If nothing tells it, or what tells it makes no sense.
     """
-    ways = [args.hosts, args.hostfile, args.rendezvous]
-    if sum(map(bool, ways)) > 1 or (args.nodes and not args.rendezvous):
+    ways = [
+        way is not None for way in (args.hosts, args.hostfile, args.rendezvous)
+    ]
+    if sum(ways) > 1 or (args.nodes and not args.rendezvous):
         raise ValueError(
             "One of `--hosts`, `--hostfile`, and `--rendezvous` with `--nodes` "
             "must say which machines there are. Received: "
@@ -237,7 +237,13 @@ def _hosts(args: argparse.Namespace) -> dict[str, int]:
         lines = pathlib.Path(args.hostfile).read_text("utf-8").splitlines()
         text = ",".join(line.partition("#")[0] for line in lines)
     hosts = {}
-    for item in filter(None, re.split(r"[\s,]+", text)):
+    items = [item for item in re.split(r"[\s,]+", text) if item]
+    if not items and not args.rendezvous:
+        raise ValueError(
+            "Hosts must be names, at least one. Received: none, by "
+            f"--hosts={args.hosts} --hostfile={args.hostfile}"
+        )
+    for item in items:
         match = re.fullmatch(r"([^:\s]+)(?::([1-9]\d*))?", item)
         if not match or match[1] in hosts:
             raise ValueError(
@@ -251,7 +257,8 @@ def _hosts(args: argparse.Namespace) -> dict[str, int]:
 def _board(args: argparse.Namespace) -> tuple[str, int]:
     """Returns host and port of `--rendezvous`."""
     host, _, port = args.rendezvous.rpartition(":")
-    if not host or not port.isdecimal() or not args.nodes:
+    is_port = port.isdecimal() and 0 < int(port) < 65536
+    if not host or not is_port or not args.nodes:
         raise ValueError(
             "`--rendezvous` must be a host and a port, as host0:29500, and "
             "`--nodes` the number of machines. Received: "
@@ -275,10 +282,11 @@ def _secret(args: argparse.Namespace) -> bytes:
     if args.secret_file:
         secret = pathlib.Path(args.secret_file).read_bytes().strip()
     else:
-        secret = os.environ.get(SECRET_VARIABLE, "").encode()
+        secret = os.environ.get(cluster.SECRET_VARIABLE, "").encode()
     if not secret:
         raise ValueError(
-            f"A secret must be given, by `--secret_file` or `{SECRET_VARIABLE}`"
-            ", the same on all machines. Received: none"
+            "A secret must be given, by `--secret_file` or "
+            f"`{cluster.SECRET_VARIABLE}`, the same on all machines. "
+            "Received: none"
         )
     return secret

@@ -44,6 +44,8 @@ class Post:
         failures: The failures of its workers, None while they run.
         before: Its failures in the attempt before, None if it took no part.
         has_left: Whether the launcher is about to end.
+        machines: Names of the machines as the launcher was told, or else their
+            number. Those of all launchers must be equal.
     """
 
     launcher: str
@@ -53,6 +55,7 @@ class Post:
     failures: tuple[worker_lib.Failure, ...] | None = None
     before: tuple[worker_lib.Failure, ...] | None = None
     has_left: bool = False
+    machines: tuple[str, ...] | int = 0
 
 
 class Board:
@@ -144,7 +147,10 @@ class Member:
         self._num_machines = num_machines
         self._address, self._secret = address, secret
         self._order = order
-        self._post = Post(str(uuid.uuid4()))
+        self._post = Post(
+            str(uuid.uuid4()), machines=tuple(order) or num_machines
+        )
+        self._members: list[str] = []
         self._others: dict[str, tuple[Post, float]] = {}
         self._error: Exception | None = None
         self._num_exchanges, self._heard_at = 0, -math.inf
@@ -174,7 +180,11 @@ class Member:
         attempt = self._post.attempt + 1
         while True:
             self._post = Post(
-                launcher, attempt, addresses=tuple(addresses), before=before
+                launcher,
+                attempt,
+                addresses=tuple(addresses),
+                before=before,
+                machines=self._post.machines,
             )
             self._wait_for_news()
             posts = {
@@ -182,11 +192,13 @@ class Member:
                 for name, (post, since) in self._others.items()
                 if _age(since) < SILENT_SECONDS and not post.has_left
             }
+            self._check_machines()
             posts[self._machine] = self._post
             attempt = max(_next_attempt(p, launcher) for p in posts.values())
             there = {n for n, p in posts.items() if p.attempt == attempt}
             names = [n for n in self._order or sorted(there) if n in there]
             if len(names) == self._num_machines and self._is_heard():
+                self._members = names
                 members = frozenset(posts[name].launcher for name in names)
                 self._post = dataclasses.replace(self._post, members=members)
                 of_machines = [posts[name].addresses for name in names]
@@ -236,6 +248,7 @@ class Member:
         return [
             self._outcome(name, post, _age(since))
             for name, (post, since) in self._others.items()
+            if name in self._members
         ]
 
     def _outcome(
@@ -254,6 +267,15 @@ class Member:
         else:
             return None
         return [worker_lib.Failure(machine, what)]
+
+    def _check_machines(self) -> None:
+        for name, (post, since) in self._others.items():
+            is_new = _age(since) < SILENT_SECONDS
+            if is_new and post.machines != self._post.machines:
+                raise ValueError(
+                    "All launchers must be told the same machines. Received: "
+                    f"{self._post.machines} here, {post.machines} on {name}"
+                )
 
     def _who_is_missing(self, names: Sequence[str], timeout: float) -> str:
         missing = [name for name in self._order if name not in names]
@@ -319,6 +341,11 @@ class Member:
                 )
             except (OSError, EOFError):
                 board, named_at = None, time.monotonic()
+            except Exception as other:  # As of another version's launcher.
+                error = ValueError(
+                    f"{self._board_address} must be the rendezvous of this "
+                    f"version. Received: {type(other).__name__}: {other}"
+                )
             if self._thread is this_thread:
                 self._hear(posts, error)
             time.sleep(_BEAT_SECONDS)
@@ -332,7 +359,7 @@ class Member:
             if posts is not None:
                 now = self._heard_at = time.monotonic()
                 # A board that was begun anew does not know all at once.
-                self._others |= {
+                self._others = self._others | {
                     name: (post, now - age)
                     for name, (post, age) in posts.items()
                     if name != self._machine
@@ -361,7 +388,7 @@ def is_here(host: str) -> bool:
         host: Its name or address.
     """
     try:
-        found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
+        found = socket.getaddrinfo(host, 0, socket.AF_INET, socket.SOCK_STREAM)
     except OSError:
         return False
     for family, kind, _, _, address in found:
@@ -402,7 +429,7 @@ def own_address(towards: tuple[str, int]) -> str:
         towards: Host and port of the other machine. Nothing is sent there.
     """
     [(family, _, _, _, address), *_] = socket.getaddrinfo(
-        *towards, type=socket.SOCK_DGRAM
+        *towards, socket.AF_INET, socket.SOCK_DGRAM
     )
     with socket.socket(family, socket.SOCK_DGRAM) as each:
         each.connect(address)

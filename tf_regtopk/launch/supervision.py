@@ -11,6 +11,8 @@ from tf_regtopk.launch import worker as worker_lib
 # The other workers fail a moment after the one that has caused it, and are
 # given so many seconds to do so.
 _SETTLE_SECONDS = 3.0
+# Seconds in which TensorFlow notices that a worker of another machine is lost.
+_NOTICE_SECONDS = 15.0
 _POLL_SECONDS = 0.1
 
 
@@ -35,8 +37,8 @@ def wait_for(
             machines so far.
 
     Returns:
-        The failures that are the cause; empty if all have succeeded, or if the
-        cause is elsewhere.
+        The failures that are the cause, here or elsewhere; empty if all have
+        succeeded.
     """
     first_lost = first_arrived = None
     while True:
@@ -52,13 +54,16 @@ def wait_for(
         if all(worker.has_succeeded for worker in workers):
             return []
         elsewhere = failures_elsewhere()
-        if any(not failure.is_lost for failure in elsewhere):
-            return []
+        causes = [failure for failure in elsewhere if not failure.is_lost]
+        if causes:
+            return causes
         if found or elsewhere:
             first_lost = first_lost or time.monotonic()
+            # Workers elsewhere may notice a loss long before those here.
+            seconds = _SETTLE_SECONDS if found else _NOTICE_SECONDS
             if (
                 len(found) == len(workers)
-                or time.monotonic() - first_lost > _SETTLE_SECONDS
+                or time.monotonic() - first_lost > seconds
             ):
                 return _causes_among(found, workers)
         time.sleep(_POLL_SECONDS)

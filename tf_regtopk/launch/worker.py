@@ -77,7 +77,7 @@ class Worker:
                 *command,
             ],
             env={
-                **os.environ,
+                **_inherited(),
                 **_visible_gpus(place),
                 "PYTHONUNBUFFERED": "1",
                 "TF_CONFIG": place.tf_config,
@@ -165,3 +165,8 @@ def _visible_gpus(place: cluster.Place) -> dict[str, str]:
     if place.gpus is None:
         return {}
     return {"CUDA_VISIBLE_DEVICES": ",".join(place.gpus) or "-1"}
+
+
+def _inherited() -> dict[str, str]:
+    """This process's environment, but for what is the launchers' alone."""
+    return {k: v for k, v in os.environ.items() if k != cluster.SECRET_VARIABLE}

@@ -212,6 +212,16 @@ def test_a_machine_that_does_not_come(machines):
     assert "Received: 127.0.0.1. Missing: 127.0.0.2" in outputs[1]
 
 
+def test_machines_that_were_told_otherwise(machines):
+    machines.write("")
+    machines.start(1)
+    machines.start(2, hosts="127.0.0.1,127.0.0.3,127.0.0.2")
+    statuses, outputs = machines.wait()
+    assert statuses == {1: 2, 2: 2}
+    for output in outputs.values():
+        assert "All launchers must be told the same machines" in output
+
+
 def test_another_secret(machines):
     machines.write("")
     machines.start(1)
@@ -252,6 +262,8 @@ def test_a_name_that_another_has(machines):
         (["--hostfile=missing"], "missing"),
         (["--hosts=a", "--rendezvous=b:1"], "One of `--hosts`"),
         (["--hosts=a", "--nodes=2"], "One of `--hosts`"),
+        (["--hosts=,"], "Hosts must be names, at least one"),
+        (["--rendezvous=h:70000", "--nodes=1"], "must be a host and a port"),
         (["--rendezvous=a.invalid:1", "--nodes=2"], "finds no address"),
     ],
 )
