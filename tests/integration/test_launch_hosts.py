@@ -88,7 +88,8 @@ def cut_the_link(names, launchers):
             cut_the_link,
             [
                 f"{HOSTS[1]} has not been heard of",
-                f"the rendezvous does not answer at {HOSTS[0]}",
+                f"the rendezvous does not answer at {HOSTS[0]}"
+                f"|{HOSTS[0]} has not been heard of",
             ],
         ),
     ],
@@ -97,6 +98,6 @@ def test_goes_on_after(fault, told, names, launchers):
     fault(names, launchers)
     for launcher, text in zip(launchers, told, strict=True):
         assert launcher.wait(LIMIT) == 0, launcher.output
-        assert text in launcher.output
+        assert re.search(text, launcher.output), launcher.output
         assert "Restart 1 of 1" in launcher.output
     assert "Resuming after epoch" in launchers[0].output

@@ -6,15 +6,15 @@ import sys
 
 from tf_regtopk.launch import command
 
-# By its function, because the command has TensorFlow imported first.
+# The package is played, because it has TensorFlow imported first.
 _PROGRAM = f"""
-import importlib.machinery, sys, types
+import runpy, sys, types
 package = types.ModuleType("tf_regtopk")
 package.__path__ = [{os.path.dirname(os.path.dirname(command.__file__))!r}]
 sys.modules["tf_regtopk"] = package
-from tf_regtopk.launch import command
+import tf_regtopk.launch.command
 assert "tensorflow" not in sys.modules
-sys.exit(command.main(sys.argv[1:]))
+runpy.run_module("tf_regtopk.run", run_name="__main__")
 """
 
 # What a script may want to say of itself.

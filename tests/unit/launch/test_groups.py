@@ -193,6 +193,43 @@ def test_a_launcher_that_is_lost_comes_back(machines):
     assert "127.0.0.1 was started again" in outputs[2]
 
 
+@pytest.mark.slow
+def test_a_board_that_does_not_answer(machines):
+    """Its machine is frozen: connections are taken, and nothing comes."""
+    machines.write("meet(run); (folder / 'met').touch(); time.sleep(1000)")
+    machines.start(1)
+    machines.wait_for_board()
+    machines.start(2)
+    machines.wait_for("met")
+    machines.launchers[1].send_signal(signal.SIGSTOP)
+    other = machines.launchers[2]
+    output, _ = other.communicate(timeout=LIMIT)
+    assert other.returncode == bootstrap.LOST_A_WORKER
+    # Both are found at the same time.
+    assert (
+        f"the rendezvous does not answer at {machines.board}" in output
+        or "127.0.0.1 has not been heard of" in output
+    )
+
+
+@pytest.mark.slow
+def test_a_machine_that_comes_back_too_late(machines):
+    """The attempt is lost, though the frozen machine finds its own well."""
+    machines.write("meet(run); (folder / 'met').touch(); time.sleep(25)")
+    machines.start(1, "--max_restarts=1")
+    machines.wait_for_board()
+    machines.start(2, "--max_restarts=1")
+    machines.wait_for("met")
+    machines.launchers[2].send_signal(signal.SIGSTOP)
+    time.sleep(rendezvous.SILENT_SECONDS + 3)
+    machines.launchers[2].send_signal(signal.SIGCONT)
+    statuses, outputs = machines.wait()
+    assert statuses == {1: 0, 2: 0}
+    for output in outputs.values():
+        assert "127.0.0.2 has not been heard of" in output
+        assert "Restart 1 of 1" in output
+
+
 def test_a_launcher_that_is_ended(machines):
     machines.write("meet(run); (folder / 'met').touch(); time.sleep(1000)")
     for number in (1, 2):
