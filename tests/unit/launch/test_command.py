@@ -3,11 +3,14 @@
 import argparse
 import json
 import signal
+import subprocess
+import sys
 import textwrap
 import time
 
-import bare_launcher
+import paths
 import pytest
+import script_launcher
 
 from tf_regtopk.launch import command
 from tf_regtopk.launch import groups
@@ -35,7 +38,7 @@ def launch(tmp_path, capfdbinary):
     def run(script, *options, workers=2, arguments=()):
         path = tmp_path / "script.py"
         path.write_text(
-            bare_launcher.PRELUDE + textwrap.dedent(script), "utf-8"
+            script_launcher.PRELUDE + textwrap.dedent(script), "utf-8"
         )
         status = command.main(
             [f"--workers={workers}", f"--log_dir={tmp_path / 'logs'}"]
@@ -284,7 +287,7 @@ def test_workers_end_with_the_launcher(tmp_path, number):
         "pathlib.Path(sys.argv[1], f'pid-{os.getpid()}').touch()\n"
         "time.sleep(1000)\n"
     )
-    launcher = bare_launcher.start(
+    launcher = script_launcher.start(
         "--workers=2", f"--log_dir={tmp_path / 'logs'}", script, tmp_path
     )
     try:
@@ -346,3 +349,21 @@ def test_notes(tmp_path, monkeypatch):
     assert notes.read(tmp_path, "backup") == ["second"]
     monkeypatch.setenv(notes.VARIABLE, str(tmp_path / "missing"))
     notes.write("backup", "third")
+
+
+def test_the_launcher_has_no_tensorflow():
+    """Of its own: it would be 400 MB, and some seconds before the workers."""
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "tf_regtopk.run", "--help"],
+        cwd=paths.ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=LIMIT,
+    )
+    modules = {
+        line.split("|")[-1].strip() for line in result.stderr.split("\n")
+    }
+    assert "tf_regtopk.launch.command" in modules
+    assert not {"tensorflow", "keras", "numpy", "tf_regtopk.methods"} & modules
+    assert "--max_restarts" in result.stdout

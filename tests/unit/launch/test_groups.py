@@ -6,8 +6,8 @@ import socket
 import textwrap
 import time
 
-import bare_launcher
 import pytest
+import script_launcher
 
 from tf_regtopk.launch import bootstrap
 from tf_regtopk.launch import command
@@ -28,7 +28,7 @@ class Machines:
         self.launchers = {}
 
     def write(self, script):
-        prelude = f"folder = {str(self._path)!r}\n" + bare_launcher.PRELUDE
+        prelude = f"folder = {str(self._path)!r}\n" + script_launcher.PRELUDE
         self.script.write_text(
             prelude + "folder = pathlib.Path(folder)\n"
             # The number of the restart, which each launcher counts by itself.
@@ -40,7 +40,7 @@ class Machines:
     def start(self, number, *options, hosts=HOSTS, secret="s", arguments=()):
         host = f"127.0.0.{number}"
         where = (f"--hosts={hosts}",) if hosts else ()
-        self.launchers[number] = bare_launcher.start(
+        self.launchers[number] = script_launcher.start(
             *where,
             f"--rendezvous_port={self._port}",
             f"--host={host}",

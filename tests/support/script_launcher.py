@@ -1,21 +1,10 @@
-"""Starts the launcher without TensorFlow, for scripts that need none."""
+"""Starts the launcher, for scripts that need no TensorFlow."""
 
 import os
 import subprocess
 import sys
 
-from tf_regtopk.launch import command
-
-# The package is played, because it has TensorFlow imported first.
-_PROGRAM = f"""
-import runpy, sys, types
-package = types.ModuleType("tf_regtopk")
-package.__path__ = [{os.path.dirname(os.path.dirname(command.__file__))!r}]
-sys.modules["tf_regtopk"] = package
-import tf_regtopk.launch.command
-assert "tensorflow" not in sys.modules
-runpy.run_module("tf_regtopk.run", run_name="__main__")
-"""
+import paths
 
 # What a script may want to say of itself.
 PRELUDE = '''
@@ -54,8 +43,9 @@ def start(*args, **env):
         A `subprocess.Popen`.
     """
     return subprocess.Popen(
-        [sys.executable, "-c", _PROGRAM, "--device=cpu", *map(str, args)],
-        env={**os.environ, **env},
+        [sys.executable, "-m", "tf_regtopk.run", "--device=cpu"]
+        + [*map(str, args)],
+        env={**os.environ, "PYTHONPATH": str(paths.ROOT), **env},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
