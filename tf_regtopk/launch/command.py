@@ -17,6 +17,7 @@ import argparse
 from collections.abc import Callable
 from collections.abc import Sequence
 import dataclasses
+import itertools
 import pathlib
 import signal
 import sys
@@ -74,12 +75,11 @@ def _supervise(
     args: argparse.Namespace, group: groups.Group, directory: pathlib.Path
 ) -> int:
     """Starts the workers until they succeed, or as often as they may fail."""
-    num_restarts, num_port_tries = 0, 1
+    num_port_tries = 1
     # A launcher of several may have been started again.
     num_before = len(list(directory.glob("attempt-*")))
     try:
-        while True:
-            attempt = num_before + num_restarts + num_port_tries - 1
+        for attempt in itertools.count(num_before):
             of_attempt = directory / f"attempt-{attempt}"
             of_attempt.mkdir(parents=True)
             status = _attempt(args, group, of_attempt)
@@ -93,16 +93,17 @@ def _supervise(
                 num_port_tries += 1
                 _say("A port was taken meanwhile. Trying others.")
                 continue
-            if num_restarts == args.max_restarts:
+            if group.num_restarts >= args.max_restarts:
                 return status
-            num_restarts += 1
+            group.num_restarts += 1
             _say(
-                f"Restart {num_restarts} of {args.max_restarts}: all workers "
-                f"start again, {_where_it_goes_on(of_attempt)}."
+                f"Restart {group.num_restarts} of {args.max_restarts}: all "
+                f"workers start again, {_where_it_goes_on(of_attempt)}."
             )
             time.sleep(group.pause)
     finally:
         group.leave()
+    raise AssertionError("An attempt follows another without end.")
 
 
 def _attempt(

@@ -24,6 +24,8 @@ class Group:
         args: The command's arguments.
     """
 
+    # Number of restarts so far.
+    num_restarts = 0
     # Seconds to wait before a restart.
     pause = 0.0
     # Whether another attempt has other ports.
@@ -173,10 +175,13 @@ class Gathered(Group):
             if self._args.port
             else shares.free_ports(self._count, host="")
         )
-        addresses, first = self._member.meet(
-            [f"{self._host}:{port}" for port in ports], self._args.start_timeout
+        meeting = self._member.meet(
+            [f"{self._host}:{port}" for port in ports],
+            self._args.start_timeout,
+            self.num_restarts,
         )
-        return self._share_out(addresses, first, self._count)
+        self.num_restarts = meeting.num_restarts
+        return self._share_out(meeting.addresses, meeting.first, self._count)
 
     def failures_elsewhere(self) -> list[worker_lib.Failure]:
         return self._member.failures_elsewhere()

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import errno
 import ipaddress
+import itertools
 import math
 import multiprocessing
 from multiprocessing import managers
@@ -46,6 +47,7 @@ class Post:
         has_left: Whether the launcher is about to end.
         machines: Names of the machines as the launcher was told, or else their
             number. Those of all launchers must be equal.
+        num_restarts: Number of restarts so far.
     """
 
     launcher: str
@@ -56,6 +58,23 @@ class Post:
     before: tuple[worker_lib.Failure, ...] | None = None
     has_left: bool = False
     machines: tuple[str, ...] | int = 0
+    num_restarts: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Meeting:
+    """The machines of an attempt, once all are there.
+
+    Args:
+        addresses: Addresses of all workers.
+        first: Number of the first worker of this machine.
+        num_restarts: Number of restarts so far, the most of any launcher:
+            another may have been started again itself.
+    """
+
+    addresses: tuple[str, ...]
+    first: int
+    num_restarts: int
 
 
 class Board:
@@ -159,17 +178,17 @@ class Member:
         self._reach_board()
 
     def meet(
-        self, addresses: Sequence[str], timeout: float
-    ) -> tuple[list[str], int]:
+        self, addresses: Sequence[str], timeout: float, num_restarts: int = 0
+    ) -> Meeting:
         """Waits until all machines are there for the next attempt.
 
         Args:
             addresses: Those of the workers of this machine.
             timeout: Seconds to wait.
+            num_restarts: Number of restarts of this launcher so far.
 
         Returns:
-            The addresses of the workers of all machines, and the number of the
-            first worker of this machine.
+            The `Meeting` of all.
 
         Raises:
             TimeoutError: If some do not come. The message says which.
@@ -185,6 +204,7 @@ class Member:
                 addresses=tuple(addresses),
                 before=before,
                 machines=self._post.machines,
+                num_restarts=num_restarts,
             )
             self._wait_for_news()
             posts = {
@@ -202,8 +222,12 @@ class Member:
                 members = frozenset(posts[name].launcher for name in names)
                 self._post = dataclasses.replace(self._post, members=members)
                 of_machines = [posts[name].addresses for name in names]
-                first = sum(map(len, of_machines[: names.index(self._machine)]))
-                return [a for each in of_machines for a in each], first
+                before_here = of_machines[: names.index(self._machine)]
+                return Meeting(
+                    tuple(itertools.chain(*of_machines)),
+                    sum(map(len, before_here)),
+                    max(posts[name].num_restarts for name in names),
+                )
             if time.monotonic() > deadline:
                 raise TimeoutError(self._who_is_missing(names, timeout))
 
@@ -283,7 +307,11 @@ class Member:
             f"{self._num_machines} machines must be there within {timeout:g} s "
             f"(`--start_timeout`). Received: {', '.join(names)}"
             + (f". Missing: {', '.join(missing)}" if missing else "")
-            + ("" if self._is_heard() else f". The board {self._no_answer()}")
+            + (
+                ""
+                if self._is_heard()
+                else f". No board: it {self._no_answer()}"
+            )
         )
 
     def _is_heard(self) -> bool:

@@ -193,6 +193,24 @@ def test_a_launcher_that_is_lost_comes_back(machines):
     assert "127.0.0.1 was started again" in outputs[2]
 
 
+def test_a_launcher_that_comes_back_has_no_more_restarts(machines):
+    """Than the others: all of them end at the same failure."""
+    machines.write("meet(run); (folder / 'met').touch(); time.sleep(1000)")
+    for number in (1, 2):
+        machines.start(number, "--max_restarts=1")
+    machines.wait_for("met")
+    first = machines.launchers[1]
+    first.kill()
+    first.communicate()
+    machines.write("meet(folder / 'new'); raise ValueError")
+    (machines.script.parent / "new").mkdir()
+    machines.start(1, "--max_restarts=1")
+    statuses, outputs = machines.wait()
+    assert statuses == {1: bootstrap.FAILED, 2: bootstrap.FAILED}
+    assert "Restart 1 of 1" in outputs[2]
+    assert "Restart" not in outputs[1]
+
+
 @pytest.mark.slow
 def test_a_board_that_does_not_answer(machines):
     """Its machine is frozen: connections are taken, and nothing comes."""
