@@ -1,5 +1,6 @@
 """Groups of workers: this machine's part of a training, and of the others'."""
 
+import abc
 import argparse
 from collections.abc import Sequence
 import dataclasses
@@ -17,7 +18,7 @@ from tf_regtopk.launch import worker as worker_lib
 _PAUSE_SECONDS = 15.0
 
 
-class Group:
+class Group(abc.ABC):
     """The workers of a training, and which of them are of this machine.
 
     Args:
@@ -36,6 +37,7 @@ class Group:
     def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
 
+    @abc.abstractmethod
     def places(self) -> list[cluster.Place]:
         """Returns the places of this machine's workers in the next attempt.
 
@@ -43,7 +45,6 @@ class Group:
             TimeoutError: If the workers of other machines do not come.
             ValueError: If the machine has no GPUs for them.
         """
-        raise NotImplementedError
 
     def failures_elsewhere(self) -> list[worker_lib.Failure]:
         """Returns the failures of other machines so far."""

@@ -171,30 +171,15 @@ def test_all_start_again(machines):
         assert "Restart 1 of 1" in output
 
 
-def test_a_launcher_that_is_lost_comes_back(machines):
-    """As after the loss of a machine, here of that with the board."""
-    machines.write("""
-    is_new = sys.argv[1:] == ["new"] or not is_first_attempt
-    meet(folder / "new" if is_new else run)
-    (folder / "met").touch()
-    if not is_new:
-        time.sleep(1000)
-    """)
-    (machines.script.parent / "new").mkdir()
-    for number in (1, 2):
-        machines.start(number, "--max_restarts=1")
-    machines.wait_for("met")
-    first = machines.launchers[1]
-    first.kill()
-    first.communicate()
-    machines.start(1, arguments=["new"])
-    statuses, outputs = machines.wait()
-    assert statuses == {1: 0, 2: 0}, outputs
-    assert "127.0.0.1 was started again" in outputs[2]
+@pytest.mark.parametrize(
+    "again, status",
+    [("", 0), ("raise ValueError", bootstrap.FAILED)],
+)
+def test_a_launcher_that_is_lost_comes_back(machines, again, status):
+    """As after the loss of a machine, here of that with the board.
 
-
-def test_a_launcher_that_comes_back_has_no_more_restarts(machines):
-    """Than the others: all of them end at the same failure."""
+    The new launcher has no more restarts than the others have.
+    """
     machines.write("meet(run); (folder / 'met').touch(); time.sleep(1000)")
     for number in (1, 2):
         machines.start(number, "--max_restarts=1")
@@ -202,11 +187,12 @@ def test_a_launcher_that_comes_back_has_no_more_restarts(machines):
     first = machines.launchers[1]
     first.kill()
     first.communicate()
-    machines.write("meet(folder / 'new'); raise ValueError")
+    machines.write(f"meet(folder / 'new'); {again}")
     (machines.script.parent / "new").mkdir()
     machines.start(1, "--max_restarts=1")
     statuses, outputs = machines.wait()
-    assert statuses == {1: bootstrap.FAILED, 2: bootstrap.FAILED}
+    assert statuses == {1: status, 2: status}, outputs
+    assert "127.0.0.1 was started again" in outputs[2]
     assert "Restart 1 of 1" in outputs[2]
     assert "Restart" not in outputs[1]
 
