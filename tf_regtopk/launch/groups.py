@@ -66,6 +66,7 @@ class Group(abc.ABC):
 
     def leave(self) -> None:
         """Takes this machine's launcher out of the group."""
+        return  # No other launcher waits for this one.
 
     def _share_out(
         self, addresses: Sequence[str], first: int, count: int
