@@ -85,7 +85,7 @@ def _imports(package: str) -> dict[str, str]:
     """The names of functions and classes, and the modules that define them."""
     return {
         alias.name: node.module
-        for node in _tree(package).body
+        for node in ast.walk(_tree(package))
         if isinstance(node, ast.ImportFrom) and node.module.count(".") > 1
         for alias in node.names
     }
