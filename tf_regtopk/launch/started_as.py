@@ -1,4 +1,4 @@
-"""What this process was started as."""
+"""The way in which this process was started."""
 
 import sys
 
