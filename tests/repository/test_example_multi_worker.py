@@ -130,11 +130,10 @@ def test_a_kill_costs_nothing(started, tmp_path, trained):
     assert len(expected["history"]["loss"]) == EPOCHS
     history = summary["history"]
     for name, values in expected["history"].items():
-        # Other numbers of threads sum in another order, by which one of 1,437
-        # images may be taken for another digit.
-        rtol = 1e-3 if "accuracy" in name else 1e-4
+        # Other numbers of threads sum in another order, after which other
+        # entries may be selected. `test_launch.py` compares to the bit.
         np.testing.assert_allclose(
-            history[name], values[first_epoch:], rtol=rtol
+            history[name], values[first_epoch:], rtol=0.02
         )
     for name, value in summary["final"].items():
         np.testing.assert_allclose(value, history[f"val_{name}"][-1])
@@ -142,7 +141,7 @@ def test_a_kill_costs_nothing(started, tmp_path, trained):
     # The chief's own file is good for inference.
     loaded = keras.saving.load_model(output / "model.keras", compile=False)
     for a, b in zip(loaded.weights, weights, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+        assert np.linalg.norm(a - b) < 0.02 * np.linalg.norm(b)
 
 
 def test_data():
