@@ -9,6 +9,7 @@ import pathlib
 import re
 
 from tf_regtopk.launch import cluster
+from tf_regtopk.launch import hosts as hosts_lib
 from tf_regtopk.launch import rendezvous
 from tf_regtopk.launch import shares
 from tf_regtopk.launch import worker as worker_lib
@@ -150,7 +151,7 @@ class Gathered(Group):
         else:
             board, port = _board(args)
             num_machines = args.nodes
-        rendezvous.check_is_reached(board)
+        hosts_lib.check_is_reached(board)
         if hosts:
             self._host = args.host or _this_host(hosts)
             if self._host not in hosts:
@@ -159,7 +160,7 @@ class Gathered(Group):
                     f"{self._host}, and the hosts {', '.join(hosts)}"
                 )
         else:
-            self._host = args.host or rendezvous.own_address((board, port))
+            self._host = args.host or hosts_lib.own_address((board, port))
         self._count = args.workers or hosts.get(self._host, 1)
         self.folder = self._host
         self.chooses_ports = not args.port
@@ -275,7 +276,7 @@ def _board(args: argparse.Namespace) -> tuple[str, int]:
 
 
 def _this_host(hosts: Sequence[str] | dict[str, int]) -> str:
-    here = [host for host in hosts if rendezvous.is_here(host)]
+    here = [host for host in hosts if hosts_lib.is_here(host)]
     if len(here) == 1:
         return here[0]
     raise ValueError(

@@ -11,6 +11,7 @@ import script_launcher
 
 from tf_regtopk.launch import bootstrap
 from tf_regtopk.launch import command
+from tf_regtopk.launch import hosts
 from tf_regtopk.launch import rendezvous
 from tf_regtopk.launch import shares
 
@@ -321,12 +322,12 @@ def test_a_name_that_only_this_machine_knows(monkeypatch):
     """As Debian writes its own name into /etc/hosts."""
     monkeypatch.setattr(socket, "gethostbyname", lambda host: "127.0.1.1")
     with pytest.raises(ValueError, match="which is 127.0.1.1 here"):
-        rendezvous.check_is_reached("host0")
+        hosts.check_is_reached("host0")
     for address in ("localhost", "127.0.0.1", "::1"):
-        rendezvous.check_is_reached(address)
+        hosts.check_is_reached(address)
 
 
 def test_where_a_host_is():
-    assert rendezvous.is_here("127.0.0.1")
-    assert not rendezvous.is_here("203.0.113.1")  # Kept for documents.
-    assert rendezvous.own_address(("127.0.0.1", 1)) == "127.0.0.1"
+    assert hosts.is_here("127.0.0.1")
+    assert not hosts.is_here("203.0.113.1")  # Kept for documents.
+    assert hosts.own_address(("127.0.0.1", 1)) == "127.0.0.1"
