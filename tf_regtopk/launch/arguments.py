@@ -18,10 +18,12 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     )
     parser.add_argument(
         "--workers",
-        type=_natural,
-        help="Number of workers to start on this machine. Without it, and "
-        "without the arguments for several machines, TF_CONFIG or Slurm tells "
-        "the one worker that this is.",
+        type=_least_and_most,
+        help="Number of workers to start on this machine. 2:8 for at least 2 "
+        "and at most 8: without those that were lost training goes on, and "
+        "SIGUSR1 brings them back. Without it, and without the arguments for "
+        "several machines, TF_CONFIG or Slurm tells the one worker that this "
+        "is.",
     )
     machines = parser.add_argument_group("several machines")
     machines.add_argument(
@@ -48,7 +50,10 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
         "host0:29500, with --nodes.",
     )
     machines.add_argument(
-        "--nodes", type=_natural, help="Number of machines that meet there."
+        "--nodes",
+        type=_least_and_most,
+        help="Number of machines that meet there. 2:4 for at least 2 and at "
+        "most 4, which may come and go.",
     )
     machines.add_argument(
         "--secret_file",
@@ -72,6 +77,13 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
         type=_natural,
         default=300,
         help="Seconds that a worker waits for the others to start.",
+    )
+    parser.add_argument(
+        "--grace_seconds",
+        type=_natural,
+        default=25,
+        help="Seconds that the workers have to back up when SIGTERM ends the "
+        "launcher.",
     )
     parser.add_argument(
         "--device",
@@ -105,6 +117,16 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     if not pathlib.Path(args.script).is_file():
         parser.error(f"`script` must be a file. Received: {args.script}")
     return args
+
+
+def _least_and_most(text: str) -> tuple[int, int]:
+    least, separator, most = text.partition(":")
+    bounds = _natural(least), _natural(most if separator else least)
+    if bounds[0] > bounds[1]:
+        raise argparse.ArgumentTypeError(
+            f"must be a number, or the least and the most. Received: {text}"
+        )
+    return bounds
 
 
 def _natural(text: str) -> int:

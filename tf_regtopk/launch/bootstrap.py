@@ -20,6 +20,8 @@ from typing import NoReturn
 
 # Exit statuses of a worker, beside 0 and those that a script chooses.
 FAILED, LOST_A_WORKER, PORT_TAKEN = 1, 3, 4
+# That of a worker that has backed up because SIGTERM has asked it to end.
+BACKED_UP = 128 + signal.SIGTERM
 
 # What TensorFlow raises in a collective that other workers have left.
 _LOST_ERRORS = (

@@ -14,23 +14,21 @@ the launcher starts this one.
 """
 
 import argparse
-from collections.abc import Callable
 from collections.abc import Sequence
 import dataclasses
 import itertools
 import pathlib
 import signal
-import sys
 import tempfile
 import time
-from types import FrameType
 
 from tf_regtopk.launch import arguments
 from tf_regtopk.launch import bootstrap
-from tf_regtopk.launch import cluster
 from tf_regtopk.launch import groups
 from tf_regtopk.launch import notes
 from tf_regtopk.launch import supervision
+from tf_regtopk.launch import terminal
+from tf_regtopk.launch import termination
 from tf_regtopk.launch import worker as worker_lib
 
 # Times that a port may be taken by others between the choice and its use.
@@ -54,92 +52,149 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: If the arguments are wrong, or a signal ends the launcher.
     """
     args = arguments.parse(argv, (__doc__ or "").partition("\n")[0])
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # As under `nohup`.
-            signal.signal(number, _exit)
+    ending = termination.Termination(args.grace_seconds)
     try:
         group, told = groups.group_of(args)
         directory = _log_directory(args.log_dir, group.folder)
         if told:
-            _say(told)
-        return _supervise(args, group, directory)
+            terminal.say(told)
+        return _Launcher(args, group, ending).run(directory)
     except TimeoutError as error:
-        _say(str(error))
+        terminal.say(str(error))
         return bootstrap.LOST_A_WORKER
     except (OSError, ValueError) as error:
-        _say(f"python -m tf_regtopk.run: {error}")
+        terminal.say(f"python -m tf_regtopk.run: {error}")
         return WRONG_ARGUMENTS
 
 
-def _supervise(
-    args: argparse.Namespace, group: groups.Group, directory: pathlib.Path
-) -> int:
-    """Starts the workers until they succeed, or as often as they may fail."""
-    num_port_tries = 1
-    # A launcher of several may have been started again.
-    num_before = len(list(directory.glob("attempt-*")))
-    try:
-        for attempt in itertools.count(num_before):
-            of_attempt = directory / f"attempt-{attempt}"
-            of_attempt.mkdir(parents=True)
-            status = _attempt(args, group, of_attempt)
-            if status == 0:
-                return 0
-            if (
-                status == bootstrap.PORT_TAKEN
-                and group.chooses_ports
-                and num_port_tries < _MAX_PORT_TRIES
-            ):
-                num_port_tries += 1
-                _say("A port was taken meanwhile. Trying others.")
-                continue
-            if group.num_restarts >= args.max_restarts:
-                return status
-            group.num_restarts += 1
-            _say(
-                f"Restart {group.num_restarts} of {args.max_restarts}: all "
-                f"workers start again, {_where_it_goes_on(of_attempt)}."
-            )
-            time.sleep(group.pause)
-    finally:
-        group.leave()
-    raise AssertionError("An attempt follows another without end.")
+class _Launcher:
+    """The launcher of a group's workers on this machine.
 
+    Args:
+        args: The command's arguments.
+        group: `groups.Group`.
+        ending: `termination.Termination`.
+    """
 
-def _attempt(
-    args: argparse.Namespace, group: groups.Group, directory: pathlib.Path
-) -> int:
-    """Starts all workers once, and returns the status when they have ended."""
-    workers: list[worker_lib.Worker] = []
-    try:
-        for place in group.places():
-            workers.append(
-                worker_lib.Worker(
-                    place,
-                    [args.script, *args.arguments],
-                    directory,
-                    _shower(args.show, place),
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        group: groups.Group,
+        ending: termination.Termination,
+    ) -> None:
+        self._args, self._group, self._ending = args, group, ending
+
+    def run(self, directory: pathlib.Path) -> int:
+        """Starts the workers until they succeed, or as often as they may fail.
+
+        Args:
+            directory: Folder for a folder of each attempt.
+
+        Returns:
+            The exit status.
+        """
+        num_port_tries = 1
+        # A launcher of several may have been started again.
+        num_before = len(list(directory.glob("attempt-*")))
+        try:
+            for attempt in itertools.count(num_before):
+                of_attempt = directory / f"attempt-{attempt}"
+                of_attempt.mkdir(parents=True)
+                status = self._attempt(of_attempt)
+                if self._ending.is_requested:
+                    return 128 + signal.SIGTERM
+                if status == bootstrap.PORT_TAKEN and self._group.chooses_ports:
+                    num_port_tries += 1
+                    if num_port_tries <= _MAX_PORT_TRIES:
+                        terminal.say(
+                            "A port was taken meanwhile. Trying others."
+                        )
+                        continue
+                if status == 0 or not self._starts_again(status, of_attempt):
+                    return status
+        finally:
+            self._ending.stop_waiting()
+            self._group.leave()
+        raise AssertionError("An attempt follows another without end.")
+
+    def _starts_again(self, status: int, directory: pathlib.Path) -> bool:
+        """Says whether and from where the workers start again."""
+        group = self._group
+        where = _where_it_goes_on(directory)
+        if status == bootstrap.BACKED_UP and group.is_elastic:
+            terminal.say(f"All workers start again, {where}.")
+            return True
+        if group.num_restarts >= self._args.max_restarts:
+            return False
+        group.num_restarts += 1
+        terminal.say(
+            f"Restart {group.num_restarts} of {self._args.max_restarts}: all "
+            f"workers start again, {where}."
+        )
+        time.sleep(group.pause)
+        return True
+
+    def _attempt(self, directory: pathlib.Path) -> int:
+        """Starts all workers once, and returns the status of their end."""
+        workers: list[worker_lib.Worker] = []
+        try:
+            for place in self._group.places():
+                workers.append(
+                    worker_lib.Worker(
+                        place,
+                        [self._args.script, *self._args.arguments],
+                        directory,
+                        terminal.shower(self._args.show, place),
+                    )
                 )
+            pids = ", ".join(str(worker.pid) for worker in workers)
+            terminal.say(
+                f"Started {_count(len(workers), 'worker')} (processes {pids}), "
+                f"with their output in {directory}"
             )
-        pids = ", ".join(str(worker.pid) for worker in workers)
-        _say(
-            f"Started {_count(len(workers), 'worker')} (processes {pids}), "
-            f"with their output in {directory}"
+            failures = self._wait_for(workers, directory)
+        finally:
+            for worker in workers:
+                worker.end()
+        own = [_detailed(failure, workers, self._group) for failure in failures]
+        # Several machines may tell of the same failure, one with its details.
+        told = sorted(self._group.settle(own), key=lambda f: bool(f.details))
+        failures = list({failure.name: failure for failure in told}.values())
+        if not failures and all(worker.has_succeeded for worker in workers):
+            return 0
+        causes = (
+            [f for f in failures if not (f.is_lost or f.is_asked)]
+            or [f for f in failures if not f.is_lost]
+            or failures
         )
-        failures = supervision.wait_for(
-            workers, directory, args.start_timeout, group.failures_elsewhere
-        )
-    finally:
-        for worker in workers:
-            worker.end()
-    own = [_detailed(failure, workers, group) for failure in failures]
-    # Several machines may tell of the same failure, one with its details.
-    told = sorted(group.settle(own), key=lambda failure: bool(failure.details))
-    failures = list({failure.name: failure for failure in told}.values())
-    if not failures and all(worker.has_succeeded for worker in workers):
-        return 0
-    causes = [f for f in failures if not f.is_lost] or failures
-    _say("\n".join(_report(causes, workers)))
+        terminal.say("\n".join(_report(causes, workers)))
+        return _status(causes)
+
+    def _wait_for(
+        self, workers: Sequence[worker_lib.Worker], directory: pathlib.Path
+    ) -> list[worker_lib.Failure]:
+        def can_back_up() -> bool:
+            return bool(notes.read(directory, "backup"))
+
+        def reason_to_end() -> str:
+            if self._ending.is_requested:
+                return "SIGTERM ends the launcher"
+            return self._group.reason_to_resize()
+
+        with self._ending.waiting_if(can_back_up):
+            return supervision.wait_for(
+                workers,
+                directory,
+                self._args.start_timeout,
+                self._group.failures_elsewhere,
+                reason_to_end,
+            )
+
+
+def _status(causes: Sequence[worker_lib.Failure]) -> int:
+    """Returns the exit status for the causes of an end."""
+    if all(failure.is_asked for failure in causes):
+        return bootstrap.BACKED_UP
     if any(failure.is_port_taken for failure in causes):
         return bootstrap.PORT_TAKEN
     if any(failure.is_own and not failure.is_lost for failure in causes):
@@ -157,6 +212,8 @@ def _detailed(
     if not named:  # It is of another machine.
         return failure
     [worker] = named
+    if failure.is_asked:
+        return failure
     details = [
         f"Its output: {worker.log}",
         *(f"| {line}" for line in worker.last_lines(5)),
@@ -207,39 +264,5 @@ def _log_directory(log_dir: str | None, folder: str) -> pathlib.Path:
     return directory
 
 
-def _shower(show: str, place: cluster.Place) -> Callable[[bytes], None]:
-    """Returns the function that writes a worker's output to the terminal."""
-    if show == "none" or (show == "chief" and place.number > 0):
-        return lambda piece: None
-    if show == "chief":
-        return _write
-    rest = b""
-
-    def show_lines(piece: bytes) -> None:
-        nonlocal rest
-        *lines, rest = (rest + piece).split(b"\n")
-        for line in lines:
-            _write(f"[{place.name}] ".encode() + line + b"\n")
-
-    return show_lines
-
-
-def _write(data: bytes) -> None:
-    sys.stdout.buffer.write(data)
-    sys.stdout.buffer.flush()
-
-
-def _say(text: str) -> None:
-    """Tells something of the launcher itself."""
-    sys.stdout.flush()
-    print(text, file=sys.stderr, flush=True)
-
-
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" + "s" * (number != 1)
-
-
-def _exit(number: int, frame: FrameType | None) -> None:
-    """Ends the launcher by way of its clean-up."""
-    del frame
-    sys.exit(128 + number)

@@ -7,11 +7,14 @@ import dataclasses
 import os
 import pathlib
 import re
+import signal
+from types import FrameType
 
 from tf_regtopk.launch import cluster
 from tf_regtopk.launch import hosts as hosts_lib
 from tf_regtopk.launch import rendezvous
 from tf_regtopk.launch import shares
+from tf_regtopk.launch import terminal
 from tf_regtopk.launch import worker as worker_lib
 
 # Seconds before workers that know nothing of each other's launchers start
@@ -38,6 +41,9 @@ class Group(abc.ABC):
     def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
 
+    # Whether machines or workers may be fewer, or more again.
+    is_elastic = False
+
     @abc.abstractmethod
     def places(self) -> list[cluster.Place]:
         """Returns the places of this machine's workers in the next attempt.
@@ -60,6 +66,10 @@ class Group(abc.ABC):
             failures: Those of this machine.
         """
         return list(failures)
+
+    def reason_to_resize(self) -> str:
+        """Says why the workers are to back up and start again, or nothing."""
+        return ""
 
     def silence(self) -> list[str]:
         """Returns lines on who does not answer, where no launcher knows."""
@@ -100,11 +110,46 @@ class Group(abc.ABC):
 
 
 class OneMachine(Group):
-    """All workers are of this machine."""
+    """All workers are of this machine.
+
+    Args:
+        args: The command's arguments. Where their number may change, those that
+            are lost are left out, until SIGUSR1 asks for all.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        super().__init__(args)
+        self._least, self._most = args.workers
+        self._count, self._is_asked_for_all = self._most, False
+        self.is_elastic = self._least < self._most
+        if self.is_elastic:
+            signal.signal(signal.SIGUSR1, self._ask_for_all)
 
     def places(self) -> list[cluster.Place]:
-        count = self._args.workers
+        if self._is_asked_for_all:
+            self._count, self._is_asked_for_all = self._most, False
+        gpus = shares.gpus() if self._args.device != "cpu" else []
+        if self.is_elastic and gpus:
+            self._count = max(self._least, min(self._count, len(gpus)))
+        count = self._count
         return self._share_out(shares.free_addresses(count), 0, count)
+
+    def settle(
+        self, failures: Sequence[worker_lib.Failure]
+    ) -> list[worker_lib.Failure]:
+        # With fewer of them an error of the script would come again.
+        num_lost = sum(not (f.is_own or f.is_asked) for f in failures)
+        self._count = max(self._least, self._count - num_lost)
+        return list(failures)
+
+    def reason_to_resize(self) -> str:
+        if self._is_asked_for_all and self._count < self._most:
+            return f"SIGUSR1 asks for {self._most} workers"
+        return ""
+
+    def _ask_for_all(self, number: int, frame: FrameType | None) -> None:
+        del number, frame
+        self._is_asked_for_all = True
 
 
 class Told(Group):
@@ -147,10 +192,9 @@ class Gathered(Group):
         hosts = _hosts(args)
         if hosts:
             board, port = next(iter(hosts)), args.rendezvous_port
-            num_machines = len(hosts)
         else:
             board, port = _board(args)
-            num_machines = args.nodes
+            self.is_elastic = args.nodes[0] < args.nodes[1]
         hosts_lib.check_is_reached(board)
         if hosts:
             self._host = args.host or _this_host(hosts)
@@ -161,15 +205,18 @@ class Gathered(Group):
                 )
         else:
             self._host = args.host or hosts_lib.own_address((board, port))
-        self._count = args.workers or hosts.get(self._host, 1)
+        least, most = args.workers or (hosts.get(self._host, 1),) * 2
+        if least < most:
+            raise ValueError(
+                "`--workers` must be one number where there are several "
+                "machines, of which `--nodes=2:4` lets some come and go. "
+                f"Received: --workers={least}:{most}"
+            )
+        self._count: int = most
         self.folder = self._host
         self.chooses_ports = not args.port
         self._member = rendezvous.Member(
-            self._host,
-            num_machines,
-            (board, port),
-            _secret(args),
-            order=list(hosts),
+            self._host, tuple(hosts) or args.nodes, (board, port), _secret(args)
         )
 
     def places(self) -> list[cluster.Place]:
@@ -182,12 +229,20 @@ class Gathered(Group):
             [f"{self._host}:{port}" for port in ports],
             self._args.start_timeout,
             self.num_restarts,
+            on_wait=lambda: terminal.say(
+                "The training has begun without this machine, and takes it in "
+                "when there is a place and all have backed up."
+            ),
         )
         self.num_restarts = meeting.num_restarts
         return self._share_out(meeting.addresses, meeting.first, self._count)
 
     def failures_elsewhere(self) -> list[worker_lib.Failure]:
         return self._member.failures_elsewhere()
+
+    def reason_to_resize(self) -> str:
+        newcomers = self._member.newcomers()
+        return f"{', '.join(newcomers)} can take part" if newcomers else ""
 
     def settle(
         self, failures: Sequence[worker_lib.Failure]
@@ -270,7 +325,7 @@ def _board(args: argparse.Namespace) -> tuple[str, int]:
         raise ValueError(
             "`--rendezvous` must be a host and a port, as host0:29500, and "
             "`--nodes` the number of machines. Received: "
-            f"{args.rendezvous}, {args.nodes} nodes"
+            f"{args.rendezvous}, --nodes={args.nodes}"
         )
     return host, int(port)
 

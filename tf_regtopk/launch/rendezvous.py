@@ -6,7 +6,10 @@ which a launcher proves by a secret that it may take part. What they carry is
 not encrypted.
 """
 
+from collections.abc import Callable
+from collections.abc import Mapping
 from collections.abc import Sequence
+import contextlib
 import dataclasses
 import errno
 import itertools
@@ -15,7 +18,7 @@ import multiprocessing
 from multiprocessing import managers
 import threading
 import time
-from typing import Any
+from typing import NamedTuple
 import uuid
 
 from tf_regtopk.launch import worker as worker_lib
@@ -27,6 +30,8 @@ _BEAT_SECONDS = 0.2
 _FAREWELL_SECONDS = 5.0
 # Seconds in which one that was started again may find its name taken.
 _NAME_SECONDS = 5.0
+# Seconds in which further machines may come once there are enough.
+LAST_CALL_SECONDS = 5.0
 _METHODS = ("exchange",)
 
 
@@ -42,8 +47,8 @@ class Post:
         failures: The failures of its workers, None while they run.
         before: Its failures in the attempt before, None if it took no part.
         has_left: Whether the launcher is about to end.
-        machines: Names of the machines as the launcher was told, or else their
-            number. Those of all launchers must be equal.
+        machines: Names of the machines as the launcher was told, or else the
+            least and the most of them. Those of all launchers must be equal.
         num_restarts: Number of restarts so far.
     """
 
@@ -54,8 +59,32 @@ class Post:
     failures: tuple[worker_lib.Failure, ...] | None = None
     before: tuple[worker_lib.Failure, ...] | None = None
     has_left: bool = False
-    machines: tuple[str, ...] | int = 0
+    machines: tuple[str, ...] | tuple[int, int] = (1, 1)
     num_restarts: int = 0
+
+    @property
+    def least_and_most(self) -> tuple[int, int]:
+        """The numbers of machines with which an attempt may begin."""
+        if isinstance(self.machines[0], str):
+            return len(self.machines), len(self.machines)
+        return self.machines
+
+
+@dataclasses.dataclass(frozen=True)
+class Gathering:
+    """Those that take part in an attempt.
+
+    Args:
+        attempt: Number of the attempt; -1 before the first.
+        posts: Dict from the names of their machines to their posts.
+    """
+
+    attempt: int = -1
+    posts: Mapping[str, Post] = dataclasses.field(default_factory=dict)
+
+    def has(self, launcher: str) -> bool:
+        """True if a launcher takes part."""
+        return any(post.launcher == launcher for post in self.posts.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,13 +104,16 @@ class Meeting:
 
 
 class Board:
-    """The posts of all machines."""
+    """The posts of all machines, and who takes part in the newest attempt."""
 
     def __init__(self) -> None:
-        self._posts: dict[str, tuple[Post, float]] = {}
+        self._posts: dict[str, _Pinned] = {}
+        self._gathering = Gathering()
         self._lock = threading.Lock()
 
-    def exchange(self, machine: str, post: Post) -> dict[str, Any] | None:
+    def exchange(
+        self, machine: str, post: Post
+    ) -> tuple[dict[str, tuple[Post, float]], Gathering] | None:
         """Puts a machine's post up, and returns all with their ages.
 
         Args:
@@ -89,20 +121,66 @@ class Board:
             post: Its `Post`, in place of an earlier one.
 
         Returns:
-            Dict from the names of machines to `(post, seconds since then)`, or
-            None if another launcher uses the name.
+            A dict from the names of machines to `(post, seconds since then)`,
+            and the newest `Gathering`; or None if another launcher uses the
+            name.
         """
         now = time.monotonic()
         with self._lock:
-            earlier, since = self._posts.get(machine, (post, now))
-            is_alive = _age(since) < _BEAT_SECONDS * 10 and not earlier.has_left
-            if earlier.launcher != post.launcher and is_alive:
-                return None
-            self._posts[machine] = post, now
-            return {
-                name: (each, now - since)
-                for name, (each, since) in self._posts.items()
+            earlier = self._posts.get(machine)
+            arrived = now
+            if earlier and earlier.post.launcher != post.launcher:
+                is_alive = now - earlier.since < _BEAT_SECONDS * 10
+                if is_alive and not earlier.post.has_left:
+                    return None
+            elif earlier and earlier.post.attempt == post.attempt:
+                arrived = earlier.arrived
+            self._posts[machine] = _Pinned(post, now, arrived)
+            self._gather(now)
+            posts = {
+                name: (pinned.post, now - pinned.since)
+                for name, pinned in self._posts.items()
             }
+            return posts, self._gathering
+
+    def _gather(self, now: float) -> None:
+        """Settles who takes part in the next attempt, once all are there."""
+        here = {
+            name: pinned
+            for name, pinned in self._posts.items()
+            if now - pinned.since < SILENT_SECONDS and not pinned.post.has_left
+        }
+        attempt = max((p.post.attempt for p in here.values()), default=-1)
+        if attempt <= self._gathering.attempt or any(
+            # Some are still at the attempt before, or are at this one already.
+            pinned.post.attempt < attempt or pinned.post.members
+            for pinned in here.values()
+        ):
+            return
+        least, most = next(iter(here.values())).post.least_and_most
+        last = max(pinned.arrived for pinned in here.values())
+        if len(here) >= most or (
+            len(here) >= least and now - last > LAST_CALL_SECONDS
+        ):
+            # Those that took part before come first, others wait.
+            names = sorted(
+                here,
+                key=lambda n: (
+                    not self._gathering.has(here[n].post.launcher),
+                    n,
+                ),
+            )[:most]
+            self._gathering = Gathering(
+                attempt, {name: here[name].post for name in sorted(names)}
+            )
+
+
+class _Pinned(NamedTuple):
+    """A post on the board, when it was put up, and when its launcher came."""
+
+    post: Post
+    since: float
+    arrived: float
 
 
 class _Manager(managers.BaseManager):
@@ -144,29 +222,25 @@ class Member:
 
     Args:
         machine: Name of this machine.
-        num_machines: Number of machines.
+        machines: Names of all machines, in which order their workers are
+            numbered; or the least and the most of machines, then in the order
+            of the names of those that came.
         address: Host and port of the board.
         secret: What proves that this launcher may take part.
-        order: Names of the machines, in which their workers are numbered. By
-            default the order of the names of those that came.
     """
 
     def __init__(
         self,
         machine: str,
-        num_machines: int,
+        machines: tuple[str, ...] | tuple[int, int],
         address: tuple[str, int],
         secret: bytes,
-        order: Sequence[str] = (),
     ) -> None:
         self._machine = machine
-        self._num_machines = num_machines
         self._address, self._secret = address, secret
-        self._order = order
-        self._post = Post(
-            str(uuid.uuid4()), machines=tuple(order) or num_machines
-        )
+        self._post = Post(str(uuid.uuid4()), machines=machines)
         self._members: list[str] = []
+        self._gathering = Gathering()
         self._others: dict[str, tuple[Post, float]] = {}
         self._error: Exception | None = None
         self._num_exchanges, self._heard_at = 0, -math.inf
@@ -175,14 +249,20 @@ class Member:
         self._reach_board()
 
     def meet(
-        self, addresses: Sequence[str], timeout: float, num_restarts: int = 0
+        self,
+        addresses: Sequence[str],
+        timeout: float,
+        num_restarts: int = 0,
+        on_wait: Callable[[], None] = lambda: None,
     ) -> Meeting:
         """Waits until all machines are there for the next attempt.
 
         Args:
             addresses: Those of the workers of this machine.
-            timeout: Seconds to wait.
+            timeout: Seconds to wait. Where others may come and go, these begin
+                when no attempt of others is under way.
             num_restarts: Number of restarts of this launcher so far.
+            on_wait: Function to call if an attempt of others is under way.
 
         Returns:
             The `Meeting` of all.
@@ -194,6 +274,7 @@ class Member:
         deadline = time.monotonic() + timeout
         launcher, before = self._post.launcher, self._post.failures
         attempt = self._post.attempt + 1
+        has_waited = False
         while True:
             self._post = Post(
                 launcher,
@@ -204,29 +285,48 @@ class Member:
                 num_restarts=num_restarts,
             )
             self._wait_for_news()
-            posts = {
-                name: post
-                for name, (post, since) in self._others.items()
-                if _age(since) < SILENT_SECONDS and not post.has_left
-            }
             self._check_machines()
-            posts[self._machine] = self._post
-            attempt = max(_next_attempt(p, launcher) for p in posts.values())
-            there = {n for n, p in posts.items() if p.attempt == attempt}
-            names = [n for n in self._order or sorted(there) if n in there]
-            if len(names) == self._num_machines and self._is_heard():
-                self._members = names
-                members = frozenset(posts[name].launcher for name in names)
-                self._post = dataclasses.replace(self._post, members=members)
-                of_machines = [posts[name].addresses for name in names]
-                before_here = of_machines[: names.index(self._machine)]
-                return Meeting(
-                    tuple(itertools.chain(*of_machines)),
-                    sum(map(len, before_here)),
-                    max(posts[name].num_restarts for name in names),
-                )
+            gathering = self._gathering
+            if gathering.attempt == attempt and gathering.has(launcher):
+                return self._take_part(gathering.posts)
+            posts = [self._post, *self._present().values()]
+            attempt = max(
+                gathering.attempt + 1,
+                *(_next_attempt(post, launcher) for post in posts),
+            )
+            least, most = self._post.least_and_most
+            if least < most and any(post.members for post in posts):
+                deadline = time.monotonic() + timeout
+                if not has_waited:
+                    on_wait()
+                has_waited = True
             if time.monotonic() > deadline:
-                raise TimeoutError(self._who_is_missing(names, timeout))
+                raise TimeoutError(self._who_is_missing(timeout))
+
+    def _take_part(self, posts: Mapping[str, Post]) -> Meeting:
+        """Begins the attempt for which these have met."""
+        named = [each for each in self._post.machines if isinstance(each, str)]
+        self._members = named or list(posts)
+        of_all = [posts[name] for name in self._members]
+        members = frozenset(post.launcher for post in of_all)
+        self._post = dataclasses.replace(self._post, members=members)
+        before = of_all[: self._members.index(self._machine)]
+        return Meeting(
+            tuple(itertools.chain(*(post.addresses for post in of_all))),
+            sum(len(post.addresses) for post in before),
+            max(post.num_restarts for post in of_all),
+        )
+
+    def newcomers(self) -> list[str]:
+        """Returns the machines that wait for a place which there is."""
+        _, most = self._post.least_and_most
+        return sorted(
+            name
+            for name, post in self._present().items()
+            if name not in self._members
+            and post.attempt > self._post.attempt
+            and len(self._members) < most
+        )
 
     def failures_elsewhere(self) -> list[worker_lib.Failure]:
         """Returns the failures of the other machines in this attempt."""
@@ -289,6 +389,14 @@ class Member:
             return None
         return [worker_lib.Failure(machine, what)]
 
+    def _present(self) -> dict[str, Post]:
+        """The posts of the other machines that have been heard of lately."""
+        return {
+            name: post
+            for name, (post, since) in self._others.items()
+            if _age(since) < SILENT_SECONDS and not post.has_left
+        }
+
     def _check_machines(self) -> None:
         for name, (post, since) in self._others.items():
             is_new = _age(since) < SILENT_SECONDS
@@ -298,11 +406,17 @@ class Member:
                     f"{self._post.machines} here, {post.machines} on {name}"
                 )
 
-    def _who_is_missing(self, names: Sequence[str], timeout: float) -> str:
-        missing = [name for name in self._order if name not in names]
+    def _who_is_missing(self, timeout: float) -> str:
+        names = [self._machine, *self._present()]
+        missing = [
+            each
+            for each in self._post.machines
+            if isinstance(each, str) and each not in names
+        ]
         return (
-            f"{self._num_machines} machines must be there within {timeout:g} s "
-            f"(`--start_timeout`). Received: {', '.join(names)}"
+            f"{self._post.least_and_most[0]} machines must be there within "
+            f"{timeout:g} s (`--start_timeout`). Received: "
+            + ", ".join(sorted(names))
             + (f". Missing: {', '.join(missing)}" if missing else "")
             + (
                 ""
@@ -345,14 +459,14 @@ class Member:
         board, named_at = None, time.monotonic()
         this_thread = threading.current_thread()
         while self._error is None and self._thread is this_thread:
-            error, posts = None, None
+            error, answer = None, None
             try:
                 if board is None:
                     manager = _Manager(self._address, self._secret)
                     manager.connect()
                     board = manager.board()  # type: ignore[attr-defined]
-                posts = board.exchange(self._machine, self._post)
-                if posts is not None:
+                answer = board.exchange(self._machine, self._post)
+                if answer is not None:
                     named_at = time.monotonic()
                 elif _age(named_at) > _NAME_SECONDS:
                     error = ValueError(
@@ -366,22 +480,30 @@ class Member:
                 )
             except (OSError, EOFError):
                 board, named_at = None, time.monotonic()
+                self._take_over_board()
             except Exception as other:  # As of another version's launcher.
                 error = ValueError(
                     f"{self._board_address} must be the rendezvous of this "
                     f"version. Received: {type(other).__name__}: {other}"
                 )
             if self._thread is this_thread:
-                self._hear(posts, error)
+                self._hear(answer, error)
             time.sleep(_BEAT_SECONDS)
+
+    def _take_over_board(self) -> None:
+        """Keeps the board where another launcher of this machine has left."""
+        with contextlib.suppress(OSError):
+            if not self._keeps_board:
+                self._keeps_board = keep_board(self._address, self._secret)
 
     def _hear(
         self,
-        posts: dict[str, tuple[Post, float]] | None,
+        answer: tuple[dict[str, tuple[Post, float]], Gathering] | None,
         error: Exception | None,
     ) -> None:
         with self._exchanged:
-            if posts is not None:
+            if answer is not None:
+                posts, self._gathering = answer
                 now = self._heard_at = time.monotonic()
                 # A board that was begun anew does not know all at once.
                 self._others = self._others | {

@@ -32,6 +32,7 @@ class Failure:
         is_lost: Whether it has failed because it lost another worker.
         is_own: Whether its script has ended it.
         is_port_taken: Whether it could not listen on its port.
+        is_asked: Whether it has backed up and ended because it was asked to.
         details: Lines on it, such as the last of its output.
     """
 
@@ -40,6 +41,7 @@ class Failure:
     is_lost: bool = False
     is_own: bool = False
     is_port_taken: bool = False
+    is_asked: bool = False
     details: tuple[str, ...] = ()
 
 
@@ -62,6 +64,7 @@ class Worker:
     ) -> None:
         self.number, self.name = place.number, place.name
         self.log = directory / f"worker-{place.number}.log"
+        self._directory = directory
         self._error_file = directory / f"worker-{place.number}.error"
         self._since = time.monotonic()
         settings = {
@@ -117,6 +120,13 @@ class Worker:
             return None
         if status == 0:
             return None
+        backed_up = notes.read(self._directory, "backed_up")
+        if status == bootstrap.BACKED_UP and backed_up:
+            return Failure(
+                self.name,
+                f"was asked to end, and has backed up {backed_up[-1]}",
+                is_asked=True,
+            )
         if status < 0:
             name = signal.Signals(-status).name
             hint = ", as when memory runs out" if name == "SIGKILL" else ""
@@ -131,6 +141,10 @@ class Worker:
             is_own=True,
             is_port_taken=status == bootstrap.PORT_TAKEN,
         )
+
+    def ask_to_end(self) -> None:
+        """Asks it to back up and end, as preemption does."""
+        self._popen.terminate()
 
     def end(self) -> None:
         """Ends it, and all processes that it has started."""

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ LIMIT = 60
 @pytest.fixture(autouse=True)
 def _signals():
     """Takes the launcher's signal handlers away again."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
     before = [signal.getsignal(number) for number in numbers]
     yield
     for number, handler in zip(numbers, before, strict=True):
@@ -79,7 +80,9 @@ def test_each_worker_knows_its_place(launch, tmp_path):
 
 
 def places(workers, device, cores="share"):
-    args = argparse.Namespace(workers=workers, device=device, cores=cores)
+    args = argparse.Namespace(
+        workers=(workers, workers), device=device, cores=cores
+    )
     return groups.OneMachine(args).places()
 
 
@@ -234,6 +237,93 @@ def test_restarts_end(launch):
     assert status == 1
     assert err.count("worker 0 ended with sys.exit(5)") == 2
     assert "has not called `tf_regtopk.Backup.restore`" in err
+
+
+def test_fewer_workers_after_a_loss_and_all_of_them_when_asked(launch):
+    status, shown, told = launch(
+        """
+        meet()
+        num_workers = len(config["cluster"]["worker"])
+        if number == 0:
+            print("workers:", num_workers)
+        if num_workers == 3 and is_first_attempt:
+            if number == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            lose_another()
+        if num_workers == 2:
+            if number == 0:
+                os.kill(os.getppid(), signal.SIGUSR1)
+            back_up_when_asked()
+        """,
+        "--max_restarts=1",
+        workers="2:3",
+    )
+    assert status == 0, told
+    assert re.findall("workers: .", shown) == [
+        "workers: 3",
+        "workers: 2",
+        "workers: 3",
+    ]
+    assert "SIGUSR1 asks for 3 workers. The workers back up, and end." in told
+
+
+def test_an_error_of_the_script_leaves_all_workers(launch):
+    status, shown, _ = launch(
+        """
+        meet()
+        if number == 0:
+            print("workers:", len(config["cluster"]["worker"]))
+        if is_first_attempt:
+            raise ValueError
+        """,
+        "--max_restarts=1",
+        workers="1:2",
+    )
+    assert status == 0
+    assert re.findall("workers: .", shown) == ["workers: 2"] * 2
+
+
+READY = "ready\n"
+BACK_UP = "back_up_when_asked()"
+NO_BACKUP = "meet(); print('ready'); time.sleep(1000)"
+STUCK = """
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+(notes / f"backup-{number}").write_text("folder")
+meet()
+print("ready")
+time.sleep(1000)
+"""
+
+
+@pytest.mark.parametrize(
+    "script, grace_seconds, signals, expected",
+    [
+        (BACK_UP, 30, ("SIGTERM",), "has backed up epoch 1, step 2"),
+        (BACK_UP, 30, ("SIGINT",), ""),
+        # Without a backup there is nothing to wait for.
+        (NO_BACKUP, 1000, ("SIGTERM",), ""),
+        (STUCK, 1, ("SIGTERM",), "have not ended within 1 s"),
+        (STUCK, 1000, ("SIGTERM", "SIGTERM"), ""),
+    ],
+)
+def test_workers_back_up_before_the_end(
+    tmp_path, script, grace_seconds, signals, expected
+):
+    path = tmp_path / "script.py"
+    path.write_text(script_launcher.PRELUDE + script, "utf-8")
+    launcher = script_launcher.start(
+        "--workers=2", f"--grace_seconds={grace_seconds}", path
+    )
+    output, to_send = "", [signal.Signals[name] for name in signals]
+    while to_send:
+        output += (line := launcher.stdout.readline())
+        assert line, output
+        if line == READY or "SIGTERM ends" in line:
+            launcher.send_signal(to_send.pop(0))
+    output += launcher.communicate(timeout=LIMIT)[0]
+    assert launcher.returncode == 128 + signal.Signals[signals[0]], output
+    assert expected in output
+    assert expected or "has backed up" not in output
 
 
 @pytest.mark.parametrize("num_taken, expected", [(2, 0), (3, 4)])

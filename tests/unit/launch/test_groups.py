@@ -4,6 +4,7 @@ import json
 import signal
 import socket
 import textwrap
+import threading
 import time
 
 import pytest
@@ -32,15 +33,18 @@ class Machines:
         prelude = f"folder = {str(self._path)!r}\n" + script_launcher.PRELUDE
         self.script.write_text(
             prelude + "folder = pathlib.Path(folder)\n"
-            # The number of the restart, which each launcher counts by itself.
-            "run = folder / notes.name\n"
+            # What an attempt has for itself, and all of its workers know.
+            "workers = config['cluster']['worker']\n"
+            "run = folder / '-'.join(workers).replace(':', '-')\n"
             "run.mkdir(exist_ok=True)\n" + textwrap.dedent(script),
             "utf-8",
         )
 
     def start(self, number, *options, hosts=HOSTS, secret="s", arguments=()):
         host = f"127.0.0.{number}"
-        where = (f"--hosts={hosts}",) if hosts else ()
+        where = (f"--hosts={hosts}",)
+        if hosts is None:
+            where = (f"--rendezvous={self.board}",)
         self.launchers[number] = script_launcher.start(
             *where,
             f"--rendezvous_port={self._port}",
@@ -52,16 +56,30 @@ class Machines:
         )
         return self.launchers[number]
 
+    def start_elastic(self, nodes, *numbers):
+        """Starts launchers, of which the first keeps the board."""
+        started = []
+        for number in numbers:
+            started.append(
+                self.start(
+                    number, f"--nodes={nodes}", "--max_restarts=1", hosts=None
+                )
+            )
+            self.wait_for_board()
+        return started
+
     @property
     def board(self):
         return f"127.0.0.1:{self._port}"
 
     def wait(self):
         """The statuses and outputs of all launchers, by number."""
-        outputs = {
-            number: launcher.communicate(timeout=LIMIT)[0]
-            for number, launcher in self.launchers.items()
-        }
+        outputs = {}
+        for number, launcher in self.launchers.items():
+            timer = threading.Timer(LIMIT, launcher.kill)
+            timer.start()
+            outputs[number], _ = launcher.communicate()
+            timer.cancel()
         return {n: x.returncode for n, x in self.launchers.items()}, outputs
 
     def wait_for_board(self):
@@ -76,7 +94,7 @@ class Machines:
 
     def wait_for(self, name):
         deadline = time.monotonic() + LIMIT
-        while not (self._path / name).exists():
+        while not [*self._path.glob(name)]:
             assert time.monotonic() < deadline
             time.sleep(0.05)
 
@@ -87,7 +105,8 @@ def machines(tmp_path):
     yield machines
     for launcher in machines.launchers.values():
         launcher.kill()
-        launcher.communicate()
+        launcher.wait()
+        launcher.stdout.close()
 
 
 def test_workers_of_all_machines(machines, tmp_path):
@@ -113,11 +132,90 @@ def test_workers_of_all_machines(machines, tmp_path):
 def test_machines_that_are_not_listed(machines):
     machines.write("meet(run)")
     for number in (1, 2):
-        machines.start(
-            number, f"--rendezvous={machines.board}", "--nodes=2", hosts=None
-        )
+        machines.start(number, "--nodes=2", hosts=None)
     statuses, outputs = machines.wait()
     assert statuses == {1: 0, 2: 0}, outputs
+
+
+def test_a_machine_that_comes_later_is_taken_in(machines):
+    machines.write("""
+    meet(run)
+    if len(workers) == 2:
+        back_up_when_asked(run)
+    """)
+    machines.start_elastic("2:3", 1, 2)
+    machines.wait_for("*/all_can_back_up")
+    machines.start_elastic("2:3", 3)
+    statuses, outputs = machines.wait()
+    assert statuses == {1: 0, 2: 0, 3: 0}, outputs
+    # One of them may find its worker ended by the other's first.
+    assert "127.0.0.3 can take part" in outputs[1] + outputs[2]
+    for number in (1, 2):
+        assert "has backed up epoch 1, step 2" in outputs[number]
+        assert "All workers start again" in outputs[number]
+        assert "Restart" not in outputs[number]
+    assert "has begun without this machine" in outputs[3]
+
+
+def test_the_others_go_on_without_a_machine_that_leaves(machines):
+    machines.write("""
+    meet(run)
+    (folder / f"met-{len(workers)}").touch()
+    if len(workers) == 3:
+        back_up_when_asked(run)
+    """)
+    machines.start_elastic("2:3", 1, 2, 3)
+    machines.wait_for("*/all_can_back_up")
+    machines.launchers[3].send_signal(signal.SIGTERM)
+    statuses, outputs = machines.wait()
+    assert statuses == {1: 0, 2: 0, 3: 128 + 15}, outputs
+    assert (machines.script.parent / "met-2").exists()
+    assert "SIGTERM ends the launcher" in outputs[3]
+    assert "Restart" not in outputs[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [1, 3])
+def test_the_others_go_on_without_a_machine_that_is_lost(machines, number):
+    """Without the first as well, because all are of one machine in truth."""
+    machines.write("""
+    meet(run)
+    (folder / f"met-{len(workers)}").touch()
+    if len(workers) == 3:
+        while not (folder / "lost").exists():
+            time.sleep(0.1)
+        lose_another()
+    """)
+    machines.start_elastic("2:3", 1, 2, 3)
+    machines.wait_for("met-3")
+    lost = machines.launchers.pop(number)
+    lost.kill()
+    lost.communicate()
+    (machines.script.parent / "lost").touch()
+    statuses, outputs = machines.wait()
+    assert set(statuses.values()) == {0}, outputs
+    assert (machines.script.parent / "met-2").exists()
+    assert "Restart 1 of 1" in outputs[2]
+
+
+def test_a_machine_too_many_waits(machines):
+    """It takes the place of one that leaves."""
+    machines.write("""
+    meet(run)
+    if not (folder / "enough").exists():
+        back_up_when_asked(run)
+    """)
+    machines.start_elastic("1:2", 1, 2)
+    machines.wait_for("*/all_can_back_up")
+    [third] = machines.start_elastic("1:2", 3)
+    for line in third.stdout:
+        if "has begun without this machine" in line:
+            break
+    (machines.script.parent / "enough").touch()
+    machines.launchers[2].send_signal(signal.SIGTERM)
+    statuses, outputs = machines.wait()
+    assert statuses == {1: 0, 2: 128 + 15, 3: 0}, outputs
+    assert "can take part" not in outputs[1]
 
 
 FAILURES = {
@@ -302,6 +400,7 @@ def test_a_name_that_another_has(machines):
         (["--rendezvous=host0"], "must be a host and a port"),
         (["--rendezvous=host0:1"], "and `--nodes`"),
         (["--hostfile=missing"], "missing"),
+        (["--hosts=127.0.0.1", "--workers=1:2"], "`--workers` must be one"),
         (["--hosts=a", "--rendezvous=b:1"], "One of `--hosts`"),
         (["--hosts=a", "--nodes=2"], "One of `--hosts`"),
         (["--hosts=,"], "Hosts must be names, at least one"),
