@@ -8,8 +8,8 @@ python -m tf_regtopk.run --workers=2 examples/multi_worker.py
 ```
 
 `docs/cluster.md` has the commands for several hosts, Slurm and Kubernetes. When
-a worker is lost, the same command goes on from the last epoch that all workers
-have backed up, to the bit as if nothing had happened.
+a worker is lost, the same command goes on from the last backup of all workers,
+to the bit as if nothing had happened; with another number of workers too.
 """
 
 import json
@@ -32,10 +32,23 @@ def define_flags():
     flags.DEFINE_integer(
         "batch_size",
         64,
-        "Images per step, over all workers. A multiple of their number.",
+        "Images per step, over all workers; rounded down to a multiple of "
+        "their number.",
         lower_bound=1,
     )
-    flags.DEFINE_float("learning_rate", 0.02, "Learning rate.", lower_bound=0.0)
+    flags.DEFINE_integer(
+        "worker_batch_size",
+        None,
+        "Images per step and worker, in place of --batch_size: with more "
+        "workers a step takes more images, at a larger learning rate.",
+        lower_bound=1,
+    )
+    flags.DEFINE_float(
+        "learning_rate",
+        0.02,
+        "Learning rate for --batch_size images per step.",
+        lower_bound=0.0,
+    )
     example_utils.define_density_flag(0.01)
     example_utils.define_codec_flags()
     flags.DEFINE_integer(
@@ -97,6 +110,14 @@ def make_dataset(x, y, batch_size, order):
     )
 
 
+def batch_size_and_learning_rate(num_workers, args):
+    """The images of a step over all workers, and the learning rate for them."""
+    if args.worker_batch_size:
+        batch_size = args.worker_batch_size * num_workers
+        return batch_size, args.learning_rate * batch_size / args.batch_size
+    return args.batch_size // num_workers * num_workers, args.learning_rate
+
+
 def build_model(args):
     """Builds and compiles the model. To be called in the strategy's scope."""
     model = keras.Sequential(
@@ -131,20 +152,28 @@ def train(strategy, data, args):
     first_epoch = backup.restore(model)
     if first_epoch:
         print(f"Resuming after epoch {first_epoch}")
+    num_workers = strategy.num_replicas_in_sync
+    batch_size, rate = batch_size_and_learning_rate(num_workers, args)
+    # The backup has that of as many workers as there were.
+    model.optimizer.learning_rate = rate
+    print(
+        f"{num_workers} replicas, {batch_size} images per step, learning rate "
+        f"{rate:g}"
+    )
     test_dataset = make_dataset(
-        x_test, y_test, args.batch_size, np.arange(len(x_test))
+        x_test, y_test, batch_size, np.arange(len(x_test))
     )
     history = {}
     if first_epoch < args.epochs:
         epochs = range(first_epoch, args.epochs)
         history = model.fit(
             make_training_dataset(
-                x_train, y_train, args.batch_size, epochs, args.seed
+                x_train, y_train, batch_size, epochs, args.seed
             ),
             validation_data=test_dataset,
             initial_epoch=first_epoch,
             epochs=args.epochs,
-            steps_per_epoch=len(x_train) // args.batch_size,
+            steps_per_epoch=len(x_train) // batch_size,
             callbacks=[backup],
             shuffle=False,  # Done by the data set.
         ).history

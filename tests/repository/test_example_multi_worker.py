@@ -40,6 +40,7 @@ def assert_gone(number):
 def make_args(**kwargs):
     defaults = dict(
         batch_size=64,
+        worker_batch_size=None,
         density=0.01,
         epochs=10,
         learning_rate=0.02,
