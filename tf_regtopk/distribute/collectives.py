@@ -1,5 +1,6 @@
 """The collectives of payloads and of gradients."""
 
+from collections.abc import Callable
 from collections.abc import Sequence
 import functools
 
@@ -77,13 +78,30 @@ def gather_from_workers(
     Returns:
         Array `[number of replicas, number of integers]`.
     """
+    return gatherer(strategy)(numbers)
 
-    def gather() -> tf.Tensor:
-        held = all_gather(words.hold(tf.constant(numbers, tf.int32)))
-        return words.release(held, tf.int32)
 
-    gathered = strategy.run(tf.function(gather))
-    return strategy.experimental_local_results(gathered)[0].numpy()
+def gatherer(
+    strategy: tf.distribute.Strategy,
+) -> Callable[[Sequence[int]], np.ndarray]:
+    """Returns a function of `numbers` that gathers as `gather_from_workers`.
+
+    The function is traced once for numbers of one length, for many calls.
+
+    Args:
+        strategy: The `tf.distribute.Strategy` of the workers.
+    """
+
+    def gather(numbers: tf.Tensor) -> tf.Tensor:
+        return words.release(all_gather(words.hold(numbers)), tf.int32)
+
+    traced = tf.function(gather)
+
+    def call(numbers: Sequence[int]) -> np.ndarray:
+        gathered = strategy.run(traced, (tf.constant(numbers, tf.int32),))
+        return strategy.experimental_local_results(gathered)[0].numpy()
+
+    return call
 
 
 def all_reduce_sum(
