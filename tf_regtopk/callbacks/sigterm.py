@@ -84,7 +84,7 @@ class Checks:
 
     def __init__(self, strategy: tf.distribute.Strategy) -> None:
         self._is_alone = strategy_lib.worker_number(strategy)[1] == 1
-        self._gather = collectives.gatherer(strategy)
+        self._strategy = strategy
         # Every worker has the same numbers of steps, and so meets the others.
         self._num_steps, self._interval = 0, 1
         self._since = time.monotonic()
@@ -102,18 +102,25 @@ class Checks:
         if self._num_steps < self._interval:
             return False
         elapsed = 1000 * (time.monotonic() - self._since)
-        of_all = self._gather([int(is_asked), min(int(elapsed), _MAX_INT32)])
-        self._interval = _interval(self._num_steps, int(of_all[:, 1].max()))
+        is_asked, milliseconds = self._gather(is_asked, int(elapsed))
+        self._interval = _interval(self._num_steps, milliseconds)
         self._begin()
-        return bool(of_all[:, 0].any())
+        return is_asked
 
     def now(self, is_asked: bool) -> bool:
         """Returns whether all are to end, without waiting for more steps."""
         if self._is_alone:
             return is_asked
-        of_all = self._gather([int(is_asked), 0])
+        is_asked, _ = self._gather(is_asked, 0)
         self._begin()
-        return bool(of_all[:, 0].any())
+        return is_asked
+
+    def _gather(self, is_asked: bool, milliseconds: int) -> tuple[bool, int]:
+        """Whether any worker was asked to end, and the longest time of all."""
+        of_all = collectives.gather_from_workers(
+            [int(is_asked), min(milliseconds, _MAX_INT32)], self._strategy
+        )
+        return bool(of_all[:, 0].any()), int(of_all[:, 1].max())
 
     def _begin(self) -> None:
         self._num_steps, self._since = 0, time.monotonic()

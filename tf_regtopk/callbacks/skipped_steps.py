@@ -49,6 +49,14 @@ class SkippedSteps:
         def read(iterator: Iterator[Any]) -> dict[str, Any]:
             model.train_function = function
             batch = _last_of(iterator, model.steps_per_execution)
+            if batch is None:
+                raise ValueError(
+                    "The data set must give the batches of this epoch's "
+                    f"{self._epoch.step} steps that were taken before. "
+                    f"Received: about {number * model.steps_per_execution} "
+                    "batches. With other batches than before, give "
+                    "`steps_per_epoch`: then the same share is skipped"
+                )
             if number + 1 < self.num_executions:
                 return {}
             return _put_metrics_back(model, self._epoch, batch)
@@ -99,13 +107,9 @@ def _tell(
 
 
 def _last_of(iterator: Iterator[Any], count: int) -> Any:
-    """Reads so many batches, or those that are left, and returns the last.
-
-    Raises:
-        StopIteration: If no batch is left, which ends the epoch in `fit`.
-    """
-    batch = next(iterator)
-    for following in itertools.islice(iterator, count - 1):
+    """Reads so many batches, or those left; returns the last, None if none."""
+    batch = None
+    for following in itertools.islice(iterator, count):
         batch = following
     return batch
 

@@ -1,6 +1,5 @@
 """The collectives of payloads and of gradients."""
 
-from collections.abc import Callable
 from collections.abc import Sequence
 import functools
 
@@ -78,30 +77,16 @@ def gather_from_workers(
     Returns:
         Array `[number of replicas, number of integers]`.
     """
-    return gatherer(strategy)(numbers)
+    gathered = strategy.run(_gather_numbers, (tf.constant(numbers, tf.int32),))
+    return strategy.experimental_local_results(gathered)[0].numpy()
 
 
-def gatherer(
-    strategy: tf.distribute.Strategy,
-) -> Callable[[Sequence[int]], np.ndarray]:
-    """Returns a function of `numbers` that gathers as `gather_from_workers`.
+def _gather_in_replica(numbers: tf.Tensor) -> tf.Tensor:
+    return words.release(all_gather(words.hold(numbers)), tf.int32)
 
-    The function is traced once for numbers of one length, for many calls.
 
-    Args:
-        strategy: The `tf.distribute.Strategy` of the workers.
-    """
-
-    def gather(numbers: tf.Tensor) -> tf.Tensor:
-        return words.release(all_gather(words.hold(numbers)), tf.int32)
-
-    traced = tf.function(gather)
-
-    def call(numbers: Sequence[int]) -> np.ndarray:
-        gathered = strategy.run(traced, (tf.constant(numbers, tf.int32),))
-        return strategy.experimental_local_results(gathered)[0].numpy()
-
-    return call
+# Many calls share what is traced for a strategy and a number of integers.
+_gather_numbers = tf.function(_gather_in_replica, autograph=False)
 
 
 def all_reduce_sum(
