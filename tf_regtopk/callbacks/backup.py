@@ -32,8 +32,8 @@ class Backup(keras.callbacks.Callback):
     of workers or replicas can go on, if it can read the files of all. A file
     gets its name once it is complete, and the backup before stays: training
     goes on from there where the newest file is damaged. Replicas whose weights
-    have drifted apart end the training with an error. Callbacks that change the
-    training at the end of an epoch come before this one.
+    have drifted apart end the training with an error. Callbacks that change or
+    record the training at the end of an epoch come before this one.
 
     SIGTERM, by which Slurm, Kubernetes and others announce that they take a
     machine away, ends `fit` after a backup in the middle of the epoch: if one

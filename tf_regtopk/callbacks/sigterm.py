@@ -44,7 +44,7 @@ class Request:
             function: The function that is running, `fit`.
         """
         self.is_made = False
-        self._code = inspect.unwrap(function).__code__
+        self._code = getattr(inspect.unwrap(function), "__code__", None)
         self._pid = os.getpid()
         handler = signal.getsignal(signal.SIGTERM)
         # An error may have ended `fit` before, and left a handler of ours.
