@@ -14,6 +14,8 @@ import tensorflow as tf
 
 import tf_regtopk
 from tf_regtopk.callbacks import backup_files
+from tf_regtopk.callbacks import sigterm
+from tf_regtopk.distribute import collectives
 from tf_regtopk.launch import notes
 
 NUM_STEPS, BATCH_SIZE, EPOCHS = 7, 6, 3
@@ -362,6 +364,29 @@ def test_fit_in_a_thread(mirrored, tmp_path):
     thread.start()
     thread.join()
     assert positions(tmp_path) == [(1, 0)]
+
+
+def test_a_worker_that_was_not_asked_ends_as_well(
+    mirrored, tmp_path, monkeypatch
+):
+    """When all have saved, and with the handler put back."""
+    gather, found = collectives.gather_from_workers, []
+
+    def record(*args):
+        found.append(positions(tmp_path))
+        return gather(*args)
+
+    model, backup = (
+        resume_program.make_model(mirrored(0)),
+        tf_regtopk.Backup(tmp_path),
+    )
+    backup.restore(model)
+    monkeypatch.setattr(collectives, "gather_from_workers", record)
+    monkeypatch.setattr(sigterm.Checks, "after_steps", lambda *_: True)
+    with pytest.raises(SystemExit):
+        fit(model, DATA["dataset"], [backup])
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert found == [[], [(0, 1)]]
 
 
 def fail():
