@@ -44,7 +44,7 @@ def ways(strategy):
     )
 
 
-def make_model(strategy, sparsifier=None, units=5):
+def make_model(strategy, sparsifier=None, units=5, **for_compile):
     """A model with random numbers, and variables that are no weights."""
     keras.utils.set_random_seed(3)
     with strategy.scope():
@@ -64,6 +64,7 @@ def make_model(strategy, sparsifier=None, units=5):
             ),
             loss="mse",
             metrics=["mae"],
+            **for_compile,
         )
         model.optimizer.build(model.trainable_variables)
     return model

@@ -1,31 +1,24 @@
 """Saving a run so that it can be stopped, resumed and resized."""
 
-from collections.abc import Iterator
-import contextlib
 import os
-import re
+import signal
 from typing import Any
+from typing import NoReturn
 
-import h5py
 import keras
 import numpy as np
-import tensorflow as tf
 
+from tf_regtopk import validation
+from tf_regtopk.callbacks import backup_contents
+from tf_regtopk.callbacks import backup_files
 from tf_regtopk.callbacks import load_scope
+from tf_regtopk.callbacks import sigterm
+from tf_regtopk.callbacks import skipped_steps
 from tf_regtopk.distribute import collectives
 from tf_regtopk.launch import notes
 from tf_regtopk.log import logger
 from tf_regtopk.optimizers import wrapper
 from tf_regtopk.saving import saved_state
-from tf_regtopk.saving import worker_files
-
-_PARTIAL, _DAMAGED, _DELETED = "partial.", "damaged.", "epochs.deleted"
-_REST = "tf_regtopk"
-# The names of the files that a backup writes, and of no others. An epoch has at
-# most 9 digits, because workers tell each other an int32.
-_EPOCH_FILE = re.compile(
-    r"epoch-(\d{6}|[1-9]\d{6,8})(\.worker-\d+-of-\d+)?\.weights\.h5"
-)
 
 
 class Backup(keras.callbacks.Callback):
@@ -35,16 +28,28 @@ class Backup(keras.callbacks.Callback):
     optimizer, every replica's residual error, and the random states of dropout
     and the like, which Keras's ways of saving leave out. Every worker gives the
     same folder, whether or not they share a disk, and writes its own files; the
-    workers agree on the newest epoch that all of them can load. Another number
+    workers agree on the newest backup that all of them can load. Another number
     of workers or replicas can go on, if it can read the files of all. A file
-    gets its name once it is complete, and the epoch before stays: training goes
-    on from the epoch before where the newest file is damaged. Replicas whose
-    weights have drifted apart end the training with an error. Callbacks that
-    change the training at the end of an epoch come before this one.
+    gets its name once it is complete, and the backup before stays: training
+    goes on from there where the newest file is damaged. Replicas whose weights
+    have drifted apart end the training with an error. Callbacks that change or
+    record the training at the end of an epoch come before this one.
+
+    SIGTERM, by which Slurm, Kubernetes and others announce that they take a
+    machine away, ends `fit` after a backup in the middle of the epoch: if one
+    worker gets SIGTERM, all workers agree on a step within about a second, back
+    up there, and raise `SystemExit(143)`. A second SIGTERM ends the process at
+    once. A handler of SIGTERM that the user has set stays.
 
     Args:
         directory: Path of a folder, the same on every worker. Other files in
             the folder stay as they are.
+        every_steps: Integer n, or None. Also backs up in the middle of an
+            epoch, after its steps n, 2n, ...
+
+    Raises:
+        TypeError: If `every_steps` is no integer.
+        ValueError: If `every_steps` is not positive.
 
     Example:
 
@@ -61,14 +66,32 @@ class Backup(keras.callbacks.Callback):
     ```
 
     The order of the data is up to the data set: to resume to the bit, it has to
-    give in epoch n what it gave in epoch n before.
+    give in epoch n what it gave in epoch n before. In the middle of an epoch
+    too it begins with the epoch's first batch: the batches of the steps that
+    were taken are read and dropped, and the metrics go on from where they were.
     """
 
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        every_steps: int | None = None,
+    ) -> None:
         super().__init__()
+        if every_steps is not None:
+            validation.check_integer("every_steps", every_steps, 1)
         self.directory = os.fspath(directory)
+        self.every_steps = every_steps
+        self._folder = backup_files.Folder(self.directory)
+        self._request = sigterm.Request()
+        self._checks: sigterm.Checks | None = None
         self._restored: keras.Model | None = None
         self._next_epoch: int | None = None
+        # The last backup, and the state of the epoch that it was in.
+        self._last = backup_files.Position()
+        self._begun: backup_contents.EpochState | None = None
+        # Of the present epoch: executions that have begun, and those skipped.
+        self._num_executions = 0
+        self._skipped: skipped_steps.SkippedSteps | None = None
 
     def restore(self, model: keras.Model) -> int:
         """Loads the newest backup, if there is any. To be called before `fit`.
@@ -79,7 +102,8 @@ class Backup(keras.callbacks.Callback):
                 GAN, must be built as well.
 
         Returns:
-            Number of the epoch to go on with, for `initial_epoch`.
+            Number of the epoch to go on with, for `initial_epoch`. `fit` skips
+            the steps of this epoch that were taken before the backup.
 
         Raises:
             FileNotFoundError: If the backups of some workers are missing.
@@ -87,74 +111,81 @@ class Backup(keras.callbacks.Callback):
         """
         notes.write("backup", os.path.abspath(self.directory))
         wrapper.all_of_model(model)  # Builds that of `compile`.
-        self._clean_up()
-        epoch = self._load_newest(model)
+        self._folder.clean_up()
+        self._last = self._load_newest(model)
         _check_workers_agree(model)
-        for found, path in self._files():
-            if found > epoch:  # Some workers had saved it, and not all.
-                logger.warning("Removing %s, which not all have", path)
-                _remove(path)
-        self._restored, self._next_epoch = model, epoch
-        return epoch
+        self._folder.remove_after(self._last)
+        self._restored, self._next_epoch = model, self._last.epoch
+        self._checks = sigterm.Checks(model.distribute_strategy)
+        return self._last.epoch
 
-    def _load_newest(self, model: keras.Model) -> int:
-        """Loads the newest epoch that all workers can load, and returns it."""
+    def _load_newest(self, model: keras.Model) -> backup_files.Position:
+        """Loads the newest backup that all workers can, and says which."""
         strategy = model.distribute_strategy
-        refused: dict[int, Exception] = {}
-        for epoch in self._epochs_of_all(strategy):
-            error = self._load(epoch, model)
-            # All workers go on from the same epoch.
+        refused: dict[backup_files.Position, Exception] = {}
+        self._begun = None
+        for position in self._folder.positions_of_all(strategy):
+            error = self._load(position, model)
+            # All workers go on from the same backup.
             could = collectives.gather_from_workers(
                 [int(error is None)], strategy
             )[:, 0]
             if could.all():
-                logger.info("Resuming %s after epoch %d", self.directory, epoch)
-                self._keep_damaged(refused, epoch)
-                return epoch
-            refused[epoch] = error or ValueError(
+                logger.info("Resuming %s after %s", self.directory, position)
+                self._keep_damaged(refused, position)
+                return position
+            refused[position] = error or ValueError(
                 "The backups of all replicas must be as they were written. "
-                f"Received: for epoch {epoch} others at the replicas "
+                f"Received: for {position} others at the replicas "
                 f"{np.flatnonzero(could == 0).tolist()}, whose logs say why"
             )
         for error in refused.values():
             raise error
-        return 0
+        return backup_files.Position()
 
-    def _keep_damaged(self, refused: dict[int, Exception], epoch: int) -> None:
-        """Renames the files that were refused, and says which and why."""
-        for damaged, path in self._files():
-            if damaged in refused:
-                _rename(path, _DAMAGED)
-        for damaged, error in refused.items():
-            logger.warning(
-                "Resuming %s after epoch %d, because the backup of epoch %d "
-                'cannot be loaded (kept as "%s..."): %s',
-                self.directory,
-                epoch,
-                damaged,
-                _DAMAGED,
-                error,
-            )
-
-    def _load(self, epoch: int, model: keras.Model) -> Exception | None:
-        """Loads the backup of an epoch, or returns why not."""
-        strategy = model.distribute_strategy
+    def _load(
+        self, position: backup_files.Position, model: keras.Model
+    ) -> Exception | None:
+        """Loads a backup, or returns why not."""
         try:
             with load_scope.load_scope(
-                self._path(epoch), strategy, model
+                self._folder.path(position), model.distribute_strategy, model
             ) as path:
-                model.load_weights(path)
-                _load_rest(model, path)
+                self._begun = backup_contents.load(model, path)
         except (FileNotFoundError, ValueError) as error:
             return error
         return None
 
+    def _keep_damaged(
+        self,
+        refused: dict[backup_files.Position, Exception],
+        position: backup_files.Position,
+    ) -> None:
+        """Renames the files that were refused, and says which and why."""
+        self._folder.mark_as_damaged(refused)
+        for damaged, error in refused.items():
+            logger.warning(
+                "Resuming %s after %s, because the backup of %s cannot be "
+                'loaded (kept as "%s..."): %s',
+                self.directory,
+                position,
+                damaged,
+                backup_files.DAMAGED,
+                error,
+            )
+
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        if self._restored is not self.model:
+        if self._restored is None or self._restored is not self.model:
             raise ValueError(
                 "`Backup.restore(model)` must be called before `fit`, and its "
                 "result be given as `initial_epoch`"
             )
+        self._request.await_in(self._restored.fit)
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        self._request.stop()
+        if self._request.is_made:  # After the last backup.
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def on_epoch_begin(
         self, epoch: int, logs: dict[str, Any] | None = None
@@ -165,26 +196,88 @@ class Backup(keras.callbacks.Callback):
                 f"or the number of epochs trained since, {self._next_epoch}. "
                 f"Received: initial_epoch={epoch}"
             )
+        self._num_executions, self._skipped = 0, None
+        if self._begun:
+            self._skipped = skipped_steps.SkippedSteps(
+                self.model, self._begun, self._num_steps
+            )
+            self._begun = None
+
+    # Here and not in `on_train_batch_end`, for which Keras would wait for the
+    # results of each step; and here more steps are to come.
+    def on_train_batch_begin(
+        self, batch: int, logs: dict[str, Any] | None = None
+    ) -> None:
+        # What `batch` is depends on the version of Keras.
+        num_done, num_skipped = self._num_executions, 0
+        self._num_executions += 1
+        if self._skipped:
+            num_skipped = self._skipped.num_executions
+            if num_done < num_skipped:
+                self._skipped.skip(num_done)
+        if num_done > num_skipped:
+            self._after_execution(num_done)
+
+    def _after_execution(self, num_done: int) -> None:
+        """Backs up if it is time to, or if a worker was asked to end."""
+        num_steps = self.model.steps_per_execution
+        step = num_done * num_steps
+        every = self.every_steps
+        is_due = every is not None and step % every < num_steps
+        assert self._checks is not None
+        ends = self._checks.after_steps(num_steps, self._request.is_made)
+        if is_due or ends:
+            assert self._next_epoch is not None
+            self._back_up(backup_files.Position(self._next_epoch, step))
+        if ends:
+            self._end()
 
     def on_epoch_end(
         self, epoch: int, logs: dict[str, Any] | None = None
     ) -> None:
-        _check_replicas_agree(self.model)
-        path = worker_files.worker_path(
-            self._path(epoch + 1), self.model.distribute_strategy
-        )
-        directory, name = os.path.split(path)
-        partial = os.path.join(directory, _PARTIAL + name)
-        self.model.save_weights(partial)
-        _save_rest(self.model, partial)
-        _flush(partial)
-        os.replace(partial, path)
-        _flush(directory)
-        # All workers have saved the epoch before: they met since.
-        for found, old in self._files():
-            if found < epoch:
-                _remove(old)
+        self._back_up(backup_files.Position(epoch + 1))
         self._next_epoch = epoch + 1
+        assert self._checks is not None
+        if self._checks.now(self._request.is_made):
+            self._end()
+
+    def _back_up(self, position: backup_files.Position) -> None:
+        """Saves the model, and removes backups that are needed no more."""
+        _check_replicas_agree(self.model)
+        begun, strategy = None, self.model.distribute_strategy
+        if position.step:
+            begun = backup_contents.epoch_state(
+                self.model, position.step, self._num_steps
+            )
+        with self._folder.writing(position, strategy) as path:
+            backup_contents.save(self.model, path, begun)
+        # All workers have saved the backup before: they met since.
+        needed = {position, self._last}
+        if self._last > position:
+            # That one counted other steps, and would seem to be newer.
+            collectives.gather_from_workers([0], strategy)
+            needed = {position}
+        self._folder.keep_only(needed)
+        self._last = position
+
+    def _end(self) -> NoReturn:
+        """Ends the training, which was backed up, when all workers do."""
+        # No worker leaves while another one still saves.
+        collectives.gather_from_workers([0], self.model.distribute_strategy)
+        logger.warning(
+            "SIGTERM: this training is backed up after %s, and ends",
+            self._last,
+        )
+        notes.write(
+            "backed_up", f"epoch {self._last.epoch}, step {self._last.step}"
+        )
+        self._request.stop()
+        raise SystemExit(sigterm.ENDED_BY_SIGTERM)
+
+    @property
+    def _num_steps(self) -> int:
+        """The number of steps of an epoch, 0 if unknown."""
+        return (self.params or {}).get("steps") or 0
 
     def delete(self) -> None:
         """Deletes the backups, all at once, when all workers are done.
@@ -196,71 +289,11 @@ class Backup(keras.callbacks.Callback):
             raise ValueError("`Backup.restore(model)` must be called first")
         strategy = self._restored.distribute_strategy
         collectives.gather_from_workers([0], strategy)
-        # From here on the backups count as deleted, also if this ends midway.
-        with open(os.path.join(self.directory, _DELETED), "w"):
-            pass
-        _flush(self.directory)
+        self._folder.mark_as_deleted()
         # Nobody needs the folder of several workers for that any more.
         collectives.gather_from_workers([0], strategy)
-        self._remove_files()
-        # A mount point, a link, or a folder with other files in it stays.
-        with contextlib.suppress(OSError):
-            os.rmdir(self.directory)
-
-    def _clean_up(self) -> None:
-        """Removes what an earlier run was about to write or to delete."""
-        # A link may lead to a folder that is not there yet.
-        os.makedirs(os.path.realpath(self.directory), exist_ok=True)
-        if os.path.exists(os.path.join(self.directory, _DELETED)):
-            self._remove_files()
-        for _, path in self._files(_PARTIAL):
-            _remove(path)
-
-    def _remove_files(self) -> None:
-        """Removes every file that backups have written here, the mark last."""
-        for prefix in ("", _PARTIAL, _DAMAGED):
-            for _, path in self._files(prefix):
-                _remove(path)
-        _remove(os.path.join(self.directory, _DELETED))
-
-    def _path(self, epoch: int) -> str:
-        return os.path.join(self.directory, f"epoch-{epoch:06d}.weights.h5")
-
-    def _files(self, prefix: str = "") -> Iterator[tuple[int, str]]:
-        """Epoch and path of every backup here, of any worker."""
-        # Another worker may have removed a folder that they share.
-        with contextlib.suppress(FileNotFoundError):
-            for name in os.listdir(self.directory):
-                match = _EPOCH_FILE.fullmatch(name.removeprefix(prefix))
-                path = os.path.join(self.directory, name)
-                if name.startswith(prefix) and match and os.path.isfile(path):
-                    yield int(match.group(1)), path
-
-    def _epochs_of_all(self, strategy: tf.distribute.Strategy) -> list[int]:
-        """The epochs that every worker has, the same on each, newest first."""
-        here = sorted({epoch for epoch, _ in self._files()})
-        loadable = [
-            epoch
-            for epoch in here
-            if worker_files.find_files(self._path(epoch), strategy)
-        ]
-        # Two at most: the workers are never more than one epoch apart.
-        newest = ([0, 0] + loadable)[-2:]
-        of_all = collectives.gather_from_workers([len(here), *newest], strategy)
-        common = set.intersection(*(set(row[1:].tolist()) for row in of_all))
-        epochs = sorted(common - {0}, reverse=True)
-        # One file without its peers is a first backup cut short: no loss.
-        if not epochs and max(row[0] for row in of_all) > 1:
-            raise FileNotFoundError(
-                "The backups must be there of every worker for one of the last "
-                f"two epochs. Received: in {self.directory!r} those of epochs "
-                f"{here}, of which this worker can load {loadable}. Give all "
-                "workers the folders back; or, if the run had ended or is to "
-                "start anew, delete these"
-            )
-        if here and not epochs:
-            logger.warning("The first backup was cut short. Starting anew")
-        return epochs
+        self._folder.remove_all()
+        self._folder.remove_if_empty()
 
 
 def _check_workers_agree(model: keras.Model) -> None:
@@ -302,66 +335,9 @@ def _check_replicas_agree(model: keras.Model) -> None:
     ]
     if len(set(checksums)) > 1:
         raise RuntimeError(
-            "All replicas must have the same weights after an epoch, and this "
-            "epoch is not backed up. Go back to the backup before, and look "
-            "for what sets weights on one worker only, or for workers of "
-            "different versions or processors. Received: weights with the "
-            f"checksums {checksums}"
+            "All replicas must have the same weights after an epoch, and after "
+            "each of its steps, and nothing is backed up. Go back to the "
+            "backup before, and look for what sets weights on one worker only, "
+            "or for workers of different versions or processors. Received: "
+            f"weights with the checksums {checksums}"
         )
-
-
-def _save_rest(model: keras.Model, path: str) -> None:
-    """Adds to a file what Keras leaves out: random states, and a checksum."""
-    with h5py.File(path, "a") as file:
-        group = file.create_group(_REST)
-        for i, variable in enumerate(_random_states(model)):
-            group[str(i)] = variable.numpy()
-        group.attrs["checksum"] = _checksum(model)
-
-
-def _load_rest(model: keras.Model, path: str) -> None:
-    with h5py.File(path, "r") as file:
-        group = file[_REST]
-        states = _random_states(model)
-        if len(group) != len(states):
-            raise ValueError(
-                f"The model must have {len(group)} random states, as when it "
-                f"was saved. Received: {len(states)}"
-            )
-        for i, variable in enumerate(states):
-            variable.assign(group[str(i)][()])
-        if group.attrs["checksum"] != _checksum(model):
-            raise ValueError(
-                "The file must be as it was written. Received: weights with "
-                f"another checksum in {path!r}"
-            )
-
-
-def _random_states(model: keras.Model) -> list[keras.Variable]:
-    """The states of the model's `keras.random.SeedGenerator`s."""
-    weights = {id(variable) for variable in model.weights}
-    return [v for v in model.variables if id(v) not in weights]
-
-
-def _checksum(model: keras.Model) -> int:
-    return saved_state.checksum(v.numpy() for v in model.variables)
-
-
-def _remove(path: str) -> None:
-    with contextlib.suppress(FileNotFoundError):  # A shared folder.
-        os.remove(path)
-
-
-def _rename(path: str, prefix: str) -> None:
-    directory, name = os.path.split(path)
-    with contextlib.suppress(FileNotFoundError):  # A shared folder.
-        os.replace(path, os.path.join(directory, prefix + name))
-
-
-def _flush(path: str) -> None:
-    """Makes sure that a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

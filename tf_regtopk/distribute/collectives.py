@@ -77,13 +77,16 @@ def gather_from_workers(
     Returns:
         Array `[number of replicas, number of integers]`.
     """
-
-    def gather() -> tf.Tensor:
-        held = all_gather(words.hold(tf.constant(numbers, tf.int32)))
-        return words.release(held, tf.int32)
-
-    gathered = strategy.run(tf.function(gather))
+    gathered = strategy.run(_gather_numbers, (tf.constant(numbers, tf.int32),))
     return strategy.experimental_local_results(gathered)[0].numpy()
+
+
+def _gather_in_replica(numbers: tf.Tensor) -> tf.Tensor:
+    return words.release(all_gather(words.hold(numbers)), tf.int32)
+
+
+# Many calls share what is traced for a strategy and a number of integers.
+_gather_numbers = tf.function(_gather_in_replica, autograph=False)
 
 
 def all_reduce_sum(

@@ -13,7 +13,7 @@ import resume_program
 import tensorflow as tf
 
 import tf_regtopk
-from tf_regtopk.callbacks import backup as backup_lib
+from tf_regtopk.callbacks import backup_files
 from tf_regtopk.distribute import collectives
 from tf_regtopk.distribute import strategy as strategy_lib
 
@@ -90,7 +90,11 @@ def test_what_not_all_workers_have_is_removed(mirrored, tmp_path, monkeypatch):
     backup.restore(model)
     saved = back_up(backup, model, 3)
     # As if another worker had epoch 2 only.
-    monkeypatch.setattr(tf_regtopk.Backup, "_epochs_of_all", lambda *_: [2])
+    monkeypatch.setattr(
+        backup_files.Folder,
+        "positions_of_all",
+        lambda *_: [backup_files.Position(2)],
+    )
     assert tf_regtopk.Backup(tmp_path).restore(model) == 2
     assert resume_program.fingerprint(model) == saved[1]
     assert os.listdir(tmp_path) == ["epoch-000002.weights.h5"]
@@ -152,7 +156,7 @@ def test_a_deletion_that_is_cut_short(mirrored, tmp_path, monkeypatch):
                 raise KeyboardInterrupt
             os.unlink(path)
 
-        patch.setattr(backup_lib, "_remove", interrupt)
+        patch.setattr(backup_files, "_remove", interrupt)
         backup.delete()
     assert len(os.listdir(tmp_path)) == 2  # A backup, and the mark.
     assert tf_regtopk.Backup(tmp_path).restore(model) == 0
@@ -307,10 +311,10 @@ import os, signal, sys
 sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})
 sys.path.append({str(paths.TESTS / "support")!r})
 import logical_devices, test_backup, tf_regtopk
-from tf_regtopk.callbacks import backup as backup_lib
+from tf_regtopk.callbacks import backup_contents
 
 calls = 0
-write = backup_lib._save_rest
+write = backup_contents.save_rest
 
 def kill(*args):
     global calls
@@ -319,7 +323,7 @@ def kill(*args):
         os.kill(os.getpid(), signal.SIGKILL)
     write(*args)
 
-backup_lib._save_rest = kill
+backup_contents.save_rest = kill
 model = test_backup.make(logical_devices.mirrored_strategy(0))
 backup = tf_regtopk.Backup(sys.argv[1])
 backup.restore(model)
@@ -359,16 +363,21 @@ def test_one_bit(what, mirrored, tmp_path):
 # ----- Several workers -----
 
 
-def write(directory, epochs, number, num_workers):
+def write(directory, positions, number, num_workers):
+    """Positions are numbers of epochs, or of epochs and steps."""
     os.makedirs(directory, exist_ok=True)
-    for epoch in epochs:
+    for position in positions:
+        name = (
+            f"epoch-{position:06d}"
+            if isinstance(position, int)
+            else ("epoch-{:06d}-step-{:06d}".format(*position))
+        )
         world = f".worker-{number}-of-{num_workers}" if num_workers > 1 else ""
-        path = directory / f"epoch-{epoch:06d}{world}.weights.h5"
-        path.write_bytes(b"")
+        (directory / f"{name}{world}.weights.h5").write_bytes(b"")
 
 
 def newest(directories, monkeypatch):
-    """What each of the workers, with a folder each, goes on with."""
+    """The position that each worker, with a folder each, goes on with."""
     rows, results = [], []
 
     def gather(row, _):
@@ -386,8 +395,9 @@ def newest(directories, monkeypatch):
                 lambda _, n=number: (n, len(directories)),
             )
             try:
-                epochs = tf_regtopk.Backup(directory)._epochs_of_all(None)
-                results.append(max(epochs, default=0))
+                folder = backup_files.Folder(directory)
+                positions = folder.positions_of_all(None)
+                results.append(max(positions, default=(0, 0)))
             except InterruptedError:
                 pass
             except FileNotFoundError as e:
@@ -395,6 +405,11 @@ def newest(directories, monkeypatch):
                 results.append(FileNotFoundError)
     assert len(set(results)) == 1  # They all agree.
     return results[0]
+
+
+def position(expected):
+    """Of a number of epochs, if it is one."""
+    return (expected, 0) if isinstance(expected, int) else expected
 
 
 CASES = {
@@ -407,6 +422,12 @@ CASES = {
     "the second was cut short": ([[1, 2], [1]], 1),
     "one has lost its own": ([[3, 4], []], FileNotFoundError),
     "three": ([[3, 4], [3], [3, 4]], 3),
+    "steps": ([[3, (3, 20)], [3, (3, 20)]], (3, 20)),
+    "steps of one": ([[(3, 10), (3, 20)], [3, (3, 10)]], (3, 10)),
+    "steps, then an epoch": ([[(3, 20), 4], [(3, 10), (3, 20)]], (3, 20)),
+    "steps before an epoch": ([[(3, 20), 4], [(3, 20), 4]], 4),
+    "the first steps were cut short": ([[(0, 10)], []], 0),
+    "steps are lost": ([[(3, 10), (3, 20)], []], FileNotFoundError),
 }
 
 
@@ -420,7 +441,7 @@ def test_workers_agree(case, shares_disk, tmp_path, monkeypatch):
     ]
     for number, epochs in enumerate(epochs_of):
         write(directories[number], epochs, number, len(epochs_of))
-    assert newest(directories, monkeypatch) == expected
+    assert newest(directories, monkeypatch) == position(expected)
 
 
 @pytest.mark.parametrize(
@@ -439,7 +460,7 @@ def test_workers_agree_after_a_change(
     for world, size in ((old, 3), (new, 2)):
         for number, epochs in world.items():
             write(tmp_path, epochs, number, size)
-    assert newest([tmp_path] * 2, monkeypatch) == expected
+    assert newest([tmp_path] * 2, monkeypatch) == position(expected)
 
 
 def test_gather_from_workers(mirrored):
