@@ -183,7 +183,7 @@ class Ledger(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         # A step that is skipped changes nothing.
-        now = int(self.model.optimizer.iterations)
+        now = int(self.model.optimizer.iterations.numpy())
         if now != self._before:
             self.write(event="step", epoch=self._epoch, step=batch, number=now)
             time.sleep(SECONDS_A_STEP)
@@ -202,7 +202,7 @@ def main(directory, rule):
     backup = tf_regtopk.Backup(directory / "backup", every_steps=EVERY_STEPS)
     first_epoch = backup.restore(model)
     ledger = Ledger(directory, first_epoch)
-    number = int(model.optimizer.iterations)
+    number = int(model.optimizer.iterations.numpy())
     ledger.write(event="resumed", number=number, **account(model, directory))
     model.fit(
         make_dataset(first_epoch),

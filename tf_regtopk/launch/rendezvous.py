@@ -295,7 +295,10 @@ class Member:
                 *(_next_attempt(post, launcher) for post in posts),
             )
             least, most = self._post.least_and_most
-            if least < most and any(post.members for post in posts):
+            has_begun = any(
+                post.members and launcher not in post.members for post in posts
+            )
+            if least < most and has_begun:
                 deadline = time.monotonic() + timeout
                 if not has_waited:
                     on_wait()
