@@ -97,6 +97,7 @@ def logs_of(launchers):
     return [re.search("Logs: (.*)", each.output)[1] for each in launchers]
 
 
+@pytest.mark.slow
 def test_two_workers_end_at_the_same_step(start, tmp_path):
     """And the same command goes on to the bit, with the same logs."""
     runs = start("whole", "whole"), start("stopped", "stopped", victim=1)
