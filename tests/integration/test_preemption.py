@@ -1,14 +1,11 @@
 """SIGTERM to one of two workers: both back up in the middle of an epoch."""
 
-import json
 import re
 
 import keras
 import multi_worker_launcher
 import numpy as np
 import pytest
-
-from tf_regtopk.launch import notes
 
 LIMIT = 240
 # A worker takes 0.1 s for a step until the end is agreed on, so that the
@@ -66,53 +63,46 @@ backup.delete()
 
 @pytest.fixture
 def start(tmp_path):
-    """Function that starts a launcher for each of two workers."""
+    """Function that starts a launcher of two workers."""
     script = tmp_path / "train.py"
     script.write_text(SCRIPT, "utf-8")
     with multi_worker_launcher.processes() as started:
 
         def start(name, run, victim=-1):
-            addresses = multi_worker_launcher.free_addresses(2)
-            launchers = [
+            started.append(
                 multi_worker_launcher.Process(
-                    ["-m", "tf_regtopk.run", "--device=cpu", "--show=all"]
-                    + [f"--log_dir={tmp_path / run}_logs"]
+                    ["-m", "tf_regtopk.run", "--workers=2", "--device=cpu"]
+                    + ["--show=all", f"--log_dir={tmp_path / run}_logs"]
                     + [script, tmp_path / name, tmp_path / f"{name}.keras"]
                     + [victim],
-                    tmp_path / f"{run}_{number}.txt",
-                    TF_CONFIG=multi_worker_launcher.tf_config(
-                        addresses, number
-                    ),
+                    tmp_path / f"{run}.txt",
                 )
-                for number in range(2)
-            ]
-            started.extend(launchers)
-            return launchers
+            )
+            return started[-1]
 
         yield start
 
 
-def logs_of(launchers):
+def logs_of(launcher):
     """What each worker has printed, and of the whole run the last epoch."""
-    return [re.search("Logs: (.*)", each.output)[1] for each in launchers]
+    logs = re.findall(r"\[worker (.)\] Logs: (.*)", launcher.output)
+    assert len(logs) == 2
+    return dict(logs)
 
 
 @pytest.mark.slow
 def test_two_workers_end_at_the_same_step(start, tmp_path):
     """And the same command goes on to the bit, with the same logs."""
-    runs = start("whole", "whole"), start("stopped", "stopped", victim=1)
-    for launcher in runs[0]:
-        assert launcher.wait(LIMIT) == 0, launcher.output
-    said = []
-    for number, launcher in enumerate(runs[1]):
-        assert launcher.wait(LIMIT) != 0, launcher.output
-        attempt = tmp_path / f"stopped_logs/worker-{number}/attempt-0"
-        error = json.loads((attempt / f"worker-{number}.error").read_text())
-        assert error["status"] == 143
-        assert "Logs:" not in launcher.output
-        said += notes.read(attempt, "backed_up")
-    assert said[0] == said[1]
-    step = int(re.fullmatch(r"epoch 0, step (\d+)", said[0])[1])
+    whole, stopped = start("whole", "whole"), start("stopped", "stopped", 1)
+    assert whole.wait(LIMIT) == 0, whole.output
+    assert stopped.wait(LIMIT) == 143, stopped.output
+    assert "Logs:" not in stopped.output
+    said = re.findall(
+        r"worker . was asked to end, and has backed up epoch 0, step (\d+)\.",
+        stopped.output,
+    )
+    step = int(said[0])
+    assert said == [str(step)] * 2
     assert 3 < step < 20
     names = {path.name for path in (tmp_path / "stopped").iterdir()}
     assert names == {
@@ -120,16 +110,15 @@ def test_two_workers_end_at_the_same_step(start, tmp_path):
         for number in range(2)
     }
     resumed = start("stopped", "resumed")
-    for launcher in resumed:
-        assert launcher.wait(LIMIT) == 0, launcher.output
-        assert f"Resuming {tmp_path / 'stopped'} after epoch 0 and {step}" in (
-            launcher.output
-        )
-    assert logs_of(resumed) == logs_of(runs[0])
-    whole, stopped = (
+    assert resumed.wait(LIMIT) == 0, resumed.output
+    assert f"Resuming {tmp_path / 'stopped'} after epoch 0 and {step}" in (
+        resumed.output
+    )
+    assert logs_of(resumed) == logs_of(whole)
+    weights_of_whole, weights = (
         keras.saving.load_model(tmp_path / f"{name}.keras").get_weights()
         for name in ("whole", "stopped")
     )
-    for array, of_whole in zip(stopped, whole, strict=True):
+    for array, of_whole in zip(weights, weights_of_whole, strict=True):
         np.testing.assert_array_equal(array, of_whole)
     assert not (tmp_path / "stopped").exists()

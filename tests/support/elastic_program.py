@@ -98,9 +98,11 @@ def state(model):
 
 
 def _sums(replicas):
+    """Of what the rule remembers; a sparsifier's memory begins anew."""
+    num_local = RULES[sys.argv[2]][2]().num_local
     return [
         np.sum(arrays, axis=0, dtype="float64")
-        for arrays in zip(*replicas, strict=True)
+        for arrays in zip(*(r[:num_local] for r in replicas), strict=True)
     ]
 
 

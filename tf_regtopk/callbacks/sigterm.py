@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from tf_regtopk.distribute import collectives
 from tf_regtopk.distribute import strategy as strategy_lib
+from tf_regtopk.launch import notes
 
 # The exit status of a process that SIGTERM has ended, as shells have it.
 ENDED_BY_SIGTERM = 128 + signal.SIGTERM
@@ -27,9 +28,10 @@ _MAX_INT32 = 2**31 - 1
 class Request:
     """Notes that the process was asked to end, by SIGTERM, while `fit` runs.
 
-    A second SIGTERM ends the process at once. So does one that comes outside
-    `fit`, also if an error has ended `fit`, and one to a process that was
-    forked in `fit`.
+    A second SIGTERM ends the process at once, unless a launcher has started it:
+    Slurm sends SIGTERM to both, and the launcher passes its own on. One that
+    comes outside `fit` ends the process too, also if an error has ended `fit`,
+    and one to a process that was forked in `fit`.
     """
 
     def __init__(self) -> None:
@@ -59,9 +61,11 @@ class Request:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        # From here on SIGTERM also ends a process that waits for others.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if os.getpid() == self._pid and _is_running(self._code, frame):
+        is_for_fit = os.getpid() == self._pid and _is_running(self._code, frame)
+        if not (is_for_fit and notes.has_launcher()):
+            # From here on SIGTERM also ends a process that waits for others.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if is_for_fit:
             self.is_made = True
         else:
             os.kill(os.getpid(), number)

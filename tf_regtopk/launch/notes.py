@@ -10,6 +10,11 @@ import pathlib
 VARIABLE = "TF_REGTOPK_LAUNCH_DIR"
 
 
+def has_launcher() -> bool:
+    """Returns whether a launcher has started this process."""
+    return VARIABLE in os.environ
+
+
 def write(name: str, text: str) -> None:
     """Leaves a note, over an earlier one of the name; nothing without launcher.
 

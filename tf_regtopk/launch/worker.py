@@ -121,7 +121,8 @@ class Worker:
         if status == 0:
             return None
         backed_up = notes.read(self._directory, "backed_up")
-        if status == bootstrap.BACKED_UP and backed_up:
+        # A second SIGTERM may have come after the backup.
+        if status in (bootstrap.BACKED_UP, -signal.SIGTERM) and backed_up:
             return Failure(
                 self.name,
                 f"was asked to end, and has backed up {backed_up[-1]}",

@@ -408,6 +408,12 @@ def ask_twice():
     ask_to_end()
 
 
+def ask_twice_with_launcher():
+    """Slurm asks both the launcher, which passes it on, and the worker."""
+    os.environ[notes.VARIABLE] = "a folder that is not there"
+    ask_twice()
+
+
 class AtTheEnd(keras.callbacks.Callback):
     def on_train_end(self, logs=None):
         ask_to_end()
@@ -416,6 +422,11 @@ class AtTheEnd(keras.callbacks.Callback):
 SCENARIOS = {
     # Callbacks; whether `fit` returns, and the exit status.
     "twice": ([At(0, 2, ask_twice)], False, -signal.SIGTERM),
+    "twice, with a launcher": (
+        [At(0, 2, ask_twice_with_launcher)],
+        False,
+        ENDED,
+    ),
     "after an error": ([At(0, 2, fail)], True, -signal.SIGTERM),
     "a fork": ([At(0, 2, end_a_fork)], True, -signal.SIGTERM),
     "after the last backup": ([AtTheEnd()], False, -signal.SIGTERM),
