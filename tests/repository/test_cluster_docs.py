@@ -40,7 +40,7 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```$", DOCUMENT, re.M | re.S)
 
 
-LOOPBACK, HOSTS, TRAIN, SBATCH = blocks("sh")
+LOOPBACK, HOSTS, ELASTIC, TRAIN, SBATCH = blocks("sh")
 
 
 @pytest.fixture
@@ -210,6 +210,45 @@ def test_hosts_of_your_own_lose_a_worker(place, run):
     check_summary(
         place / "results" / "multi_worker", 4, first_epoch=int(first_epoch)
     )
+
+
+@pytest.mark.slow
+def test_machines_that_come_and_go(place, run):
+    """The command of machines, of which one comes later and another leaves."""
+    (place / ".tf_regtopk_secret").write_text("a secret\n")
+    [board] = shares.free_ports(1, "127.0.0.1")
+    launchers = []
+
+    def start():
+        host = f"127.0.0.{len(launchers) + 1}"
+        block = ELASTIC.replace(
+            "--rendezvous=host0:29500",
+            f"--rendezvous=127.0.0.1:{board} --host={host}",
+        )
+        assert block != ELASTIC
+        launchers.append(run(["sh", "-c", "set -e\n" + block], HOME=str(place)))
+
+    start()
+    start()
+    chief = launchers[0]
+    chief.wait_for("2 replicas, 64 images per step")
+    chief.wait_for("Epoch 2/")
+    start()
+    chief.wait_for("3 replicas, 63 images per step")
+    while "Epoch " not in chief.output.rpartition("3 replicas")[2]:
+        chief.wait_for("3 replicas")  # Ends the wait if the launcher has ended.
+        time.sleep(0.05)
+    # The launcher of the second machine gets SIGTERM.
+    started = r"\(processes (\d+)\)"
+    launchers[1].wait_for("(processes ")
+    worker = int(re.findall(started, launchers[1].output)[-1])
+    os.kill(parent_of(worker), signal.SIGTERM)
+    assert launchers[1].wait() == bootstrap.BACKED_UP, launchers[1].output
+    for launcher in (chief, launchers[2]):
+        assert launcher.wait() == 0, launcher.output
+        assert "Restart" not in launcher.output
+    summary = place / "results" / "multi_worker" / "summary.json"
+    assert json.loads(summary.read_text())["num_replicas"] == 2
 
 
 # ----- Slurm -----

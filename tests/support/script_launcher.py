@@ -30,6 +30,7 @@ def back_up_when_asked(directory=notes):
     asked = directory / "asked"
     signal.signal(signal.SIGTERM, lambda *_: asked.touch())
     name("backup").write_text("folder")
+    name("can_back_up").write_text("")
     meet(directory, "can_back_up")
     (directory / "all_can_back_up").touch()
     print("ready")

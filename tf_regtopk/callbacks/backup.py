@@ -181,8 +181,10 @@ class Backup(keras.callbacks.Callback):
                 "result be given as `initial_epoch`"
             )
         self._request.await_in(self._restored.fit)
+        notes.write("can_back_up", "while fit runs")
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        notes.remove("can_back_up")
         self._request.stop()
         if self._request.is_made:  # After the last backup.
             os.kill(os.getpid(), signal.SIGTERM)

@@ -174,7 +174,7 @@ class _Launcher:
         self, workers: Sequence[worker_lib.Worker], directory: pathlib.Path
     ) -> list[worker_lib.Failure]:
         def can_back_up() -> bool:
-            return bool(notes.read(directory, "backup"))
+            return bool(notes.read(directory, "can_back_up"))
 
         def reason_to_end() -> str:
             if self._ending.is_requested:
@@ -193,7 +193,7 @@ class _Launcher:
 
 def _status(causes: Sequence[worker_lib.Failure]) -> int:
     """Returns the exit status for the causes of an end."""
-    if all(failure.is_asked for failure in causes):
+    if all(failure.is_asked or failure.is_leaving for failure in causes):
         return bootstrap.BACKED_UP
     if any(failure.is_port_taken for failure in causes):
         return bootstrap.PORT_TAKEN

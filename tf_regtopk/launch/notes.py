@@ -28,6 +28,13 @@ def write(name: str, text: str) -> None:
             pathlib.Path(directory, f"{name}-{os.getpid()}").write_text(text)
 
 
+def remove(name: str) -> None:
+    """Takes back the note that this process has left about something."""
+    if directory := os.environ.get(VARIABLE):
+        with contextlib.suppress(OSError):
+            pathlib.Path(directory, f"{name}-{os.getpid()}").unlink()
+
+
 def read(directory: str | os.PathLike[str], name: str) -> list[str]:
     """Returns the notes of all workers about something, each text once."""
     found = pathlib.Path(directory).glob(f"{name}-*")

@@ -390,7 +390,9 @@ class Member:
             what = f"has not been heard of for {age:.0f} s"
         else:
             return None
-        return [worker_lib.Failure(machine, what)]
+        least, most = self._post.least_and_most
+        is_leaving = post.has_left and least < most
+        return [worker_lib.Failure(machine, what, is_leaving=is_leaving)]
 
     def _present(self) -> dict[str, Post]:
         """The posts of the other machines that have been heard of lately."""

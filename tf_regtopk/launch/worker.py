@@ -33,6 +33,7 @@ class Failure:
         is_own: Whether its script has ended it.
         is_port_taken: Whether it could not listen on its port.
         is_asked: Whether it has backed up and ended because it was asked to.
+        is_leaving: Whether it has left where machines come and go.
         details: Lines on it, such as the last of its output.
     """
 
@@ -42,6 +43,7 @@ class Failure:
     is_own: bool = False
     is_port_taken: bool = False
     is_asked: bool = False
+    is_leaving: bool = False
     details: tuple[str, ...] = ()
 
 

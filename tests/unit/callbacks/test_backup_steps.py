@@ -315,6 +315,25 @@ def test_a_note_for_the_launcher(mirrored, tmp_path, monkeypatch):
     assert notes.read(tmp_path, "backed_up") == ["epoch 0, step 2"]
 
 
+def test_whether_the_launcher_may_ask(mirrored, tmp_path, monkeypatch):
+    """While `fit` runs, and neither before nor after."""
+    monkeypatch.setenv(notes.VARIABLE, str(tmp_path))
+    found = []
+
+    def may_ask():
+        found.append(notes.read(tmp_path, "can_back_up"))
+
+    model, backup = (
+        resume_program.make_model(mirrored(0)),
+        tf_regtopk.Backup(tmp_path / "backup"),
+    )
+    backup.restore(model)
+    may_ask()
+    fit(model, DATA["dataset"], [backup, At(0, 2, may_ask)], epochs=1)
+    may_ask()
+    assert found == [[], ["while fit runs"], []]
+
+
 def test_a_handler_of_the_users_stays(mirrored, tmp_path):
     calls = []
 

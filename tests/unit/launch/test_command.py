@@ -288,7 +288,7 @@ BACK_UP = "back_up_when_asked()"
 NO_BACKUP = "meet(); print('ready'); time.sleep(1000)"
 STUCK = """
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-(notes / f"backup-{number}").write_text("folder")
+(notes / f"can_back_up-{number}").write_text("")
 meet()
 print("ready")
 time.sleep(1000)

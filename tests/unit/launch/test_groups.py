@@ -174,6 +174,23 @@ def test_the_others_go_on_without_a_machine_that_leaves(machines):
     assert "Restart" not in outputs[1]
 
 
+def test_a_machine_that_leaves_before_it_can_back_up(machines):
+    """As while its script loads the data. It counts as no restart."""
+    machines.write("""
+    meet(run)
+    (folder / f"met-{len(workers)}").touch()
+    if len(workers) == 3:
+        time.sleep(1000)
+    """)
+    machines.start_elastic("2:3", 1, 2, 3)
+    machines.wait_for("met-3")
+    machines.launchers[3].send_signal(signal.SIGTERM)
+    statuses, outputs = machines.wait()
+    assert statuses == {1: 0, 2: 0, 3: 128 + 15}, outputs
+    assert "127.0.0.3 has left, because its launcher was ended" in outputs[1]
+    assert "Restart" not in outputs[1] + outputs[2]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [1, 3])
 def test_the_others_go_on_without_a_machine_that_is_lost(machines, number):
