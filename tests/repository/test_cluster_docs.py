@@ -430,7 +430,9 @@ def test_statuses_in_the_document():
         launch_command.WRONG_ARGUMENTS,
         bootstrap.LOST_A_WORKER,
         bootstrap.PORT_TAKEN,
+        bootstrap.BACKED_UP,
     }
+    assert "backed up" in meanings[bootstrap.BACKED_UP]
     assert "script" in meanings[bootstrap.FAILED]
     assert "arguments" in meanings[launch_command.WRONG_ARGUMENTS]
     assert "lost" in meanings[bootstrap.LOST_A_WORKER]

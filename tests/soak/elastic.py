@@ -84,8 +84,9 @@ class Machine:
         return int(children[0]) if children else None
 
     def signal_worker(self, sign):
-        if worker := self.worker:
-            os.kill(worker, sign)
+        while not (worker := self.worker):
+            time.sleep(0.1)
+        os.kill(worker, sign)
 
     def end(self):
         self.popen.kill()
@@ -149,17 +150,17 @@ class Run:
         return [json.loads(line) for line in lines]
 
     def wait_for_step(self, num_entries):
-        """Waits for a step by all machines, after so many entries."""
+        """Waits for a step by all machines, after so many entries.
+
+        Nobody has begun the resume that it belongs to before those.
+        """
         deadline = time.monotonic() + LIMIT
         while True:
             num_workers = None
-            for i, entry in enumerate(self.ledger):
+            for entry in self.ledger[num_entries:]:
                 num_workers = entry.get("num_workers", num_workers)
-                if (
-                    i >= num_entries
-                    and entry["event"] == "step"
-                    and num_workers == len(self.machines)
-                ):
+                is_step = entry["event"] == "step"
+                if is_step and num_workers == len(self.machines):
                     return
             assert time.monotonic() < deadline, self.ledger[-3:]
             for machine in self.machines.values():
@@ -220,7 +221,8 @@ def main(argv):
                     run.wait_for_step(num_entries)
                     done += f"; goes on after {time.monotonic() - begin:.0f} s"
                 tqdm.tqdm.write(f"{done}, with {len(run.machines)} machines")
-            run.wait_for_step(len(run.ledger))
+            if is_early:
+                run.wait_for_step(num_entries)
             run.finish()
         finally:
             run.end()

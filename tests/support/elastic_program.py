@@ -42,6 +42,11 @@ RULES = {
 }
 
 
+# Where a rule keeps the shift of each replica, whose sum is the first array
+# that all of them share.
+SHIFT_OF = {"ef21": 0, "shift": 1}
+
+
 def make_model(rule):
     inner, sparsifier, error_feedback = RULES[rule]
     keras.utils.set_random_seed(0)
@@ -129,7 +134,7 @@ def saved_state(directory):
     return _sums(replicas.values()), states[0].shared, states[0].num_replicas
 
 
-def account(model, directory):
+def account(model, directory, rule):
     """Compares what all workers have loaded with what was saved."""
     own = directory / f"loaded-{strategy.cluster_resolver.task_id}.npz"
     sums, shared, weights = state(model)
@@ -151,8 +156,10 @@ def account(model, directory):
             "same_shared": _are_equal(expected[1], shared),
             "same_on_all": all(_are_equal(of_all[0], a) for a in of_all),
         }
-        if shared:  # The sum that all replicas know, of what each remembers.
-            found["sum_differs"] = _difference(shared[0], totals[0])
+        if rule in SHIFT_OF:  # All replicas know the sum of the shifts.
+            found["sum_differs"] = _difference(
+                shared[0], totals[SHIFT_OF[rule]]
+            )
     meet()
     own.unlink()
     return found
@@ -205,7 +212,9 @@ def main(directory, rule):
     first_epoch = backup.restore(model)
     ledger = Ledger(directory, first_epoch)
     number = int(model.optimizer.iterations.numpy())
-    ledger.write(event="resumed", number=number, **account(model, directory))
+    ledger.write(
+        event="resumed", number=number, **account(model, directory, rule)
+    )
     model.fit(
         make_dataset(first_epoch),
         initial_epoch=first_epoch,
