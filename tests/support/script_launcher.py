@@ -31,7 +31,7 @@ def back_up_when_asked(directory=notes):
     signal.signal(signal.SIGTERM, lambda *_: asked.touch())
     name("backup").write_text("folder")
     name("can_back_up").write_text("")
-    meet(directory, "can_back_up")
+    meet(directory, "prepared")
     (directory / "all_can_back_up").touch()
     print("ready")
     while not asked.exists():

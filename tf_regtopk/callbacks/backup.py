@@ -69,6 +69,7 @@ class Backup(keras.callbacks.Callback):
     give in epoch n what it gave in epoch n before. In the middle of an epoch
     too it begins with the epoch's first batch: the batches of the steps that
     were taken are read and dropped, and the metrics go on from where they were.
+    Other callbacks see these steps too, with empty logs.
     """
 
     def __init__(
@@ -130,15 +131,21 @@ class Backup(keras.callbacks.Callback):
             could = collectives.gather_from_workers(
                 [int(error is None)], strategy
             )[:, 0]
-            if could.all():
-                logger.info("Resuming %s after %s", self.directory, position)
-                self._keep_damaged(refused, position)
-                return position
-            refused[position] = error or ValueError(
-                "The backups of all replicas must be as they were written. "
-                f"Received: for {position} others at the replicas "
-                f"{np.flatnonzero(could == 0).tolist()}, whose logs say why"
-            )
+            if not could.all():
+                refused[position] = error or ValueError(
+                    "The backups of all replicas must be as they were written. "
+                    f"Received: for {position} others at the replicas "
+                    f"{np.flatnonzero(could == 0).tolist()}, whose logs say why"
+                )
+                continue
+            try:
+                _check_workers_agree(model)
+            except ValueError as not_the_same:
+                refused[position] = not_the_same
+                continue
+            logger.info("Resuming %s after %s", self.directory, position)
+            self._keep_damaged(refused, position)
+            return position
         for error in refused.values():
             raise error
         return backup_files.Position()
@@ -180,13 +187,14 @@ class Backup(keras.callbacks.Callback):
                 "`Backup.restore(model)` must be called before `fit`, and its "
                 "result be given as `initial_epoch`"
             )
-        self._request.await_in(self._restored.fit)
-        notes.write("can_back_up", "while fit runs")
+        if self._request.await_in(self._restored.fit):
+            notes.write("can_back_up", "while fit runs")
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         notes.remove("can_back_up")
         self._request.stop()
         if self._request.is_made:  # After the last backup.
+            self._tell_launcher()
             os.kill(os.getpid(), signal.SIGTERM)
 
     def on_epoch_begin(
@@ -270,11 +278,14 @@ class Backup(keras.callbacks.Callback):
             "SIGTERM: this training is backed up after %s, and ends",
             self._last,
         )
+        self._tell_launcher()
+        self._request.stop()
+        raise SystemExit(sigterm.ENDED_BY_SIGTERM)
+
+    def _tell_launcher(self) -> None:
         notes.write(
             "backed_up", f"epoch {self._last.epoch}, step {self._last.step}"
         )
-        self._request.stop()
-        raise SystemExit(sigterm.ENDED_BY_SIGTERM)
 
     @property
     def _num_steps(self) -> int:

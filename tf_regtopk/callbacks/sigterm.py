@@ -39,11 +39,14 @@ class Request:
         self._code: CodeType | None = None
         self._pid = 0
 
-    def await_in(self, function: Callable[..., Any]) -> None:
+    def await_in(self, function: Callable[..., Any]) -> bool:
         """Waits for SIGTERM from here on, unless others handle it.
 
         Args:
             function: The function that is running, `fit`.
+
+        Returns:
+            Whether it waits.
         """
         self.is_made = False
         self._code = getattr(inspect.unwrap(function), "__code__", None)
@@ -52,8 +55,10 @@ class Request:
         # An error may have ended `fit` before, and left a handler of ours.
         is_ours = isinstance(getattr(handler, "__self__", None), Request)
         is_main = threading.current_thread() is threading.main_thread()
-        if is_main and (handler == signal.SIG_DFL or is_ours):
-            signal.signal(signal.SIGTERM, self._handle)
+        if not is_main or not (handler == signal.SIG_DFL or is_ours):
+            return False
+        signal.signal(signal.SIGTERM, self._handle)
+        return True
 
     def stop(self) -> None:
         """Puts the default handler back."""
@@ -105,8 +110,7 @@ class Checks:
         self._num_steps += num_steps
         if self._num_steps < self._interval:
             return False
-        elapsed = 1000 * (time.monotonic() - self._since)
-        is_asked, milliseconds = self._gather(is_asked, int(elapsed))
+        is_asked, milliseconds = self._gather(is_asked)
         self._interval = _interval(self._num_steps, milliseconds)
         self._begin()
         return is_asked
@@ -115,14 +119,19 @@ class Checks:
         """Returns whether all are to end, without waiting for more steps."""
         if self._is_alone:
             return is_asked
-        is_asked, _ = self._gather(is_asked, 0)
+        is_asked, milliseconds = self._gather(is_asked)
+        if self._num_steps:
+            # Else an interval longer than an epoch would stay for ever.
+            in_time = _steps_in_time(self._num_steps, milliseconds)
+            self._interval = max(1, min(self._interval, in_time))
         self._begin()
         return is_asked
 
-    def _gather(self, is_asked: bool, milliseconds: int) -> tuple[bool, int]:
+    def _gather(self, is_asked: bool) -> tuple[bool, int]:
         """Whether any worker was asked to end, and the longest time of all."""
+        elapsed = int(1000 * (time.monotonic() - self._since))
         of_all = collectives.gather_from_workers(
-            [int(is_asked), min(milliseconds, _MAX_INT32)], self._strategy
+            [int(is_asked), min(elapsed, _MAX_INT32)], self._strategy
         )
         return bool(of_all[:, 0].any()), int(of_all[:, 1].max())
 
@@ -140,5 +149,12 @@ def _interval(num_steps: int, milliseconds: int) -> int:
     >>> _interval(100, 800)
     125
     """
-    in_time = num_steps * _MILLISECONDS_BETWEEN_CHECKS / max(milliseconds, 1)
-    return max(1, min(round(in_time), _MAX_GROWTH * num_steps))
+    in_time = _steps_in_time(num_steps, milliseconds)
+    return max(1, min(in_time, _MAX_GROWTH * num_steps))
+
+
+def _steps_in_time(num_steps: int, milliseconds: int) -> int:
+    """Number of steps between two checks, at the speed of these steps."""
+    return round(
+        num_steps * _MILLISECONDS_BETWEEN_CHECKS / max(milliseconds, 1)
+    )

@@ -26,6 +26,7 @@ from tf_regtopk.launch import arguments
 from tf_regtopk.launch import bootstrap
 from tf_regtopk.launch import groups
 from tf_regtopk.launch import notes
+from tf_regtopk.launch import rendezvous
 from tf_regtopk.launch import supervision
 from tf_regtopk.launch import terminal
 from tf_regtopk.launch import termination
@@ -56,15 +57,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         group, told = groups.group_of(args)
         directory = _log_directory(args.log_dir, group.folder)
-        if told:
-            terminal.say(told)
-        return _Launcher(args, group, ending).run(directory)
     except TimeoutError as error:
         terminal.say(str(error))
         return bootstrap.LOST_A_WORKER
     except (OSError, ValueError) as error:
         terminal.say(f"python -m tf_regtopk.run: {error}")
         return WRONG_ARGUMENTS
+    if told:
+        terminal.say(told)
+    return _Launcher(args, group, ending).run(directory)
 
 
 class _Launcher:
@@ -93,28 +94,46 @@ class _Launcher:
         Returns:
             The exit status.
         """
+        status = bootstrap.FAILED
+        try:
+            status = self._run(directory)
+        except TimeoutError as error:
+            terminal.say(str(error))
+            status = bootstrap.LOST_A_WORKER
+        except ValueError as error:
+            terminal.say(f"python -m tf_regtopk.run: {error}")
+            status = WRONG_ARGUMENTS
+        except rendezvous.TrainingOverError as over:
+            terminal.say("The others have ended the training meanwhile.")
+            status = over.status
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else status
+            raise
+        finally:
+            self._ending.stop_waiting()
+            self._group.leave(status)
+        return status
+
+    def _run(self, directory: pathlib.Path) -> int:
         num_port_tries = 1
         # A launcher of several may have been started again.
         num_before = len(list(directory.glob("attempt-*")))
-        try:
-            for attempt in itertools.count(num_before):
-                of_attempt = directory / f"attempt-{attempt}"
-                of_attempt.mkdir(parents=True)
-                status = self._attempt(of_attempt)
-                if self._ending.is_requested:
-                    return 128 + signal.SIGTERM
-                if status == bootstrap.PORT_TAKEN and self._group.chooses_ports:
-                    num_port_tries += 1
-                    if num_port_tries <= _MAX_PORT_TRIES:
-                        terminal.say(
-                            "A port was taken meanwhile. Trying others."
-                        )
-                        continue
-                if status == 0 or not self._starts_again(status, of_attempt):
-                    return status
-        finally:
-            self._ending.stop_waiting()
-            self._group.leave()
+        for attempt in itertools.count(num_before):
+            of_attempt = directory / f"attempt-{attempt}"
+            of_attempt.mkdir(parents=True)
+            status = self._attempt(of_attempt)
+            if status == 0:
+                return 0
+            if self._ending.is_requested:
+                return 128 + signal.SIGTERM
+            num_port_tries += 1
+            if status != bootstrap.PORT_TAKEN or not self._group.chooses_ports:
+                num_port_tries = 1
+            elif num_port_tries <= _MAX_PORT_TRIES:
+                terminal.say("A port was taken meanwhile. Trying others.")
+                continue
+            if not self._starts_again(status, of_attempt):
+                return status
         raise AssertionError("An attempt follows another without end.")
 
     def _starts_again(self, status: int, directory: pathlib.Path) -> bool:
@@ -160,7 +179,9 @@ class _Launcher:
         # Several machines may tell of the same failure, one with its details.
         told = sorted(self._group.settle(own), key=lambda f: bool(f.details))
         failures = list({failure.name: failure for failure in told}.values())
-        if not failures and all(worker.has_succeeded for worker in workers):
+        # Others may leave once all is done.
+        has_others = any(not (f.is_asked or f.is_leaving) for f in failures)
+        if not has_others and all(worker.has_succeeded for worker in workers):
             return 0
         causes = (
             [f for f in failures if not (f.is_lost or f.is_asked)]
@@ -174,7 +195,7 @@ class _Launcher:
         self, workers: Sequence[worker_lib.Worker], directory: pathlib.Path
     ) -> list[worker_lib.Failure]:
         def can_back_up() -> bool:
-            return bool(notes.read(directory, "can_back_up"))
+            return notes.count(directory, "can_back_up") > 0
 
         def reason_to_end() -> str:
             if self._ending.is_requested:
@@ -242,7 +263,11 @@ def _report(
 
 def _where_it_goes_on(directory: pathlib.Path) -> str:
     """Says from where a script goes on when it is started again."""
-    backups = notes.read(directory, "backup")
+    # An attempt may end before the script comes so far.
+    of_attempts = directory.parent.glob("attempt-*")
+    backups = sorted(
+        {b for each in of_attempts for b in notes.read(each, "backup")}
+    )
     if not backups:
         return (
             "from the beginning, because the script has not called "

@@ -75,9 +75,13 @@ class Group(abc.ABC):
         """Returns lines on who does not answer, where no launcher knows."""
         return []
 
-    def leave(self) -> None:
-        """Takes this machine's launcher out of the group."""
-        return  # No other launcher waits for this one.
+    def leave(self, status: int) -> None:
+        """Takes this machine's launcher out of the group.
+
+        Args:
+            status: The launcher's exit status.
+        """
+        del status  # No other launcher waits for this one.
 
     def _share_out(
         self, addresses: Sequence[str], first: int, count: int
@@ -128,10 +132,7 @@ class OneMachine(Group):
     def places(self) -> list[cluster.Place]:
         if self._is_asked_for_all:
             self._count, self._is_asked_for_all = self._most, False
-        gpus = shares.gpus() if self._args.device != "cpu" else []
-        if self.is_elastic and gpus:
-            self._count = max(self._least, min(self._count, len(gpus)))
-        count = self._count
+        count = self._count = min(self._count, self._limit)
         return self._share_out(shares.free_addresses(count), 0, count)
 
     def settle(
@@ -143,9 +144,18 @@ class OneMachine(Group):
         return list(failures)
 
     def reason_to_resize(self) -> str:
-        if self._is_asked_for_all and self._count < self._most:
-            return f"SIGUSR1 asks for {self._most} workers"
+        if self._is_asked_for_all and self._count < self._limit:
+            return f"SIGUSR1 asks for {self._limit} workers"
+        self._is_asked_for_all = False
         return ""
+
+    @property
+    def _limit(self) -> int:
+        """The most workers that there can be, one for each GPU."""
+        gpus = shares.gpus() if self._args.device != "cpu" else []
+        if self.is_elastic and gpus:
+            return max(self._least, min(self._most, len(gpus)))
+        return self._most
 
     def _ask_for_all(self, number: int, frame: FrameType | None) -> None:
         del number, frame
@@ -213,6 +223,8 @@ class Gathered(Group):
                 f"Received: --workers={least}:{most}"
             )
         self._count: int = most
+        # Others do not wait for a machine that has no place for its workers.
+        self._share_out([], 0, most)
         self.folder = self._host
         self.chooses_ports = not args.port
         self._member = rendezvous.Member(
@@ -249,8 +261,8 @@ class Gathered(Group):
     ) -> list[worker_lib.Failure]:
         return self._member.settle(failures)
 
-    def leave(self) -> None:
-        self._member.leave()
+    def leave(self, status: int) -> None:
+        self._member.leave(status)
 
 
 def group_of(args: argparse.Namespace) -> tuple[Group, str]:

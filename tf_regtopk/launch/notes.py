@@ -37,5 +37,13 @@ def remove(name: str) -> None:
 
 def read(directory: str | os.PathLike[str], name: str) -> list[str]:
     """Returns the notes of all workers about something, each text once."""
-    found = pathlib.Path(directory).glob(f"{name}-*")
-    return sorted({path.read_text() for path in found})
+    texts = set()
+    for path in pathlib.Path(directory).glob(f"{name}-*"):
+        with contextlib.suppress(FileNotFoundError):  # It was taken back.
+            texts.add(path.read_text())
+    return sorted(texts)
+
+
+def count(directory: str | os.PathLike[str], name: str) -> int:
+    """Returns the number of workers that have left a note about something."""
+    return len(list(pathlib.Path(directory).glob(f"{name}-*")))

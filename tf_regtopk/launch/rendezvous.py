@@ -7,6 +7,7 @@ not encrypted.
 """
 
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import contextlib
@@ -21,6 +22,7 @@ import time
 from typing import NamedTuple
 import uuid
 
+from tf_regtopk.launch import bootstrap
 from tf_regtopk.launch import worker as worker_lib
 
 # A launcher that has said nothing for so many seconds is gone.
@@ -33,6 +35,14 @@ _NAME_SECONDS = 5.0
 # Seconds in which further machines may come once there are enough.
 LAST_CALL_SECONDS = 5.0
 _METHODS = ("exchange",)
+# Exit statuses of launchers that end a training: for others to go on would be
+# to begin it anew, or to fail in the same way.
+_END_OF_TRAINING = (
+    0,
+    bootstrap.FAILED,
+    bootstrap.LOST_A_WORKER,
+    bootstrap.PORT_TAKEN,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +56,7 @@ class Post:
         addresses: Those of its workers in this attempt, "host:port".
         failures: The failures of its workers, None while they run.
         before: Its failures in the attempt before, None if it took no part.
-        has_left: Whether the launcher is about to end.
+        status: The exit status of a launcher that is about to end.
         machines: Names of the machines as the launcher was told, or else the
             least and the most of them. Those of all launchers must be equal.
         num_restarts: Number of restarts so far.
@@ -58,9 +68,14 @@ class Post:
     addresses: tuple[str, ...] = ()
     failures: tuple[worker_lib.Failure, ...] | None = None
     before: tuple[worker_lib.Failure, ...] | None = None
-    has_left: bool = False
+    status: int | None = None
     machines: tuple[str, ...] | tuple[int, int] = (1, 1)
     num_restarts: int = 0
+
+    @property
+    def has_left(self) -> bool:
+        """Whether the launcher is about to end."""
+        return self.status is not None
 
     @property
     def least_and_most(self) -> tuple[int, int]:
@@ -68,6 +83,18 @@ class Post:
         if isinstance(self.machines[0], str):
             return len(self.machines), len(self.machines)
         return self.machines
+
+
+class TrainingOverError(Exception):
+    """The others have ended the training.
+
+    Args:
+        status: Their exit status.
+    """
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +112,20 @@ class Gathering:
     def has(self, launcher: str) -> bool:
         """True if a launcher takes part."""
         return any(post.launcher == launcher for post in self.posts.values())
+
+    def status_if_over(self, posts: Iterable[Post]) -> int | None:
+        """The status of those that took part, None unless all have ended.
+
+        Args:
+            posts: The posts of all that have been heard of lately.
+        """
+        members = [post for post in posts if self.has(post.launcher)]
+        least, most = next(iter(self.posts.values()), Post("")).least_and_most
+        if least == most or not all(post.has_left for post in members):
+            return None
+        # Those that a signal has ended leave the training to others.
+        statuses = [post.status for post in members if post.status is not None]
+        return min((s for s in statuses if s in _END_OF_TRAINING), default=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,11 +186,23 @@ class Board:
 
     def _gather(self, now: float) -> None:
         """Settles who takes part in the next attempt, once all are there."""
-        here = {
+        heard_of = {
             name: pinned
             for name, pinned in self._posts.items()
-            if now - pinned.since < SILENT_SECONDS and not pinned.post.has_left
+            if now - pinned.since < SILENT_SECONDS
         }
+        before = next(iter(self._gathering.posts.values()), None)
+        here = {
+            name: pinned
+            for name, pinned in heard_of.items()
+            if not pinned.post.has_left
+            and (not before or pinned.post.machines == before.machines)
+        }
+        status = self._gathering.status_if_over(
+            p.post for p in heard_of.values()
+        )
+        if status is not None:
+            return
         attempt = max((p.post.attempt for p in here.values()), default=-1)
         if attempt <= self._gathering.attempt or any(
             # Some are still at the attempt before, or are at this one already.
@@ -269,6 +322,7 @@ class Member:
 
         Raises:
             TimeoutError: If some do not come. The message says which.
+            TrainingOverError: If others have ended the training meanwhile.
             ValueError: If the secret is another than that of the board.
         """
         deadline = time.monotonic() + timeout
@@ -287,6 +341,10 @@ class Member:
             self._wait_for_news()
             self._check_machines()
             gathering = self._gathering
+            posts = [self._post, *self._heard_of().values()]
+            status = gathering.status_if_over(posts)
+            if status is not None:
+                raise TrainingOverError(status)
             if gathering.attempt == attempt and gathering.has(launcher):
                 return self._take_part(gathering.posts)
             posts = [self._post, *self._present().values()]
@@ -351,19 +409,25 @@ class Member:
             self._wait_for_news()
         return [*failures, *(f for outcome in outcomes for f in outcome or ())]
 
-    def leave(self) -> None:
-        """Tells that this launcher ends, and lets the others read its post."""
-        self._post = dataclasses.replace(self._post, has_left=True)
+    def leave(self, status: int) -> None:
+        """Tells that this launcher ends, and lets the others read its post.
+
+        Args:
+            status: Its exit status.
+        """
+        self._post = dataclasses.replace(self._post, status=status)
         deadline = time.monotonic() + _FAREWELL_SECONDS
-        while True:
-            self._wait_for_news()
-            others_left = all(p.has_left for p, _ in self._others.values())
-            if (
-                not self._keeps_board
-                or others_left
-                or time.monotonic() > deadline
-            ):
-                return
+        # Who may not take part has said so before.
+        with contextlib.suppress(ValueError):
+            while True:
+                self._wait_for_news()
+                others_left = all(p.has_left for p, _ in self._others.values())
+                if (
+                    not self._keeps_board
+                    or others_left
+                    or time.monotonic() > deadline
+                ):
+                    return
 
     def _outcomes(self) -> list[Sequence[worker_lib.Failure] | None]:
         """The failures of each other machine, None while its workers run."""
@@ -391,21 +455,27 @@ class Member:
         else:
             return None
         least, most = self._post.least_and_most
-        is_leaving = post.has_left and least < most
+        is_leaving = post.status == bootstrap.BACKED_UP and least < most
         return [worker_lib.Failure(machine, what, is_leaving=is_leaving)]
 
-    def _present(self) -> dict[str, Post]:
+    def _heard_of(self) -> dict[str, Post]:
         """The posts of the other machines that have been heard of lately."""
         return {
             name: post
             for name, (post, since) in self._others.items()
-            if _age(since) < SILENT_SECONDS and not post.has_left
+            if _age(since) < SILENT_SECONDS
         }
 
+    def _present(self) -> dict[str, Post]:
+        """Of these the posts of those that have not left."""
+        return {k: v for k, v in self._heard_of().items() if not v.has_left}
+
     def _check_machines(self) -> None:
-        for name, (post, since) in self._others.items():
-            is_new = _age(since) < SILENT_SECONDS
-            if is_new and post.machines != self._post.machines:
+        # The error is that of the one that comes later.
+        if self._gathering.has(self._post.launcher):
+            return
+        for name, post in self._heard_of().items():
+            if post.machines != self._post.machines:
                 raise ValueError(
                     "All launchers must be told the same machines. Received: "
                     f"{self._post.machines} here, {post.machines} on {name}"

@@ -52,7 +52,8 @@ def wait_for(
     reason = ""
     while True:
         # Without a backup the end of the workers would lose what they did.
-        if not reason and notes.read(directory, "can_back_up"):
+        can_back_up = notes.count(directory, "can_back_up") == len(workers)
+        if not reason and can_back_up:
             reason = reason_to_end()
             if reason:
                 terminal.say(f"{reason}. The workers back up, and end.")

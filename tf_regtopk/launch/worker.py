@@ -66,7 +66,7 @@ class Worker:
     ) -> None:
         self.number, self.name = place.number, place.name
         self.log = directory / f"worker-{place.number}.log"
-        self._directory = directory
+        self._directory, self._is_asked = directory, False
         self._error_file = directory / f"worker-{place.number}.error"
         self._since = time.monotonic()
         settings = {
@@ -130,6 +130,8 @@ class Worker:
                 f"was asked to end, and has backed up {backed_up[-1]}",
                 is_asked=True,
             )
+        if status == -signal.SIGTERM and self._is_asked:
+            return Failure(self.name, "ended as it was asked to", is_asked=True)
         if status < 0:
             name = signal.Signals(-status).name
             hint = ", as when memory runs out" if name == "SIGKILL" else ""
@@ -147,6 +149,7 @@ class Worker:
 
     def ask_to_end(self) -> None:
         """Asks it to back up and end, as preemption does."""
+        self._is_asked = True
         self._popen.terminate()
 
     def end(self) -> None:

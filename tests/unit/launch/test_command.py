@@ -283,6 +283,50 @@ def test_an_error_of_the_script_leaves_all_workers(launch):
     assert re.findall("workers: .", shown) == ["workers: 2"] * 2
 
 
+class Asked(Exception):
+    """Ends the wait."""
+
+
+@pytest.mark.parametrize("num_that_can", [0, 1, 2])
+def test_all_workers_can_back_up_before_one_is_asked(tmp_path, num_that_can):
+    class Running:
+        number, name, has_succeeded = 0, "worker 0", False
+
+        def failure(self):
+            if not num_asked and not reasons:
+                raise Asked
+            return None
+
+        def ask_to_end(self):
+            num_asked.append(1)
+            if len(num_asked) == 2:
+                raise Asked
+
+    num_asked, reasons = [], ["more have come"]
+    for i in range(num_that_can):
+        (tmp_path / f"can_back_up-{i}").touch()
+    calls = []
+
+    def reason_to_end():
+        return reasons.pop()
+
+    def failures_elsewhere():
+        calls.append(1)
+        if len(calls) == 3:
+            raise Asked
+        return []
+
+    with pytest.raises(Asked):
+        supervision.wait_for(
+            [Running(), Running()],
+            tmp_path,
+            60,
+            failures_elsewhere,
+            reason_to_end,
+        )
+    assert len(num_asked) == (2 if num_that_can == 2 else 0)
+
+
 READY = "ready\n"
 BACK_UP = "back_up_when_asked()"
 NO_BACKUP = "meet(); print('ready'); time.sleep(1000)"

@@ -174,6 +174,66 @@ def test_the_others_go_on_without_a_machine_that_leaves(machines):
     assert "Restart" not in outputs[1]
 
 
+def test_a_machine_that_waits_ends_with_the_training(machines):
+    """To begin would be to train anew."""
+    machines.write("""
+    meet(run)
+    (folder / f"met-{len(workers)}").touch()
+    while not (folder / "finish").exists():
+        time.sleep(0.01)
+    """)
+    machines.start_elastic("1:2", 1, 2)
+    machines.wait_for("met-2")
+    [third] = machines.start_elastic("1:2", 3)
+    for line in third.stdout:
+        if "has begun without this machine" in line:
+            break
+    (machines.script.parent / "finish").touch()
+    statuses, outputs = machines.wait()
+    assert statuses == {1: 0, 2: 0, 3: 0}, outputs
+    assert "The others have ended the training meanwhile" in outputs[3]
+    assert not (machines.script.parent / "met-1").exists()
+
+
+def test_who_comes_with_other_numbers_harms_nobody(machines):
+    machines.write("""
+    meet(run)
+    (folder / f"met-{len(workers)}").touch()
+    while not (folder / "finish").exists():
+        time.sleep(0.01)
+    """)
+    machines.start_elastic("1:2", 1, 2)
+    machines.wait_for("met-2")
+    [third] = machines.start_elastic("1:3", 3)
+    assert "must be told the same" in third.communicate(timeout=LIMIT)[0]
+    (machines.script.parent / "finish").touch()
+    assert third.returncode == 2
+    del machines.launchers[3]
+    statuses, outputs = machines.wait()
+    assert statuses == {1: 0, 2: 0}, outputs
+
+
+@pytest.mark.parametrize(
+    "statuses, expected",
+    [
+        ((0, 0), 0),
+        ((0, 143), 0),
+        ((1, 3), 1),
+        ((0, None), None),  # One still runs.
+        ((143, 130), None),  # The others may go on.
+        ((2, 143), None),
+    ],
+)
+def test_when_a_training_is_over(statuses, expected):
+    posts = [
+        rendezvous.Post(str(i), machines=(1, 3), status=status)
+        for i, status in enumerate(statuses)
+    ]
+    gathering = rendezvous.Gathering(0, dict(zip("ab", posts, strict=True)))
+    waiting = rendezvous.Post("2", machines=(1, 3))
+    assert gathering.status_if_over([waiting, *posts]) == expected
+
+
 def test_a_machine_that_leaves_before_it_can_back_up(machines):
     """As while its script loads the data. It counts as no restart."""
     machines.write("""
