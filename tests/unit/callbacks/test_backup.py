@@ -13,6 +13,7 @@ import resume_program
 import tensorflow as tf
 
 import tf_regtopk
+from tf_regtopk.callbacks import backup as backup_lib
 from tf_regtopk.callbacks import backup_files
 from tf_regtopk.distribute import collectives
 from tf_regtopk.distribute import strategy as strategy_lib
@@ -117,6 +118,27 @@ def test_workers_with_different_weights_are_refused(
     monkeypatch.setattr(collectives, "gather_from_workers", gather)
     with pytest.raises(ValueError, match="must be of the same run"):
         tf_regtopk.Backup(tmp_path).restore(model)
+
+
+def test_a_backup_in_which_workers_differ_is_passed_over(
+    mirrored, tmp_path, monkeypatch
+):
+    model, backup = make(mirrored(0)), tf_regtopk.Backup(tmp_path)
+    backup.restore(model)
+    saved = back_up(backup, model, 2)
+    errors = [ValueError("The workers differ")]
+
+    def differ_once(_):
+        if errors:
+            raise errors.pop()
+
+    monkeypatch.setattr(backup_lib, "_check_workers_agree", differ_once)
+    assert tf_regtopk.Backup(tmp_path).restore(model) == 1
+    assert resume_program.fingerprint(model) == saved[0]
+    assert sorted(os.listdir(tmp_path)) == [
+        "damaged.epoch-000002.weights.h5",
+        "epoch-000001.weights.h5",
+    ]
 
 
 def test_replicas_that_have_drifted_apart_are_not_backed_up(mirrored, tmp_path):

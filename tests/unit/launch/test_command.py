@@ -18,6 +18,7 @@ from tf_regtopk.launch import groups
 from tf_regtopk.launch import notes
 from tf_regtopk.launch import shares
 from tf_regtopk.launch import supervision
+from tf_regtopk.launch import worker
 
 LIMIT = 60
 
@@ -265,6 +266,19 @@ def test_fewer_workers_after_a_loss_and_all_of_them_when_asked(launch):
         "workers: 3",
     ]
     assert "SIGUSR1 asks for 3 workers. The workers back up, and end." in told
+
+
+def test_asking_for_workers_that_are_there_already():
+    args = argparse.Namespace(workers=(1, 2), device="cpu", cores="all")
+    group = groups.OneMachine(args)
+    assert len(group.places()) == 2
+    signal.raise_signal(signal.SIGUSR1)
+    assert group.reason_to_resize() == ""
+    group.settle([worker.Failure("worker 1", "was ended")])
+    assert len(group.places()) == 1
+    signal.raise_signal(signal.SIGUSR1)
+    assert group.reason_to_resize() == "SIGUSR1 asks for 2 workers"
+    assert len(group.places()) == 2
 
 
 def test_an_error_of_the_script_leaves_all_workers(launch):
