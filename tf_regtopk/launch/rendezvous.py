@@ -1,88 +1,29 @@
 """The rendezvous: launchers of several machines agree on one training.
 
 Each launcher has a post on a board that one of them keeps, and reads those of
-all. What carries the posts are the managers of Python's `multiprocessing`, to
-which a launcher proves by a secret that it may take part. What they carry is
-not encrypted.
+all.
 """
 
 from collections.abc import Callable
-from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import contextlib
 import dataclasses
-import errno
 import itertools
 import math
 import multiprocessing
-from multiprocessing import managers
 import threading
 import time
-from typing import NamedTuple
 import uuid
 
+from tf_regtopk.launch import board as board_lib
 from tf_regtopk.launch import bootstrap
 from tf_regtopk.launch import worker as worker_lib
 
-# A launcher that has said nothing for so many seconds is gone.
-SILENT_SECONDS = 15.0
-_BEAT_SECONDS = 0.2
 # Seconds that the keeper of the board waits for the others to read the end.
 _FAREWELL_SECONDS = 5.0
 # Seconds in which one that was started again may find its name taken.
 _NAME_SECONDS = 5.0
-# Seconds in which further machines may come once there are enough.
-LAST_CALL_SECONDS = 5.0
-_METHODS = ("exchange",)
-# Exit statuses of launchers that end a training: for others to go on would be
-# to begin it anew, or to fail in the same way.
-_END_OF_TRAINING = (
-    0,
-    bootstrap.FAILED,
-    bootstrap.LOST_A_WORKER,
-    bootstrap.PORT_TAKEN,
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Post:
-    """A launcher's state, for the others to read.
-
-    Args:
-        launcher: Text that no other launcher process has.
-        attempt: Number of the attempt that the launcher is at, or waits for.
-        members: The launchers that take part in it, once they have met.
-        addresses: Those of its workers in this attempt, "host:port".
-        failures: The failures of its workers, None while they run.
-        before: Its failures in the attempt before, None if it took no part.
-        status: The exit status of a launcher that is about to end.
-        machines: Names of the machines as the launcher was told, or else the
-            least and the most of them. Those of all launchers must be equal.
-        num_restarts: Number of restarts so far.
-    """
-
-    launcher: str
-    attempt: int = -1
-    members: frozenset[str] = frozenset()
-    addresses: tuple[str, ...] = ()
-    failures: tuple[worker_lib.Failure, ...] | None = None
-    before: tuple[worker_lib.Failure, ...] | None = None
-    status: int | None = None
-    machines: tuple[str, ...] | tuple[int, int] = (1, 1)
-    num_restarts: int = 0
-
-    @property
-    def has_left(self) -> bool:
-        """Whether the launcher is about to end."""
-        return self.status is not None
-
-    @property
-    def least_and_most(self) -> tuple[int, int]:
-        """The numbers of machines with which an attempt may begin."""
-        if isinstance(self.machines[0], str):
-            return len(self.machines), len(self.machines)
-        return self.machines
 
 
 class TrainingOverError(Exception):
@@ -95,37 +36,6 @@ class TrainingOverError(Exception):
     def __init__(self, status: int) -> None:
         super().__init__(status)
         self.status = status
-
-
-@dataclasses.dataclass(frozen=True)
-class Gathering:
-    """Those that take part in an attempt.
-
-    Args:
-        attempt: Number of the attempt; -1 before the first.
-        posts: Dict from the names of their machines to their posts.
-    """
-
-    attempt: int = -1
-    posts: Mapping[str, Post] = dataclasses.field(default_factory=dict)
-
-    def has(self, launcher: str) -> bool:
-        """True if a launcher takes part."""
-        return any(post.launcher == launcher for post in self.posts.values())
-
-    def status_if_over(self, posts: Iterable[Post]) -> int | None:
-        """The status of those that took part, None unless all have ended.
-
-        Args:
-            posts: The posts of all that have been heard of lately.
-        """
-        members = [post for post in posts if self.has(post.launcher)]
-        least, most = next(iter(self.posts.values()), Post("")).least_and_most
-        if least == most or not all(post.has_left for post in members):
-            return None
-        # Those that a signal has ended leave the training to others.
-        statuses = [post.status for post in members if post.status is not None]
-        return min((s for s in statuses if s in _END_OF_TRAINING), default=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,132 +52,6 @@ class Meeting:
     addresses: tuple[str, ...]
     first: int
     num_restarts: int
-
-
-class Board:
-    """The posts of all machines, and who takes part in the newest attempt."""
-
-    def __init__(self) -> None:
-        self._posts: dict[str, _Pinned] = {}
-        self._gathering = Gathering()
-        self._lock = threading.Lock()
-
-    def exchange(
-        self, machine: str, post: Post
-    ) -> tuple[dict[str, tuple[Post, float]], Gathering] | None:
-        """Puts a machine's post up, and returns all with their ages.
-
-        Args:
-            machine: Name of the machine.
-            post: Its `Post`, in place of an earlier one.
-
-        Returns:
-            A dict from the names of machines to `(post, seconds since then)`,
-            and the newest `Gathering`; or None if another launcher uses the
-            name.
-        """
-        now = time.monotonic()
-        with self._lock:
-            earlier = self._posts.get(machine)
-            arrived = now
-            if earlier and earlier.post.launcher != post.launcher:
-                is_alive = now - earlier.since < _BEAT_SECONDS * 10
-                if is_alive and not earlier.post.has_left:
-                    return None
-            elif earlier and earlier.post.attempt == post.attempt:
-                arrived = earlier.arrived
-            self._posts[machine] = _Pinned(post, now, arrived)
-            self._gather(now)
-            posts = {
-                name: (pinned.post, now - pinned.since)
-                for name, pinned in self._posts.items()
-            }
-            return posts, self._gathering
-
-    def _gather(self, now: float) -> None:
-        """Settles who takes part in the next attempt, once all are there."""
-        heard_of = {
-            name: pinned
-            for name, pinned in self._posts.items()
-            if now - pinned.since < SILENT_SECONDS
-        }
-        before = next(iter(self._gathering.posts.values()), None)
-        here = {
-            name: pinned
-            for name, pinned in heard_of.items()
-            if not pinned.post.has_left
-            and (not before or pinned.post.machines == before.machines)
-        }
-        status = self._gathering.status_if_over(
-            p.post for p in heard_of.values()
-        )
-        if status is not None:
-            return
-        attempt = max((p.post.attempt for p in here.values()), default=-1)
-        if attempt <= self._gathering.attempt or any(
-            # Some are still at the attempt before, or are at this one already.
-            pinned.post.attempt < attempt or pinned.post.members
-            for pinned in here.values()
-        ):
-            return
-        least, most = next(iter(here.values())).post.least_and_most
-        last = max(pinned.arrived for pinned in here.values())
-        if len(here) >= most or (
-            len(here) >= least and now - last > LAST_CALL_SECONDS
-        ):
-            # Those that took part before come first, others wait.
-            names = sorted(
-                here,
-                key=lambda n: (
-                    not self._gathering.has(here[n].post.launcher),
-                    n,
-                ),
-            )[:most]
-            self._gathering = Gathering(
-                attempt, {name: here[name].post for name in sorted(names)}
-            )
-
-
-class _Pinned(NamedTuple):
-    """A post on the board, when it was put up, and when its launcher came."""
-
-    post: Post
-    since: float
-    arrived: float
-
-
-class _Manager(managers.BaseManager):
-    """The board of another process."""
-
-
-_Manager.register("board", exposed=_METHODS)
-
-
-def keep_board(address: tuple[str, int], secret: bytes) -> bool:
-    """Keeps a board in this process, for as long as the process runs.
-
-    Args:
-        address: Host and port to listen at.
-        secret: What others must know.
-
-    Returns:
-        False if the address is of another machine, or another process of this
-        machine listens there: presumably the launcher that keeps the board.
-    """
-    board = Board()
-
-    class Keeper(managers.BaseManager):
-        pass
-
-    Keeper.register("board", callable=lambda: board, exposed=_METHODS)
-    try:
-        server = Keeper(address, secret).get_server()
-    except OSError as error:
-        if error.errno in (errno.EADDRNOTAVAIL, errno.EADDRINUSE):
-            return False
-        raise
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    return True
 
 
 class Member:
@@ -291,14 +75,14 @@ class Member:
     ) -> None:
         self._machine = machine
         self._address, self._secret = address, secret
-        self._post = Post(str(uuid.uuid4()), machines=machines)
+        self._post = board_lib.Post(str(uuid.uuid4()), machines=machines)
         self._members: list[str] = []
-        self._gathering = Gathering()
-        self._others: dict[str, tuple[Post, float]] = {}
+        self._gathering = board_lib.Gathering()
+        self._others: dict[str, tuple[board_lib.Post, float]] = {}
         self._error: Exception | None = None
         self._num_exchanges, self._heard_at = 0, -math.inf
         self._exchanged = threading.Condition()
-        self._keeps_board = keep_board(address, secret)
+        self._keeps_board = board_lib.keep_board(address, secret)
         self._reach_board()
 
     def meet(
@@ -330,7 +114,7 @@ class Member:
         attempt = self._post.attempt + 1
         has_waited = False
         while True:
-            self._post = Post(
+            self._post = board_lib.Post(
                 launcher,
                 attempt,
                 addresses=tuple(addresses),
@@ -364,7 +148,7 @@ class Member:
             if time.monotonic() > deadline:
                 raise TimeoutError(self._who_is_missing(timeout))
 
-    def _take_part(self, posts: Mapping[str, Post]) -> Meeting:
+    def _take_part(self, posts: Mapping[str, board_lib.Post]) -> Meeting:
         """Begins the attempt for which these have met."""
         named = [each for each in self._post.machines if isinstance(each, str)]
         self._members = named or list(posts)
@@ -440,7 +224,7 @@ class Member:
         ]
 
     def _outcome(
-        self, machine: str, post: Post, age: float
+        self, machine: str, post: board_lib.Post, age: float
     ) -> Sequence[worker_lib.Failure] | None:
         if post.attempt == self._post.attempt and post.failures is not None:
             return post.failures
@@ -450,7 +234,7 @@ class Member:
             what = "was started again"
         elif post.has_left:
             what = "has left, because its launcher was ended"
-        elif age > SILENT_SECONDS:
+        elif age > board_lib.SILENT_SECONDS:
             what = f"has not been heard of for {age:.0f} s"
         else:
             return None
@@ -458,15 +242,15 @@ class Member:
         is_leaving = post.status == bootstrap.BACKED_UP and least < most
         return [worker_lib.Failure(machine, what, is_leaving=is_leaving)]
 
-    def _heard_of(self) -> dict[str, Post]:
+    def _heard_of(self) -> dict[str, board_lib.Post]:
         """The posts of the other machines that have been heard of lately."""
         return {
             name: post
             for name, (post, since) in self._others.items()
-            if _age(since) < SILENT_SECONDS
+            if _age(since) < board_lib.SILENT_SECONDS
         }
 
-    def _present(self) -> dict[str, Post]:
+    def _present(self) -> dict[str, board_lib.Post]:
         """Of these the posts of those that have not left."""
         return {k: v for k, v in self._heard_of().items() if not v.has_left}
 
@@ -502,7 +286,7 @@ class Member:
 
     def _is_heard(self) -> bool:
         """True unless the board has not answered for a while."""
-        return _age(self._heard_at) < SILENT_SECONDS
+        return _age(self._heard_at) < board_lib.SILENT_SECONDS
 
     def _no_answer(self) -> str:
         return f"does not answer at {self._board_address}"
@@ -520,7 +304,10 @@ class Member:
     def _wait_for_news(self) -> None:
         """Waits for an exchange that has begun after this call, or a while."""
         # A connection to a machine that is gone may wait without end.
-        if _age(max(self._heard_at, self._connected_at)) > SILENT_SECONDS:
+        if (
+            _age(max(self._heard_at, self._connected_at))
+            > board_lib.SILENT_SECONDS
+        ):
             self._reach_board()
         with self._exchanged:
             end = self._num_exchanges + 2
@@ -537,7 +324,7 @@ class Member:
             error, answer = None, None
             try:
                 if board is None:
-                    manager = _Manager(self._address, self._secret)
+                    manager = board_lib.Manager(self._address, self._secret)
                     manager.connect()
                     board = manager.board()  # type: ignore[attr-defined]
                 answer = board.exchange(self._machine, self._post)
@@ -563,17 +350,22 @@ class Member:
                 )
             if self._thread is this_thread:
                 self._hear(answer, error)
-            time.sleep(_BEAT_SECONDS)
+            time.sleep(board_lib.BEAT_SECONDS)
 
     def _take_over_board(self) -> None:
         """Keeps the board where another launcher of this machine has left."""
         with contextlib.suppress(OSError):
             if not self._keeps_board:
-                self._keeps_board = keep_board(self._address, self._secret)
+                self._keeps_board = board_lib.keep_board(
+                    self._address, self._secret
+                )
 
     def _hear(
         self,
-        answer: tuple[dict[str, tuple[Post, float]], Gathering] | None,
+        answer: tuple[
+            dict[str, tuple[board_lib.Post, float]], board_lib.Gathering
+        ]
+        | None,
         error: Exception | None,
     ) -> None:
         with self._exchanged:
@@ -591,7 +383,7 @@ class Member:
             self._exchanged.notify_all()
 
 
-def _next_attempt(post: Post, launcher: str) -> int:
+def _next_attempt(post: board_lib.Post, launcher: str) -> int:
     """Returns the first attempt in which a launcher can join another's."""
     # One that was started again interrupts the others, which may not have
     # noticed that the one before it has gone.

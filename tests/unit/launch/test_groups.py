@@ -10,10 +10,10 @@ import time
 import pytest
 import script_launcher
 
+from tf_regtopk.launch import board
 from tf_regtopk.launch import bootstrap
 from tf_regtopk.launch import command
 from tf_regtopk.launch import hosts
-from tf_regtopk.launch import rendezvous
 from tf_regtopk.launch import shares
 
 LIMIT = 90
@@ -226,11 +226,11 @@ def test_who_comes_with_other_numbers_harms_nobody(machines):
 )
 def test_when_a_training_is_over(statuses, expected):
     posts = [
-        rendezvous.Post(str(i), machines=(1, 3), status=status)
+        board.Post(str(i), machines=(1, 3), status=status)
         for i, status in enumerate(statuses)
     ]
-    gathering = rendezvous.Gathering(0, dict(zip("ab", posts, strict=True)))
-    waiting = rendezvous.Post("2", machines=(1, 3))
+    gathering = board.Gathering(0, dict(zip("ab", posts, strict=True)))
+    waiting = board.Post("2", machines=(1, 3))
     assert gathering.status_if_over([waiting, *posts]) == expected
 
 
@@ -401,7 +401,7 @@ def test_a_machine_that_comes_back_too_late(machines):
     machines.start(2, "--max_restarts=1")
     machines.wait_for("met")
     machines.launchers[2].send_signal(signal.SIGSTOP)
-    time.sleep(rendezvous.SILENT_SECONDS + 3)
+    time.sleep(board.SILENT_SECONDS + 3)
     machines.launchers[2].send_signal(signal.SIGCONT)
     statuses, outputs = machines.wait()
     assert statuses == {1: 0, 2: 0}
