@@ -151,19 +151,25 @@ class Board:
             for name, pinned in self._posts.items()
             if now - pinned.since < SILENT_SECONDS
         }
-        before = next(iter(self._gathering.posts.values()), None)
         here = {
             name: pinned
             for name, pinned in heard_of.items()
             if not pinned.post.has_left
-            and (not before or pinned.post.machines == before.machines)
         }
+        if self._gathering.posts:
+            # Who comes with other numbers is refused, and stops nobody.
+            [machines] = {p.machines for p in self._gathering.posts.values()}
+            here = {
+                k: v for k, v in here.items() if v.post.machines == machines
+            }
+        if len({pinned.post.machines for pinned in here.values()}) != 1:
+            return
         status = self._gathering.status_if_over(
             p.post for p in heard_of.values()
         )
         if status is not None:
             return
-        attempt = max((p.post.attempt for p in here.values()), default=-1)
+        attempt = max(pinned.post.attempt for pinned in here.values())
         if attempt <= self._gathering.attempt or any(
             # Some are still at the attempt before, or are at this one already.
             pinned.post.attempt < attempt or pinned.post.members

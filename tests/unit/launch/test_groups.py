@@ -213,6 +213,17 @@ def test_who_comes_with_other_numbers_harms_nobody(machines):
     assert statuses == {1: 0, 2: 0}, outputs
 
 
+def test_nothing_begins_while_machines_were_told_otherwise():
+    posts = board.Board()
+    for name, machines in (("a", ("a", "b")), ("b", ("a", "b", "c"))):
+        post = board.Post(name, 0, machines=machines)
+        _, gathering = posts.exchange(name, post)
+    assert gathering.attempt == -1
+    post = board.Post("b", 0, machines=("a", "b"))
+    _, gathering = posts.exchange("b", post)
+    assert gathering.attempt == 0
+
+
 @pytest.mark.parametrize(
     "statuses, expected",
     [
