@@ -41,9 +41,13 @@ LIMIT = 400
 # Float rounding of the sum over replicas, and of the sums of many steps.
 LOST, SUM_DIFFERS = 1e-5, 1e-3
 
-flags.DEFINE_integer("changes", 30, "Changes in all.", lower_bound=1)
-flags.DEFINE_list("rules", ["accumulate", "ef21", "shift"], "Error feedback.")
-flags.DEFINE_integer("seed", 0, "Seed of changes and moments.")
+
+def define_flags():
+    flags.DEFINE_integer("changes", 30, "Changes in all.", lower_bound=1)
+    flags.DEFINE_list(
+        "rules", ["accumulate", "ef21", "shift"], "Error feedback."
+    )
+    flags.DEFINE_integer("seed", 0, "Seed of changes and moments.")
 
 
 class Machine:
@@ -238,4 +242,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    define_flags()
     app.run(main)

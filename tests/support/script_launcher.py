@@ -1,6 +1,7 @@
 """Starts the launcher, for scripts that need no TensorFlow."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -65,4 +66,6 @@ def start(*args, **env):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        # Tests may run in the background, where Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
