@@ -109,12 +109,18 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
         help="Folder for the output of each worker, by default a new one among "
         "the temporary files.",
     )
+    parser.add_argument(
+        "-m",
+        dest="is_module",
+        action="store_true",
+        help="The script is the name of a module, as for python -m.",
+    )
     parser.add_argument("script", help="Path of the script.")
     parser.add_argument(
         "arguments", nargs=argparse.REMAINDER, help="Those of the script."
     )
     args = parser.parse_args(argv)
-    if not pathlib.Path(args.script).is_file():
+    if not args.is_module and not pathlib.Path(args.script).is_file():
         parser.error(f"`script` must be a file. Received: {args.script}")
     return args
 

@@ -1,6 +1,6 @@
 """Runs a user's script as one worker, and records how the script failed.
 
-    python bootstrap.py SETTINGS SCRIPT [arguments]
+    python bootstrap.py SETTINGS [-m] SCRIPT [arguments]
 
 The launcher starts this file by its path, so that the worker imports TensorFlow
 when its script does, and nothing of this package before.
@@ -43,25 +43,31 @@ def status_of(error: BaseException) -> int:
     return FAILED
 
 
-def main(settings: dict[str, Any], script: str, arguments: list[str]) -> None:
-    """Runs the script as `python script arguments` does.
+def main(settings: dict[str, Any], command: list[str]) -> None:
+    """Runs a script or a module as `python` with this command does.
 
     Args:
         settings: Dict with `error_file`, the path of a file to write; `cores`,
             the numbers of the cores to run on, or None; and `launcher`, the
             number of the process that this one ends with.
-        script: Path of the script.
-        arguments: Its arguments.
+        command: Path of the script, or "-m" and the name of the module; and its
+            arguments.
     """
     _end_with(settings["launcher"])
     if settings["cores"]:
         os.sched_setaffinity(0, settings["cores"])
     # Python would set them so for the script.
-    sys.argv = [script, *arguments]
-    sys.path[0] = os.path.dirname(os.path.abspath(script))
+    is_module = command[0] == "-m"
+    sys.argv = command[is_module:]
+    script = sys.argv[0]
+    directory = "" if is_module else os.path.dirname(script)
+    sys.path[0] = os.path.abspath(directory)
     error_file = pathlib.Path(settings["error_file"])
     try:
-        runpy.run_path(script, run_name="__main__")
+        if is_module:
+            runpy.run_module(script, run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(script, run_name="__main__")
     except SystemExit as end:
         if end.code is None or end.code == 0:
             return
@@ -110,4 +116,4 @@ def _end_with(launcher: int) -> None:
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]), sys.argv[2], sys.argv[3:])
+    main(json.loads(sys.argv[1]), sys.argv[2:])

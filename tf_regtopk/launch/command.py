@@ -161,7 +161,7 @@ class _Launcher:
                 workers.append(
                     worker_lib.Worker(
                         place,
-                        [self._args.script, *self._args.arguments],
+                        self._command,
                         directory,
                         terminal.shower(self._args.show, place),
                     )
@@ -190,6 +190,12 @@ class _Launcher:
         )
         terminal.say("\n".join(_report(causes, workers)))
         return _status(causes)
+
+    @property
+    def _command(self) -> list[str]:
+        """What follows `python` in the command that a worker is to be."""
+        option = ["-m"] if self._args.is_module else []
+        return [*option, self._args.script, *self._args.arguments]
 
     def _wait_for(
         self, workers: Sequence[worker_lib.Worker], directory: pathlib.Path

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import signal
 import subprocess
@@ -78,6 +79,25 @@ def test_each_worker_knows_its_place(launch, tmp_path):
         assert sorted(cores[0] + cores[1]) == everywhere
     else:
         assert cores == (everywhere, everywhere)
+
+
+def test_a_module(tmp_path):
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "train.py").write_text(
+        "import sys\nfrom package import data\n"
+        "print(__name__, data.name, sys.argv[1:], __file__)"
+    )
+    (tmp_path / "package" / "data.py").write_text("name = __name__")
+    launcher = script_launcher.start(
+        "--workers=1",
+        *("-m", "package.train", "-m", "--epochs=2"),
+        PYTHONPATH=os.pathsep.join([str(paths.ROOT), str(tmp_path)]),
+    )
+    output, _ = launcher.communicate(timeout=LIMIT)
+    assert launcher.returncode == 0, output
+    path = tmp_path / "package" / "train.py"
+    said = f"__main__ package.data ['-m', '--epochs=2'] {path}"
+    assert said in output.splitlines()
 
 
 def places(workers, device, cores="share"):
