@@ -128,7 +128,7 @@ class Checks:
         return is_asked
 
     def _gather(self, is_asked: bool) -> tuple[bool, int]:
-        """Whether any worker was asked to end, and the longest time of all."""
+        """Gathers whether any worker was asked to end, and the longest time."""
         elapsed = int(1000 * (time.monotonic() - self._since))
         of_all = collectives.gather_from_workers(
             [int(is_asked), min(elapsed, _MAX_INT32)], self._strategy

@@ -1,8 +1,8 @@
 """The board: posts of all launchers, and who takes part in an attempt.
 
-One launcher keeps it. What carries the posts are the managers of Python's
-`multiprocessing`, to which a launcher proves by a secret that it may take part.
-What they carry is not encrypted.
+One launcher keeps the board. The managers of Python's `multiprocessing` carry
+the posts, unencrypted, and let a launcher take part that proves by a secret
+that it may.
 """
 
 from collections.abc import Iterable
@@ -62,7 +62,7 @@ class Post:
 
     @property
     def has_left(self) -> bool:
-        """Whether the launcher is about to end."""
+        """True if the launcher is about to end."""
         return self.status is not None
 
     @property
@@ -75,7 +75,7 @@ class Post:
 
 @dataclasses.dataclass(frozen=True)
 class Gathering:
-    """Those that take part in an attempt.
+    """The launchers that take part in an attempt.
 
     Args:
         attempt: Number of the attempt; -1 before the first.

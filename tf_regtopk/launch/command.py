@@ -193,7 +193,7 @@ class _Launcher:
 
     @property
     def _command(self) -> list[str]:
-        """What follows `python` in the command that a worker is to be."""
+        """The arguments of `python` with which a worker would start by hand."""
         option = ["-m"] if self._args.is_module else []
         return [*option, self._args.script, *self._args.arguments]
 

@@ -251,7 +251,7 @@ class Member:
         }
 
     def _present(self) -> dict[str, board_lib.Post]:
-        """Of these the posts of those that have not left."""
+        """The posts of the other machines that take part or wait."""
         return {k: v for k, v in self._heard_of().items() if not v.has_left}
 
     def _check_machines(self) -> None:

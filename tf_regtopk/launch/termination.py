@@ -11,7 +11,7 @@ from tf_regtopk.launch import terminal
 
 
 class Termination:
-    """What signals do to the launcher: SIGTERM may wait, others end it at once.
+    """The effect of signals on the launcher: SIGTERM may wait, others do not.
 
     A second SIGTERM ends the launcher at once, as does the end of the time.
 
