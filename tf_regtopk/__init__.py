@@ -46,6 +46,7 @@ if not _is_launcher():
     from tf_regtopk.codecs.value_codecs import Uniform
     from tf_regtopk.codecs.value_codecs import ValueCodec
     from tf_regtopk.codecs.wire_report import WireReport
+    from tf_regtopk.distribute.reduce_scatter import ReduceScatter
     from tf_regtopk.distribute.strategy import MultiWorkerMirroredStrategy
     from tf_regtopk.distribute.topology import AllGather
     from tf_regtopk.distribute.topology import AllReduce
@@ -95,6 +96,7 @@ __all__ = [
     "Natural",
     "NoFeedback",
     "RandomK",
+    "ReduceScatter",
     "RegTopK",
     "ScaledSign",
     "SparsifiedOptimizer",

@@ -28,7 +28,10 @@ from tf_regtopk import error_feedback as error_feedback_lib
 from tf_regtopk import selection
 from tf_regtopk import sparsifiers
 from tf_regtopk import validation
-from tf_regtopk.distribute import topology
+from tf_regtopk.codecs import scattered
+from tf_regtopk.distribute import reduce_scatter
+from tf_regtopk.distribute import topology as topology_lib
+from tf_regtopk.kernels import ownership
 from tf_regtopk.kernels import scatter_sum
 from tf_regtopk.kernels import tracing
 from tf_regtopk.optimizers import sparsified
@@ -43,7 +46,6 @@ _SPARSIFIED = {
     "densities": {},
     "clipping": "aggregate",
     "exchange": "sparse",
-    "topology": topology.AllGather(),
     "accumulation_steps": 1,
 }
 # What Keras adds to the equations of an optimizer.
@@ -188,6 +190,7 @@ class SparseDescent(NamedTuple):
         codec: `tf_regtopk.Codec`.
         num_workers: N.
         inner: `MomentumSGD` or `Adam`.
+        topology: `AllGather` or `ReduceScatter`.
     """
 
     sparsifier: sparsifiers.Sparsifier
@@ -195,6 +198,7 @@ class SparseDescent(NamedTuple):
     codec: codecs.Codec
     num_workers: int
     inner: MomentumSGD | Adam
+    topology: topology_lib.EntryTopology = topology_lib.AllGather()
 
     def initial_state(self, weights: tf.Tensor) -> State:
         """`State` before the first step, with these weights `[J]`."""
@@ -231,9 +235,11 @@ class SparseDescent(NamedTuple):
             `State`.
         """
         method, context = self._round(state, t, rate)
-        sent = self._send(method, state, gradients, context)
-        size = state.weights.shape[0]
-        total = scatter_sum.sum_entries(sent.indices, sent.values, size)
+        payloads, sent = self._send(method, state, gradients, context)
+        total, _, taken_over, accepted = self._exchange(
+            method, payloads, sent, t
+        )
+        context = context._replace(accepted=accepted)
         aggregate, shared = round_lib.aggregate(
             method, total, state.shared, context
         )
@@ -241,11 +247,18 @@ class SparseDescent(NamedTuple):
             # With something to return where nothing is kept.
             lambda of_worker: (
                 *round_lib.settle(
-                    method, of_worker[0], of_worker[1], total, context
+                    method,
+                    of_worker[0],
+                    of_worker[1],
+                    total,
+                    context,
+                    taken_over=round_lib.TakenOver(*of_worker[2])
+                    if taken_over
+                    else None,
                 ),
                 of_worker[0].indices,
             ),
-            (sent, state.memory),
+            (sent, state.memory, taken_over),
             fn_output_signature=(
                 _specs(state.local),
                 _specs(state.memory),
@@ -274,7 +287,7 @@ class SparseDescent(NamedTuple):
         method, context = self._round(state, t, rate)
         size = state.weights.shape[0]
         start = telemetry.initial([size], self.sparsifier, has_ages=False)
-        found, all_sent = [], []
+        found, all_payloads, all_sent = [], [], []
         for rank in range(self.num_workers):
             gradient = gradients[rank] / self.num_workers
             before = round_lib.State(
@@ -283,17 +296,23 @@ class SparseDescent(NamedTuple):
                 tuple(tensor[rank] for tensor in state.memory),
                 start,
             )
-            _, sent, a = round_lib.send(
+            payload, sent, a = round_lib.send(
                 method, gradient, before, context, tf.constant(rank)
             )
+            all_payloads.append(payload)
             all_sent.append(sent)
             found.append(
                 telemetry.of_send(method, [size], gradient, a, before, sent, t)
             )
-        indices = tf.stack([sent.indices for sent in all_sent])
-        values = tf.stack([sent.values for sent in all_sent])
-        total = scatter_sum.sum_entries(indices, values, size)
-        return [telemetry.of_settle(of_one, values, total) for of_one in found]
+        total, magnitudes, _, _ = self._exchange(
+            method,
+            tf.stack(all_payloads),
+            tf.nest.map_structure(lambda *of_all: tf.stack(of_all), *all_sent),
+            t,
+        )
+        return [
+            telemetry.of_settle(of_one, magnitudes, total) for of_one in found
+        ]
 
     def _round(
         self, state: State, t: tf.Tensor, rate: tf.Tensor
@@ -303,11 +322,77 @@ class SparseDescent(NamedTuple):
         method = round_lib.Method(
             self.sparsifier,
             self.error_feedback,
-            self.codec.payload(k, size, dtype),
+            self._payload_codec(k, size, dtype),
             (selection.Group(size, k),),
         )
         return method, error_feedback_lib.Step(
             self.num_workers, k / size, rate, t
+        )
+
+    def _payload_codec(
+        self, k: int, size: int, dtype: tf.DType
+    ) -> codecs.PayloadCodec | codecs.ScatteredCodec:
+        if not isinstance(self.topology, reduce_scatter.ReduceScatter):
+            return self.codec.payload(k, size, dtype)
+        return codecs.ScatteredCodec.of(
+            self.codec,
+            ownership.Ownership(size, self.num_workers),
+            k,
+            self.topology.capacity,
+            self.topology.keep,
+            dtype,
+        )
+
+    def _exchange(
+        self,
+        method: round_lib.Method,
+        payloads: tf.Tensor,
+        sent: round_lib.Sent,
+        t: tf.Tensor,
+    ) -> tuple[tf.Tensor, tf.Tensor, tuple[tf.Tensor, ...], tf.Tensor | None]:
+        """Sums what all workers have sent.
+
+        Args:
+            method: `round.Method`.
+            payloads: int32 tensor `[N, words]`.
+            sent: `Sent` of tensors `[N, ...]`.
+            t: Scalar int32 tensor, the number of steps before.
+
+        Returns:
+            `(total, magnitudes, taken_over, accepted)`: a float tensor `[J]`;
+            the sum of the magnitudes of all entries; a `round.TakenOver` of
+            tensors `[N, ...]`, or nothing; and `Step.accepted`.
+        """
+        codec = method.payload_codec
+        if not isinstance(codec, codecs.ScatteredCodec):
+            total = scatter_sum.sum_entries(
+                sent.indices, sent.values, codec.size
+            )
+            return total, tf.reduce_sum(tf.abs(sent.values)), (), None
+        n, number = self.num_workers, codec.back.k
+        # What each owner receives.
+        received = tf.transpose(
+            tf.reshape(payloads, [n, n, codec.there.num_words]), [1, 0, 2]
+        )
+        payloads, kept = tf.map_fn(
+            lambda of_owner: codec.reduce(of_owner[1], (t, of_owner[0])),
+            (tf.range(n), received),
+            fn_output_signature=(
+                tf.TensorSpec([codec.num_words_back], tf.int32),
+                scattered.Kept(
+                    tf.TensorSpec([number], tf.int32),
+                    tf.TensorSpec([number], codec.dtype),
+                    tf.TensorSpec([number], codec.dtype),
+                ),
+            ),
+        )
+        indices, values, _ = codec.decode(payloads)
+        facts = codec.facts(payloads)
+        return (
+            scatter_sum.sum_entries(indices, values, codec.size),
+            tf.cast(facts.sent, codec.dtype),
+            round_lib.TakenOver(kept.indices, kept.error),
+            tf.cast(facts.num_accepted, codec.dtype) / (n * codec.size),
         )
 
     def _send(
@@ -316,16 +401,16 @@ class SparseDescent(NamedTuple):
         state: State,
         gradients: tf.Tensor,
         context: error_feedback_lib.Step,
-    ) -> round_lib.Sent:
-        """Sends of all workers, `Sent` of tensors `[N, ...]`."""
+    ) -> tuple[tf.Tensor, round_lib.Sent]:
+        """Payloads and sends of all workers, of tensors `[N, ...]`."""
 
-        def send(of_worker: tuple[Any, ...]) -> round_lib.Sent:
+        def send(of_worker: tuple[Any, ...]) -> tuple[tf.Tensor, Any]:
             rank, gradient, local, memory = of_worker
             before = round_lib.State(local, state.shared, memory)
-            return round_lib.send(method, gradient, before, context, rank)[1]
+            return round_lib.send(method, gradient, before, context, rank)[:2]
 
-        k = method.payload_codec.indices.k
-        sent: round_lib.Sent = tf.map_fn(
+        k = method.payload_codec.k
+        found: tuple[tf.Tensor, round_lib.Sent] = tf.map_fn(
             send,
             (
                 tf.range(self.num_workers),
@@ -333,13 +418,16 @@ class SparseDescent(NamedTuple):
                 state.local,
                 state.memory,
             ),
-            fn_output_signature=round_lib.Sent(
-                tf.TensorSpec([k], tf.int32),
-                tf.TensorSpec([k], state.weights.dtype),
-                _specs(state.local),
+            fn_output_signature=(
+                tf.TensorSpec([method.payload_codec.num_words], tf.int32),
+                round_lib.Sent(
+                    tf.TensorSpec([k], tf.int32),
+                    tf.TensorSpec([k], state.weights.dtype),
+                    _specs(state.local),
+                ),
             ),
         )
-        return sent
+        return found
 
 
 def descent_of(
@@ -369,12 +457,21 @@ def descent_of(
     if not isinstance(optimizer, sparsified.SparsifiedOptimizer):
         return DenseDescent(_inner(optimizer))
     _check_options(optimizer, _SPARSIFIED)
+    if not isinstance(
+        optimizer.topology,
+        (topology_lib.AllGather, reduce_scatter.ReduceScatter),
+    ):
+        raise ValueError(
+            "`topology` must be `AllGather` or `ReduceScatter` in a "
+            f"simulation. Received: topology={optimizer.topology!r}"
+        )
     return SparseDescent(
         optimizer.sparsifier,
         optimizer.error_feedback,
         optimizer.codec,
         num_workers,
         _inner(optimizer.inner_optimizer),
+        optimizer.topology,
     )
 
 

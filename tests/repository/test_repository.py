@@ -37,6 +37,7 @@ PUBLIC = {
     "Natural",
     "NoFeedback",
     "RandomK",
+    "ReduceScatter",
     "RegTopK",
     "ScaledSign",
     "SparsifiedOptimizer",

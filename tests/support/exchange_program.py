@@ -107,7 +107,9 @@ def sent_bytes():
     return int(line.split(":")[1].split()[8])
 
 
-def bytes_a_step(strategy, num_steps=5, size=1_000_000, **kwargs):
+def bytes_a_step(
+    strategy, num_steps=5, size=1_000_000, num_workers=2, **kwargs
+):
     """`(counted, reported)`: what all workers send each other in a step."""
     with strategy.scope():
         variable = keras.Variable(np.zeros(size), dtype="float32")
@@ -132,7 +134,8 @@ def bytes_a_step(strategy, num_steps=5, size=1_000_000, **kwargs):
     for i in range(num_steps):
         step(tf.constant(1 + i))
     counted = (sent_bytes() - before) / num_steps
-    return counted, 2 * optimizer.wire_report().sent_bytes
+    sent_by_all = num_workers * optimizer.wire_report().sent_bytes
+    return counted, sent_by_all
 
 
 def order_of_collectives(strategy):

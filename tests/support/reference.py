@@ -3,6 +3,8 @@
 Independent of the package: nothing is imported from it.
 """
 
+import math
+
 import numpy as np
 
 
@@ -93,11 +95,46 @@ class Workers:
         if self.values == "ternary":
             means = np.abs(sent).sum(axis=1) / s.sum(axis=1)
             sent = np.sign(sent) * means[:, np.newaxis]
+        s, sent = self.arrive(s, sent)
         agg = np.sum(self.w * sent, axis=0)
         result = self.feedback.update(a, s, sent, agg)
         self.a_prev, self.s_prev, self.agg_prev = a, s, agg
         self.t += 1
         return result
+
+    def arrive(self, s, sent):
+        """The mask and the values that are in the sum: by an all-gather all."""
+        return s, sent
+
+
+class ScatteredWorkers(Workers):
+    """Workers whose entries are summed by owners, which keep the largest sums.
+
+    There is room for all entries at the sender.
+
+    Args:
+        keep: The number of sums that an owner keeps, in units of k / N.
+    """
+
+    def __init__(self, *args, keep, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.keep = keep
+
+    def arrive(self, s, sent):
+        n, size = s.shape
+        position = np.arange(size) // n
+        owner = (np.arange(size) + (mix(position) >> 9)) % n
+        k = s.sum() // n
+        total = np.abs(sent.sum(axis=0))
+        accepted = np.zeros(size, bool)
+        for i in range(n):
+            own = np.flatnonzero(owner == i)
+            number = min(math.ceil(self.keep * k / n), len(own))
+            accepted[own[largest(total[own], number)]] = True
+        accepted &= total > 0
+        if hasattr(self.feedback, "rate_from"):
+            self.feedback.rate_from(np.mean(s & accepted))
+        return s & accepted, np.where(accepted, sent, 0.0)
 
 
 class Accumulate:
@@ -177,8 +214,12 @@ class LearnedShift:
     def start(self, num_workers, size, density):
         self.e, self.h, self.u = np.zeros((3, num_workers, size))
         self.p = np.zeros(size)
-        if self.rate is None:
-            self.rate = k_of(density, size) / size
+        self.is_rate_given = self.rate is not None
+        self.rate_from(k_of(density, size) / size)
+
+    def rate_from(self, share):
+        if not self.is_rate_given:
+            self.rate = share
 
     def accumulate(self, g, learning_rate):
         self.u = self.momentum * self.u + g - self.h
@@ -219,16 +260,19 @@ class CompressedDownlink:
         return result
 
 
+def mix(x):
+    """A permutation of 32-bit words that looks random."""
+    mask = 2**32 - 1
+    x = x ^ x >> 16
+    x = x * 0x85EBCA6B & mask
+    x = x ^ x >> 13
+    x = x * 0xC2B2AE35 & mask
+    return x ^ x >> 16
+
+
 def random_scores(size, seed, step):
     """Hash of seed, step and position, uniform in [0, 1)."""
     mask = 2**32 - 1
-
-    def mix(x):
-        x ^= x >> 16
-        x = x * 0x85EBCA6B & mask
-        x ^= x >> 13
-        x = x * 0xC2B2AE35 & mask
-        return x ^ x >> 16
 
     def score(j):
         return (

@@ -3,6 +3,7 @@
 from tf_regtopk.codecs.index_codecs import IndexCodec
 from tf_regtopk.codecs.payload import Codec
 from tf_regtopk.codecs.payload import PayloadCodec
+from tf_regtopk.codecs.scattered import ScatteredCodec
 from tf_regtopk.codecs.value_codecs import BFloat16
 from tf_regtopk.codecs.value_codecs import Float16
 from tf_regtopk.codecs.value_codecs import Float32
@@ -21,6 +22,7 @@ __all__ = [
     "Natural",
     "PayloadCodec",
     "ScaledSign",
+    "ScatteredCodec",
     "Uniform",
     "ValueCodec",
     "WireReport",

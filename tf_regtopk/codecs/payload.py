@@ -139,6 +139,16 @@ class PayloadCodec:
     dtype: tf.DType
 
     @property
+    def k(self) -> int:
+        """Number k of entries."""
+        return self.indices.k
+
+    @property
+    def size(self) -> int:
+        """J, the number of entries of the gradient."""
+        return self.indices.size
+
+    @property
     def num_words(self) -> int:
         """Number of words of a payload, the most if its length varies."""
         return self.num_value_words + self.indices.num_words

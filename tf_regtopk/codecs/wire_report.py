@@ -13,6 +13,7 @@ import tensorflow as tf
 from tf_regtopk.codecs import header
 from tf_regtopk.codecs import index_codecs
 from tf_regtopk.codecs import payload as payload_lib
+from tf_regtopk.codecs import scattered
 from tf_regtopk.distribute import topology as topology_lib
 
 
@@ -36,7 +37,8 @@ class WireReport:
         entropy_bits_per_index: `log2 C(J, k) / k`, which no index codec for all
             sets of indices can undercut.
         bits_per_value: Bits of a value, with its share of scales.
-        payload_bytes: Bytes of the payload of one replica, header included.
+        payload_bytes: Bytes of the payload of one replica, header included; by
+            a reduce-scatter what goes to all owners and from one, both ways.
         sent_bytes: Bytes that each participant of the topology sends per step:
             its payload, and by a ring its part of the other gradients.
         dense_sent_bytes: Bytes that each replica sends per step without the
@@ -110,7 +112,7 @@ class WireReport:
 
 
 def report(
-    payload_codec: payload_lib.PayloadCodec | None,
+    payload_codec: payload_lib.PayloadCodec | scattered.ScatteredCodec | None,
     sparse: Sequence[keras.Variable],
     dense: Sequence[keras.Variable],
     participants: topology_lib.Participants,
@@ -119,7 +121,8 @@ def report(
     """Makes the report of a step.
 
     Args:
-        payload_codec: `PayloadCodec`, None if no variable is sent sparsely.
+        payload_codec: `PayloadCodec` or `ScatteredCodec`, None if no variable
+            is sent sparsely.
         sparse: List of the variables that are exchanged sparsely.
         dense: List of the variables that are exchanged densely.
         participants: `topology.Participants`.
@@ -144,13 +147,22 @@ def report(
             sent_bytes=round(reduced(dense_below_bytes)),
             dense_sent_bytes=dense_sent_bytes,
         )
-    k, size = payload_codec.indices.k, payload_codec.indices.size
-    num_words = (_words_at_entropy if is_quick else _words_used)(payload_codec)
-    value_words = payload_codec.num_value_words
+    words_of = _words_at_entropy if is_quick else _words_used
     header_words = header.header_words(payload_codec.dtype)
-    if payload_codec.is_variable:
-        header_words += 1  # The length is sent as well.
-    payload_bytes = 4 * (header_words + num_words)
+    if isinstance(payload_codec, scattered.ScatteredCodec):
+        of_entries = payload_codec.there  # Those for one owner.
+        num_words = words_of(of_entries)
+        payload_words = payload_codec.ownership.num_owners * (
+            num_words + header_words + payload_codec.num_words_back
+        )
+    else:
+        of_entries = payload_codec
+        num_words = words_of(of_entries)
+        payload_words = num_words + header_words
+        if payload_codec.is_variable:
+            payload_words += 1  # The length is sent as well.
+    payload_bytes = 4 * payload_words
+    k, size = payload_codec.k, payload_codec.size
     sent = participants.topology.sent_bytes(payload_bytes, participants.cluster)
     return WireReport(
         num_replicas,
@@ -158,11 +170,13 @@ def report(
         dense_bytes,
         num_entries=size,
         num_selected=k,
-        index_code=type(payload_codec.indices).__name__,
-        value_code=type(payload_codec.values).__name__,
-        bits_per_index=32 * (num_words - value_words) / k,
+        index_code=type(of_entries.indices).__name__,
+        value_code=type(of_entries.values).__name__,
+        bits_per_index=32
+        * (num_words - of_entries.num_value_words)
+        / of_entries.k,
         entropy_bits_per_index=index_codecs.entropy_bits(k, size) / k,
-        bits_per_value=32 * value_words / k,
+        bits_per_value=32 * of_entries.num_value_words / of_entries.k,
         payload_bytes=payload_bytes,
         sent_bytes=round(sent + reduced(dense_below_bytes)),
         topology=type(participants.topology).__name__,

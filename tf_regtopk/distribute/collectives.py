@@ -65,6 +65,34 @@ def _gather(payload: tf.Tensor) -> tf.Tensor:
     return words.hold(gathered)
 
 
+def all_to_all(payloads: tf.Tensor) -> tf.Tensor:
+    """Gives every replica the payloads that all replicas have for it.
+
+    To be called in a replica context. By one collective among the CPUs or GPUs
+    of several workers. In one process, and where replicas run one after the
+    other, everything is gathered, and each replica takes its part.
+
+    Args:
+        payloads: Tensor `[N, length]` of held words: the row of each replica is
+            for that replica.
+
+    Returns:
+        Tensor `[N, length]` of held words: the row of each replica is from that
+        replica.
+    """
+    num_replicas, length = payloads.shape
+    if num_replicas == 1:
+        return payloads
+    if keras_internals.can_exchange_at_once():
+        return watchdog.watched(
+            lambda: keras_internals.exchange_at_once(payloads)
+        )
+    gathered = all_gather(tf.reshape(payloads, [-1]))
+    replica = tf.distribute.get_replica_context()
+    gathered = tf.reshape(gathered, [num_replicas, num_replicas, length])
+    return gathered[:, replica.replica_id_in_sync_group]
+
+
 def gather_from_workers(
     numbers: Sequence[int], strategy: tf.distribute.Strategy
 ) -> np.ndarray:

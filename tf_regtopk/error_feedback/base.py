@@ -34,12 +34,21 @@ class Step(NamedTuple):
         learning_rate: Scalar float tensor, the inner optimizer's; only for
             rules with `needs_learning_rate`.
         number: Scalar integer tensor, the number of steps taken before.
+        accepted: Scalar float tensor, the mean share of the entries that
+            replicas have sent and that are in the total; None before the
+            exchange, and where all are.
     """
 
     num_replicas: int
     density: float
     learning_rate: tf.Tensor
     number: tf.Tensor
+    accepted: tf.Tensor | None = None
+
+    @property
+    def applied_density(self) -> float | tf.Tensor:
+        """Share of the J entries of a replica that are in the total."""
+        return self.density if self.accepted is None else self.accepted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +147,34 @@ class ErrorFeedback(hyper_parameters.HyperParameters, abc.ABC):
         Returns:
             Tuple of tensors `[J]`, the same object where one stays as it is.
         """
+
+    def add_error(
+        self,
+        local: Tensors,
+        indices: tf.Tensor,
+        error: tf.Tensor,
+        total: tf.Tensor,
+        step: Step,
+    ) -> Tensors:
+        """The local tensors of a replica that takes an error over.
+
+        What a codec rounds off a sum of several replicas is kept by one of
+        them, as if that had sent so much less. Called after `update`, only in
+        topologies that sum entries on the way. By default `update` is called
+        again; a rule in which that does more than to add the error says what
+        to do instead.
+
+        Args:
+            local: As returned by `update`.
+            indices: int32 tensor `[n]`, each once.
+            error: Tensor `[n]`, the sums less what is in the total.
+            total: As of `update`.
+            step: `Step`.
+
+        Returns:
+            Tuple of tensors `[J]`.
+        """
+        return self.update(local, indices, -error, total, step)
 
     def aggregate(
         self, shared: Tensors, total: tf.Tensor, step: Step

@@ -106,6 +106,16 @@ class CompressedDownlink(base.ErrorFeedback):
     ) -> base.Tensors:
         return self.error_feedback.update(local, indices, sent, total, step)
 
+    def add_error(
+        self,
+        local: base.Tensors,
+        indices: tf.Tensor,
+        error: tf.Tensor,
+        total: tf.Tensor,
+        step: base.Step,
+    ) -> base.Tensors:
+        return self.error_feedback.add_error(local, indices, error, total, step)
+
     def aggregate(
         self, shared: base.Tensors, total: tf.Tensor, step: base.Step
     ) -> tuple[tf.Tensor, base.Tensors]:

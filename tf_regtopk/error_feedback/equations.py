@@ -53,12 +53,12 @@ def add_sent(h: tf.Tensor, indices: tf.Tensor, sent: tf.Tensor) -> tf.Tensor:
     return tf.tensor_scatter_nd_add(h, indices[:, tf.newaxis], sent)
 
 
-def clear_sent(u: tf.Tensor, indices: tf.Tensor) -> tf.Tensor:
-    """`u`, but 0 where something was sent."""
+def clear_sent(u: tf.Tensor, indices: tf.Tensor, sent: tf.Tensor) -> tf.Tensor:
+    """`u`, but 0 where something was sent, with arguments as of `add_sent`."""
     if indices.shape == u.shape:
-        return tf.zeros_like(u)
-    zeros = tf.zeros([indices.shape[0]], u.dtype)
-    return tf.tensor_scatter_nd_update(u, indices[:, tf.newaxis], zeros)
+        return tf.where(sent == 0, u, tf.zeros_like(u))
+    left = tf.where(sent == 0, tf.gather(u, indices), tf.zeros_like(sent))
+    return tf.tensor_scatter_nd_update(u, indices[:, tf.newaxis], left)
 
 
 def clip(gradient: tf.Tensor, norm: float) -> tf.Tensor:

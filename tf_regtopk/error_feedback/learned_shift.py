@@ -33,7 +33,8 @@ class LearnedShift(base.ErrorFeedback):
     It keeps e and h, and the shared H; with momentum u and p as well.
 
     Args:
-        rate: Float in (0, 1], or None for the density. In the distributed
+        rate: Float in (0, 1], or None for the density, that is the share of the
+            entries that are in the total. In the distributed
             linear regression a quarter of the density learns too slowly, and
             four times the density diverges.
         momentum: Float m in [0, 1).
@@ -102,7 +103,21 @@ class LearnedShift(base.ErrorFeedback):
         e = equations.residual_error(a, indices, sent)
         h = equations.add_sent(h, indices, self._rate(step) * sent)
         if self.factor_masking:
-            u = [equations.clear_sent(u[0], indices)]
+            u = [equations.clear_sent(u[0], indices, sent)]
+        return (e, h, *u)
+
+    def add_error(
+        self,
+        local: base.Tensors,
+        indices: tf.Tensor,
+        error: tf.Tensor,
+        total: tf.Tensor,
+        step: base.Step,
+    ) -> base.Tensors:
+        del total
+        e, h, *u = local
+        e = equations.add_sent(e, indices, error)
+        h = equations.add_sent(h, indices, -self._rate(step) * error)
         return (e, h, *u)
 
     def aggregate(
@@ -118,6 +133,6 @@ class LearnedShift(base.ErrorFeedback):
         # Factor masking is for what was held back.
         return momentum_of_sum.momentum_of_sum(self.momentum)
 
-    def _rate(self, step: base.Step) -> float:
-        rate = step.density if self.rate is None else self.rate
+    def _rate(self, step: base.Step) -> float | tf.Tensor:
+        rate = step.applied_density if self.rate is None else self.rate
         return rate * (1 - self.momentum)

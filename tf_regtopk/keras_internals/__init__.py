@@ -9,7 +9,9 @@ from tf_regtopk.keras_internals.checkpoints import CHECKPOINT_KEY
 from tf_regtopk.keras_internals.checkpoints import CHECKPOINT_KEYS
 from tf_regtopk.keras_internals.checkpoints import CheckpointedAsInner
 from tf_regtopk.keras_internals.collectives import abort_collectives
+from tf_regtopk.keras_internals.collectives import can_exchange_at_once
 from tf_regtopk.keras_internals.collectives import can_gather_at_once
+from tf_regtopk.keras_internals.collectives import exchange_at_once
 from tf_regtopk.keras_internals.collectives import gather_among_workers
 from tf_regtopk.keras_internals.collectives import gather_at_once
 from tf_regtopk.keras_internals.collectives import gathers_fixed_lengths
@@ -32,9 +34,11 @@ __all__ = [
     "CHECKPOINT_KEYS",
     "CheckpointedAsInner",
     "abort_collectives",
+    "can_exchange_at_once",
     "can_gather_at_once",
     "check_upstream",
     "divide_by_no_zeros",
+    "exchange_at_once",
     "gather_among_workers",
     "gather_at_once",
     "gathers_fixed_lengths",

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import threading
+from typing import Any
 import weakref
 
 import tensorflow as tf
@@ -119,6 +120,27 @@ def gather_at_once(payload: tf.Tensor) -> tf.Tensor:
     return _gather(payload, _launcher())
 
 
+def can_exchange_at_once() -> bool:
+    """Returns whether `exchange_at_once` serves this replica's context."""
+    return can_gather_at_once() and _are_workers()
+
+
+def exchange_at_once(payloads: tf.Tensor) -> tf.Tensor:
+    """Sends each replica its payload by one collective, among workers.
+
+    Args:
+        payloads: Tensor `[N, length]`, of the same shape on every replica: the
+            row of each replica is for that replica.
+
+    Returns:
+        Tensor `[N, length]`: the row of each replica is from that replica.
+    """
+    launcher = _launcher()
+    arguments = _arguments(launcher)
+    with tf.device(launcher._device):
+        return collective_ops.all_to_all_v2(payloads, *arguments)
+
+
 def sum_within_worker(
     gradients: Sequence[tf.Tensor], worker: int, num_workers: int
 ) -> list[tf.Tensor]:
@@ -174,24 +196,7 @@ def _gather(
     payload: tf.Tensor, launcher: "cross_device_utils.CollectiveReplicaLauncher"
 ) -> tf.Tensor:
     """Gathers the payloads of a launcher's group, one after the other."""
-    options = launcher._options
-    if _are_workers():
-        instance_key = launcher._next_instance_key()
-    else:
-        # TensorFlow gives a new key to each call, for workers that trace at
-        # different times. A single process needs a fixed key, because new keys
-        # fail within loops such as that of `steps_per_execution`.
-        instance_key = launcher._collective_keys.get_instance_key(
-            launcher._group_key, launcher._device
-        )
-    arguments = [
-        launcher._group_size,
-        launcher._group_key,
-        instance_key,
-        options.implementation.value,
-        options.timeout_seconds or 0,
-        launcher._get_ordering_token(),
-    ]
+    arguments = _arguments(launcher)
     with tf.device(launcher._device):
         if "CPU" not in launcher._device or not _are_workers():
             return collective_ops.all_gather_v2(payload, *arguments)
@@ -202,6 +207,30 @@ def _gather(
         return tf.reshape(
             collective_ops.all_to_all_v2(copies, *arguments), [-1]
         )
+
+
+def _arguments(
+    launcher: "cross_device_utils.CollectiveReplicaLauncher",
+) -> list[Any]:
+    """The arguments of a collective that follow its input."""
+    options = launcher._options
+    if _are_workers():
+        instance_key = launcher._next_instance_key()
+    else:
+        # TensorFlow gives a new key to each call, for workers that trace at
+        # different times. A single process needs a fixed key, because new keys
+        # fail within loops such as that of `steps_per_execution`.
+        instance_key = launcher._collective_keys.get_instance_key(
+            launcher._group_key, launcher._device
+        )
+    return [
+        launcher._group_size,
+        launcher._group_key,
+        instance_key,
+        options.implementation.value,
+        options.timeout_seconds or 0,
+        launcher._get_ordering_token(),
+    ]
 
 
 def _are_workers() -> bool:

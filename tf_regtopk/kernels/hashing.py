@@ -33,10 +33,10 @@ def hash_bits(
     """
     # Any integer serves as a seed, because the arithmetic wraps around.
     seed = tf.constant(seed % 2**32, tf.uint32)
-    stream = tf.cast(step, tf.uint32) ^ _mix_bits(tf.cast(replica, tf.uint32))
-    start = tf.bitcast(_mix_bits(stream), tf.int32)
-    mixed = _mix_bits(tf.bitcast(ranges.range_from(start, size), tf.uint32))
-    return _mix_bits(mixed + _mix_bits(seed))
+    stream = tf.cast(step, tf.uint32) ^ mix_bits(tf.cast(replica, tf.uint32))
+    start = tf.bitcast(mix_bits(stream), tf.int32)
+    mixed = mix_bits(tf.bitcast(ranges.range_from(start, size), tf.uint32))
+    return mix_bits(mixed + mix_bits(seed))
 
 
 def uniform(
@@ -66,8 +66,15 @@ def uniform(
     return tf.cast(tf.bitcast(high_bits, tf.int32), dtype) * 2.0**-24
 
 
-def _mix_bits(x: tf.Tensor) -> tf.Tensor:
-    """Applies MurmurHash3's finaliser (Appleby), a permutation of words."""
+def mix_bits(x: tf.Tensor) -> tf.Tensor:
+    """Applies MurmurHash3's finaliser (Appleby), a permutation of words.
+
+    Args:
+        x: uint32 tensor.
+
+    Returns:
+        uint32 tensor of the same shape.
+    """
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
         x ^= tf.bitwise.right_shift(x, tf.constant(shift, tf.uint32))
         x *= tf.constant(factor, tf.uint32)

@@ -17,13 +17,16 @@ from tf_regtopk import error_feedback as error_feedback_lib
 from tf_regtopk import selection
 from tf_regtopk import sparsifiers
 from tf_regtopk.codecs import wire_report
+from tf_regtopk.distribute import reduce_scatter
 from tf_regtopk.distribute import replica_state
 from tf_regtopk.distribute import topology
 from tf_regtopk.kernels import device_kind
+from tf_regtopk.kernels import ownership
 from tf_regtopk.saving import saved_state
 from tf_regtopk.steps import dense_step
 from tf_regtopk.steps import flat_buffer
 from tf_regtopk.steps import round as round_lib
+from tf_regtopk.steps import scattered_step
 from tf_regtopk.steps import sparse_step
 from tf_regtopk.steps import telemetry
 from tf_regtopk.steps import variable_rules
@@ -141,13 +144,19 @@ class Partition:
         if self._participants.count == 1:
             codec = dataclasses.replace(codec, indices="int32")
         local, shared, _ = self.feedback_state.dtypes
-        return sparse_step.SparseStep(
+        payload_codec = self._payload_codec_of(codec)
+        step = (
+            scattered_step.ScatteredStep
+            if isinstance(payload_codec, codecs.ScatteredCodec)
+            else sparse_step.SparseStep
+        )
+        return step(
             self._buffer,
             round_lib.Method(
                 self._choices.sparsifier,
                 self._choices.error_feedback,
                 # None, because no step is taken, where nothing is selected.
-                self._payload_codec_of(codec),  # type: ignore[arg-type]
+                payload_codec,  # type: ignore[arg-type]
                 self._groups_at(density),
             ),
             self._participants,
@@ -381,12 +390,23 @@ class Partition:
 
     def _payload_codec_of(
         self, codec: codecs.Codec
-    ) -> codecs.PayloadCodec | None:
-        """The `PayloadCodec` of a `Codec`; None if nothing is selected."""
+    ) -> codecs.PayloadCodec | codecs.ScatteredCodec | None:
+        """The payload codec of a `Codec`; None if nothing is selected."""
         k = sum(group.k for group in self._groups_at(self.density))
         if not k:
             return None
-        return codec.payload(k, self._buffer.size, self._buffer.dtype)
+        size, dtype = self._buffer.size, self._buffer.dtype
+        topology, n = self._participants.topology, self._participants.count
+        if n > 1 and isinstance(topology, reduce_scatter.ReduceScatter):
+            return codecs.ScatteredCodec.of(
+                codec,
+                ownership.Ownership(size, n),
+                k,
+                topology.capacity,
+                topology.keep,
+                dtype,
+            )
+        return codec.payload(k, size, dtype)
 
 
 def _names_of(variables: Sequence[keras.Variable]) -> list[str]:

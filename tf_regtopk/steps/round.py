@@ -29,13 +29,14 @@ class Method(NamedTuple):
     Args:
         sparsifier: `Sparsifier`.
         error_feedback: `ErrorFeedback`.
-        payload_codec: `PayloadCodec` for the k of all groups.
+        payload_codec: `PayloadCodec` for the k of all groups, or
+            `ScatteredCodec`.
         groups: Tuple of `selection.Group`, whose sizes add up to J.
     """
 
     sparsifier: sparsifiers.Sparsifier
     error_feedback: error_feedback_lib.ErrorFeedback
-    payload_codec: codecs.PayloadCodec
+    payload_codec: codecs.PayloadCodec | codecs.ScatteredCodec
     groups: tuple[selection.Group, ...]
 
 
@@ -69,6 +70,18 @@ class Sent(NamedTuple):
     indices: tf.Tensor
     values: tf.Tensor
     local: tuple[tf.Tensor, ...]
+
+
+class TakenOver(NamedTuple):
+    """Errors of the sum that a replica takes over, where it owns entries.
+
+    Args:
+        indices: int32 tensor `[n]`, each once.
+        error: Float tensor `[n]`, the sums less what is in the total.
+    """
+
+    indices: tf.Tensor
+    error: tf.Tensor
 
 
 def send(
@@ -170,6 +183,7 @@ def settle(
     total: tf.Tensor,
     step: error_feedback_lib.Step,
     missing: missing_lib.Missing | None = None,
+    taken_over: TakenOver | None = None,
 ) -> tuple[tuple[tf.Tensor, ...], tuple[tf.Tensor, ...]]:
     """Clears the error and remembers what became of the entries, on a replica.
 
@@ -183,12 +197,17 @@ def settle(
         total: As of `aggregate`.
         step: `Step`.
         missing: As of `send`.
+        taken_over: `TakenOver`, if entries were summed on the way. What has
+            been sent then counts only where the total is not 0.
 
     Returns:
         `(local, memory)` of the `State` after the step. Tensors that stay as
         they are are the same objects.
     """
     indices, values, local = sent
+    if taken_over:
+        is_accepted = selection.take(total, indices) != 0
+        values = tf.where(is_accepted, values, tf.zeros_like(values))
     remembered = method.sparsifier.remember(
         memory,
         indices,
@@ -203,6 +222,8 @@ def settle(
     validation.check_local_state(
         f"{type(method.error_feedback).__name__}.update", after, local
     )
+    if taken_over:
+        after = method.error_feedback.add_error(after, *taken_over, total, step)
     if missing:
         after = missing.keep_state(local, after)
     return tuple(after), remembered

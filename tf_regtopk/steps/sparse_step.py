@@ -6,6 +6,7 @@ from typing import TypeAlias
 import keras
 import tensorflow as tf
 
+from tf_regtopk import codecs
 from tf_regtopk import error_feedback
 from tf_regtopk.codecs import header as header_lib
 from tf_regtopk.distribute import topology
@@ -23,8 +24,10 @@ from tf_regtopk.steps import weight_mark
 _Entries: TypeAlias = tuple[tf.Tensor, tf.Tensor]
 # A `round.Sent` with only the local tensors that change, by their places.
 _Sent: TypeAlias = tuple[tf.Tensor, tf.Tensor, dict[int, tf.Tensor]]
+# Tensors about entries that were summed on the way; empty where none were.
+Reduced: TypeAlias = tuple[tf.Tensor, ...]
 # The entries of all, what this replica has sent, and the telemetry.
-_Exchanged: TypeAlias = tuple[_Entries, _Sent, tuple[tf.Tensor, ...]]
+_Exchanged: TypeAlias = tuple[_Entries, _Sent, tuple[tf.Tensor, ...], Reduced]
 
 
 class SparseStep:
@@ -88,11 +91,21 @@ class SparseStep:
                 tuple(gradient is not None for gradient in gradients),
                 tuple(tf.convert_to_tensor(v) for v in self._sampled),
             )
-        with tf.name_scope("tf_regtopk/exchange"):
-            payloads = self._participants.exchange(payload, num_used)
+        payloads, reduced = self._meet(payload, num_used, moment)
         with tf.name_scope("tf_regtopk/decode"):
             entries, flags = self.decode(payloads, mark)
-        return flags, (entries, sent, measured)
+        return flags, (entries, sent, measured, reduced)
+
+    def _meet(
+        self,
+        payload: tf.Tensor,
+        num_used: tf.Tensor | None,
+        moment: error_feedback.Moment,
+    ) -> tuple[tf.Tensor, Reduced]:
+        """The payloads of all participants, and what was found on the way."""
+        del moment
+        with tf.name_scope("tf_regtopk/exchange"):
+            return self._participants.exchange(payload, num_used), ()
 
     def aggregate(
         self,
@@ -112,7 +125,7 @@ class SparseStep:
         Returns:
             One gradient for each variable.
         """
-        entries, sent, measured = exchanged
+        entries, sent, measured, reduced = exchanged
         indices, values, changed = sent
         for i, value in changed.items():
             state.local[i].assign(value)
@@ -124,6 +137,7 @@ class SparseStep:
                 moment,
                 has_gradient,
                 measured,
+                reduced,
             )
         with tf.name_scope("tf_regtopk/split"):
             return self._buffer.split(aggregate)
@@ -214,6 +228,7 @@ class SparseStep:
         moment: error_feedback.Moment,
         has_gradient: tuple[bool, ...],
         measured: tuple[tf.Tensor, ...],
+        reduced: Reduced = (),
     ) -> tf.Tensor:
         """The aggregate; assigns the state after the step.
 
@@ -225,6 +240,7 @@ class SparseStep:
             moment: `error_feedback.Moment`.
             has_gradient: For each variable whether there was a gradient.
             measured: From `send`.
+            reduced: From the exchange.
 
         Returns:
             Float tensor `[J]`.
@@ -232,10 +248,8 @@ class SparseStep:
         all_indices, all_values = entries
         indices, values = sent
         before = self._release(_read(state))
-        step, missing = (
-            self._step_at(moment),
-            self._buffer.missing(has_gradient),
-        )
+        step = self._step_after(moment, reduced)
+        missing = self._buffer.missing(has_gradient)
         total = scatter_sum.sum_entries(
             all_indices, all_values, self._buffer.size
         )
@@ -253,9 +267,11 @@ class SparseStep:
             total,
             step,
             missing,
+            self._taken_over(reduced),
         )
         if measured:
-            measured = telemetry.of_settle(measured, all_values, total)
+            all_sent = self._all_sent(all_values, reduced)
+            measured = telemetry.of_settle(measured, all_sent, total)
             _assign(state.measured, before.measured, measured)
         # The local tensors come last, because the others are read from them.
         _assign(state.memory, before.memory, memory)
@@ -268,6 +284,7 @@ class SparseStep:
         if not self._method.payload_codec.is_variable:
             return None
         header = header_lib.header_words(self._buffer.dtype)
+        assert isinstance(self._method.payload_codec, codecs.PayloadCodec)
         return header + self._method.payload_codec.num_used(payload)
 
     def _measure(
@@ -303,10 +320,27 @@ class SparseStep:
     def _step_at(self, moment: error_feedback.Moment) -> error_feedback.Step:
         return error_feedback.Step(
             self._participants.count,
-            self._method.payload_codec.indices.k / self._buffer.size,
+            self._method.payload_codec.k / self._buffer.size,
             moment.learning_rate,
             moment.number,
         )
+
+    def _step_after(
+        self, moment: error_feedback.Moment, reduced: Reduced
+    ) -> error_feedback.Step:
+        """The context of the second half."""
+        del reduced
+        return self._step_at(moment)
+
+    def _taken_over(self, reduced: Reduced) -> round_lib.TakenOver | None:
+        """The errors of sums that this replica takes over."""
+        del reduced
+        return None
+
+    def _all_sent(self, all_values: tf.Tensor, reduced: Reduced) -> tf.Tensor:
+        """The sum of the magnitudes of all that all replicas have sent."""
+        del reduced
+        return tf.reduce_sum(tf.abs(all_values))
 
 
 def _read(state: round_lib.State) -> round_lib.State:

@@ -129,16 +129,15 @@ def of_send(
 
 
 def of_settle(
-    measured: tuple[tf.Tensor, ...], all_values: tf.Tensor, total: tf.Tensor
+    measured: tuple[tf.Tensor, ...], sent: tf.Tensor, total: tf.Tensor
 ) -> tuple[tf.Tensor, ...]:
     """Adds to the numbers what was cancelled among the replicas.
 
     Args:
         measured: Tuple, from `of_send`.
-        all_values: Float tensor `[N, k]`, the values that all replicas sent.
+        sent: Float scalar, the magnitudes of all that all replicas sent.
         total: Float tensor `[J]`, the sum of the entries.
     """
-    sent = tf.reduce_sum(tf.abs(all_values))
     left = tf.reduce_sum(tf.abs(total))
     # Rounding may leave more than was sent.
     cancelled = tf.maximum(1 - tf.math.divide_no_nan(left, sent), 0)

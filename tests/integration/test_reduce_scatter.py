@@ -1,0 +1,278 @@
+"""The reduce-scatter of entries, in one process, against NumPy and itself."""
+
+import flat_gradients
+import keras
+import numpy as np
+import pytest
+import reference
+
+import tf_regtopk
+
+SHAPES = [(3, 5), (7,), (), (2, 3, 1), (12, 7)]
+SIZES = [int(np.prod(shape)) for shape in SHAPES]
+SIZE = sum(SIZES)
+STEPS = 12
+
+
+def gradients(num_replicas, seed=0):
+    """`[steps, replicas, J]`, with a part that the replicas cancel."""
+    rng = np.random.default_rng(seed)
+    shape = (STEPS, num_replicas, SIZE)
+    bias = 2.0 * rng.standard_normal((1, *shape[1:]))
+    bias -= bias.mean(axis=1, keepdims=True)
+    common = 0.5 * rng.standard_normal((1, 1, SIZE))
+    return rng.standard_normal(shape) + common + bias
+
+
+def make(strategy, dtype="float64", **kwargs):
+    """An optimizer and its variables, all zeros."""
+    with strategy.scope():
+        variables = [
+            keras.Variable(np.zeros(shape), dtype=dtype) for shape in SHAPES
+        ]
+        optimizer = tf_regtopk.SparsifiedOptimizer(
+            keras.optimizers.SGD(1.0), **kwargs
+        )
+        optimizer.build(variables)
+    return optimizer, variables
+
+
+def train(strategy, g, **kwargs):
+    """Weights after each step, the optimizer, the step, and the variables."""
+    optimizer, variables = make(strategy, **kwargs)
+    take_step = flat_gradients.step_function(strategy, optimizer, variables)
+    weights = []
+    for of_step in g:
+        take_step(of_step)
+        weights.append(flat_gradients.flat_weights(variables))
+    return np.array(weights), optimizer, take_step, variables
+
+
+def residual(optimizer):
+    """The sum of the residual errors of all replicas, `[J]`."""
+    return sum(
+        np.concatenate([np.ravel(part) for part in of_replica])
+        for of_replica in optimizer.residual_errors()
+    )
+
+
+CASES = [
+    # Sparsifier, rule, the reference's, number of replicas, keep.
+    ("topk", tf_regtopk.Accumulate(), reference.Accumulate, 2, 1.0),
+    ("regtopk", tf_regtopk.Accumulate(), reference.Accumulate, 3, 1.0),
+    ("regtopk", tf_regtopk.EF21(), reference.EF21, 3, 0.5),
+    ("regtopk", tf_regtopk.LearnedShift(), reference.LearnedShift, 3, 1.5),
+    (
+        "topk",
+        tf_regtopk.LearnedShift(momentum=0.5, factor_masking=True),
+        lambda: reference.LearnedShift(momentum=0.5, factor_masking=True),
+        2,
+        0.5,
+    ),
+    (
+        "topk",
+        tf_regtopk.Accumulate(momentum=0.5, factor_masking=True),
+        lambda: reference.Accumulate(momentum=0.5, factor_masking=True),
+        3,
+        1.0,
+    ),
+]
+
+
+@pytest.mark.parametrize("name, rule, expected_rule, num_replicas, keep", CASES)
+def test_weights_follow_the_reference(
+    name, rule, expected_rule, num_replicas, keep, mirrored
+):
+    g = gradients(num_replicas)
+    sparsifier = {"topk": tf_regtopk.TopK, "regtopk": tf_regtopk.RegTopK}[name]
+    actual, *_ = train(
+        mirrored(num_replicas),
+        g / num_replicas,
+        sparsifier=sparsifier(0.3),
+        error_feedback=rule,
+        topology=tf_regtopk.ReduceScatter(capacity=num_replicas, keep=keep),
+    )
+    workers = reference.ScatteredWorkers(
+        name,
+        num_replicas,
+        SIZES,
+        0.3,
+        feedback=expected_rule(),
+        keep=keep,
+    )
+    weights = np.zeros(SIZE)
+    for t in range(STEPS):
+        weights = weights - workers.step(g[t])
+        np.testing.assert_allclose(
+            actual[t], weights, rtol=1e-9, atol=1e-9, err_msg=f"step {t}"
+        )
+
+
+@pytest.mark.parametrize("values", ["float32", "natural", "sign"])
+@pytest.mark.parametrize("capacity", [1.0, 2.0])
+def test_weights_and_errors_add_up_to_all_gradients(values, capacity, mirrored):
+    """Nothing is lost, at the sender, at the owner, or in the codec."""
+    g = gradients(3) / 3
+    weights, optimizer, _, _ = train(
+        mirrored(3),
+        g,
+        sparsifier=tf_regtopk.RegTopK(0.2),
+        codec=tf_regtopk.Codec(values=values),
+        topology=tf_regtopk.ReduceScatter(capacity, keep=1.0),
+    )
+    np.testing.assert_allclose(
+        residual(optimizer) - weights[-1],
+        g.sum(axis=(0, 1)),
+        rtol=1e-6,
+        atol=1e-6,
+    )
+
+
+def test_with_room_for_all_it_is_the_all_gather(mirrored):
+    g = gradients(3) / 3
+    room = tf_regtopk.ReduceScatter(capacity=3, keep=9)
+    for sparsifier in (tf_regtopk.RegTopK(0.2), tf_regtopk.Dense()):
+        actual, *_ = train(mirrored(3), g, sparsifier=sparsifier, topology=room)
+        expected, *_ = train(mirrored(3), g, sparsifier=sparsifier)
+        np.testing.assert_allclose(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_without_others_entries_are_what_they_are(mirrored):
+    g = gradients(1)
+    topology = tf_regtopk.ReduceScatter()
+    actual, *_ = train(
+        mirrored(0), g, sparsifier=tf_regtopk.RegTopK(0.2), topology=topology
+    )
+    expected, *_ = train(mirrored(0), g, sparsifier=tf_regtopk.RegTopK(0.2))
+    np.testing.assert_array_equal(actual, expected)
+
+
+def test_a_step_that_is_not_finite_is_skipped_by_all(mirrored):
+    g = gradients(3)
+    weights, optimizer, take_step, variables = train(
+        mirrored(3),
+        g,
+        sparsifier=tf_regtopk.RegTopK(0.2),
+        topology=tf_regtopk.ReduceScatter(),
+    )
+    errors = optimizer.residual_errors()
+    for bad in (np.nan, np.inf, 1e308):
+        of_step = g[0].copy()
+        of_step[1, 40] = bad
+        if bad == 1e308:  # Only the sum is too large.
+            of_step[:, 40] = bad
+        take_step(of_step)
+        np.testing.assert_array_equal(
+            flat_gradients.flat_weights(variables), weights[-1]
+        )
+    assert optimizer.skipped_steps.numpy() == 3
+    for before, after in zip(errors, optimizer.residual_errors(), strict=True):
+        for a, b in zip(before, after, strict=True):
+            np.testing.assert_array_equal(a, b)
+    take_step(g[0])
+    assert np.any(flat_gradients.flat_weights(variables) != weights[-1])
+
+
+def test_a_saved_state_goes_on_with_another_number_of_replicas(mirrored):
+    kwargs = dict(
+        sparsifier=tf_regtopk.RegTopK(0.2),
+        error_feedback=tf_regtopk.LearnedShift(),
+        topology=tf_regtopk.ReduceScatter(),
+    )
+    g = gradients(3)
+    whole, *_ = train(mirrored(3), g, **kwargs)
+    _, before, _, weights = train(mirrored(3), g[:6], **kwargs)
+    saved = before.save_state()
+    for n in (3, 2):
+        optimizer, variables = make(mirrored(n), **kwargs)
+        for variable, old in zip(
+            [*variables, *optimizer.variables],
+            [*weights, *before.variables],
+            strict=True,
+        ):
+            variable.assign(old.numpy())
+        optimizer.load_state(saved)
+        np.testing.assert_allclose(
+            residual(optimizer), residual(before), rtol=1e-12, atol=1e-12
+        )
+        take_step = flat_gradients.step_function(
+            mirrored(n), optimizer, variables
+        )
+        for t in range(6, STEPS):
+            take_step(g[t, :n])
+            if n == 3:
+                np.testing.assert_array_equal(
+                    flat_gradients.flat_weights(variables), whole[t]
+                )
+
+
+def test_telemetry_knows_what_was_cancelled(mirrored):
+    g = gradients(2)
+    g[:, 1] = -0.9 * g[:, 0]
+    _, optimizer, _, _ = train(
+        mirrored(2),
+        g[:1],
+        sparsifier=tf_regtopk.TopK(0.2),
+        topology=tf_regtopk.ReduceScatter(capacity=2, keep=2),
+        telemetry=True,
+    )
+    [first, _] = optimizer.telemetry()
+    np.testing.assert_allclose(first["cancelled"], 18 / 19, rtol=1e-5)
+
+
+def test_report(mirrored):
+    """Bytes both ways, whatever the number of replicas is."""
+    sent = []
+    for n in (2, 4):
+        with mirrored(n).scope():
+            variable = keras.Variable(np.zeros(100_000), dtype="float32")
+            optimizer = tf_regtopk.SparsifiedOptimizer(
+                keras.optimizers.SGD(1.0),
+                tf_regtopk.RegTopK(0.01),
+                codec=tf_regtopk.Codec("int32"),
+                topology=tf_regtopk.ReduceScatter(capacity=1.5, keep=1.0),
+            )
+            optimizer.build([variable])
+        report = optimizer.wire_report()
+        assert report.topology == "ReduceScatter"
+        assert report.num_selected == 1000
+        # An entry has 8 bytes; a header there, and two words more back.
+        there, back = -(-1500 // n), 1000 // n
+        expected = 8 * (there + back) + 4 * (2 + 2)
+        assert report.payload_bytes == n * expected
+        assert report.sent_bytes == (n - 1) * expected
+        sent.append(report.sent_bytes / (n - 1) * n)
+        assert "ReduceScatter" in str(report)
+    np.testing.assert_allclose(*sent, rtol=0.01)
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        (dict(capacity=0.5), "`capacity` must be at least 1"),
+        (dict(keep=0), "`keep` must be positive"),
+        (dict(keep=float("nan")), "`keep` must be"),
+    ],
+)
+def test_bad_arguments(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        tf_regtopk.ReduceScatter(**kwargs)
+
+
+def test_lengths_must_be_fixed():
+    with pytest.raises(ValueError, match="`codec` must write indices"):
+        tf_regtopk.SparsifiedOptimizer(
+            keras.optimizers.SGD(1.0),
+            codec=tf_regtopk.Codec("golomb"),
+            topology=tf_regtopk.ReduceScatter(),
+        )
+
+
+def test_config():
+    optimizer = tf_regtopk.SparsifiedOptimizer(
+        keras.optimizers.SGD(1.0),
+        topology=tf_regtopk.ReduceScatter(capacity=2.0, keep=0.5),
+    )
+    config = keras.saving.serialize_keras_object(optimizer)
+    restored = keras.saving.deserialize_keras_object(config)
+    assert restored.topology == optimizer.topology

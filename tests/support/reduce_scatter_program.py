@@ -1,0 +1,38 @@
+"""The program of `test_reduce_scatter_workers.py`, on each of the workers."""
+
+import json
+import os
+import sys
+
+import exchange_program
+
+import tf_regtopk
+
+TOPOLOGIES = {
+    "reduce_scatter": tf_regtopk.ReduceScatter(),
+    "all_gather": tf_regtopk.AllGather(),
+}
+
+
+def main(result_path):
+    strategy = tf_regtopk.MultiWorkerMirroredStrategy(timeout_seconds=60)
+    n = strategy.num_replicas_in_sync
+    g = exchange_program.gradients(n)
+    result = {"bytes": {}}
+    for name, topology in TOPOLOGIES.items():
+        if name == "reduce_scatter":
+            result["weights"], _ = exchange_program.train(
+                strategy, g, "shift", topology=topology
+            )
+        result["bytes"][name] = exchange_program.bytes_a_step(
+            strategy, num_steps=20, num_workers=n, topology=topology
+        )
+    with open(result_path, "w", encoding="utf-8") as f:
+        json.dump(result, f)
+    sys.stdout.flush()
+    # Not through TensorFlow's shutdown, which may wait for other workers.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,308 @@
+r"""Payloads of entries that are summed by their owners.
+
+    there   each participant sends each owner its entries of the owner's share
+    sums    an owner sums them, and keeps the largest
+    back    each owner sends the sums that it keeps to all
+
+Both ways the lengths are fixed: `capacity` entries from a participant to an
+owner, `keep` sums from an owner. Entries that are fewer are followed by
+fillers, at positions behind the owner's share, with values that change no
+bucket of a value codec much: those of the entries, again from the first.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from tf_regtopk import selection
+from tf_regtopk.codecs import payload as payload_lib
+from tf_regtopk.codecs import value_codecs
+from tf_regtopk.kernels import bitmap
+from tf_regtopk.kernels import hashing
+from tf_regtopk.kernels import ownership as ownership_lib
+from tf_regtopk.kernels import ranges
+from tf_regtopk.kernels import scatter_sum
+
+# Words that an owner sends in front of the sums.
+NUM_FACTS = 2
+_NOT_VALID = -1
+
+
+class Kept(NamedTuple):
+    """The sums that an owner keeps, beside the payload of them.
+
+    Args:
+        indices: int32 tensor `[keep]`, the entries, each once.
+        error: Float tensor `[keep]`, their sums minus what all participants
+            decode; 0 where nothing is decoded.
+        sums: Float tensor `[keep]`, their sums; the largest sum among them.
+    """
+
+    indices: tf.Tensor
+    error: tf.Tensor
+    sums: tf.Tensor
+
+
+class Facts(NamedTuple):
+    """Numbers about the entries that owners have summed.
+
+    Args:
+        num_accepted: Float scalar, the number of entries, of all participants,
+            of which the sum was kept.
+        sent: Float scalar, the sum of the magnitudes of all entries sent.
+    """
+
+    num_accepted: tf.Tensor
+    sent: tf.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class ScatteredCodec:
+    """The codecs of both ways, for one k, J and N.
+
+    It takes the place of a `PayloadCodec` in a step.
+
+    Args:
+        ownership: `Ownership` of J entries by N owners.
+        k: Number of entries that a participant selects.
+        there: `PayloadCodec` of the `capacity` entries for an owner.
+        back: `PayloadCodec` of the `keep` sums of an owner.
+    """
+
+    ownership: ownership_lib.Ownership
+    k: int
+    there: payload_lib.PayloadCodec
+    back: payload_lib.PayloadCodec
+
+    @classmethod
+    def of(
+        cls,
+        codec: payload_lib.Codec,
+        ownership: ownership_lib.Ownership,
+        k: int,
+        capacity: float,
+        keep: float,
+        dtype: tf.DType = tf.float32,
+    ) -> "ScatteredCodec":
+        """Makes the codecs of both ways.
+
+        Args:
+            codec: `Codec`.
+            ownership: `Ownership`.
+            k: Number of entries that a participant selects.
+            capacity: The most entries from a participant to an owner, in units
+                of k / N.
+            keep: The most sums that an owner keeps, in units of k / N.
+            dtype: Float dtype of the values.
+        """
+        share, n = ownership.share, ownership.num_owners
+        num_there = min(math.ceil(capacity * k / n), share, k)
+        num_back = min(math.ceil(keep * k / n), share, n * num_there)
+        return cls(
+            ownership,
+            k,
+            # Behind the share there is a position for each filler.
+            codec.payload(num_there, share + num_there, dtype),
+            codec.payload(num_back, share + num_back, dtype),
+        )
+
+    @property
+    def size(self) -> int:
+        """J, the number of entries of the gradient."""
+        return self.ownership.size
+
+    @property
+    def num_words(self) -> int:
+        """Number of words of the payloads for all owners."""
+        return self.ownership.num_owners * self.there.num_words
+
+    @property
+    def is_variable(self) -> bool:
+        """False, because all lengths are fixed."""
+        return False
+
+    @property
+    def dtype(self) -> tf.DType:
+        """Dtype of the values."""
+        return self.there.dtype
+
+    def encode(
+        self, indices: tf.Tensor, values: tf.Tensor, stream: value_codecs.Stream
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Packs entries into a payload for each owner.
+
+        Of more entries than an owner takes from one participant some are left
+        out, in each step others.
+
+        Args:
+            indices: int32 tensor `[k]`, rising.
+            values: Float tensor `[k]`.
+            stream: `(step, rank)`, scalar integers.
+
+        Returns:
+            `(payloads, sent)`: an int32 tensor `[N * words]`, and the values
+            that the owners decode, `[k]`, 0 for what is left out.
+        """
+        step, rank = stream
+        n, capacity = self.ownership.num_owners, self.there.indices.k
+        owners, positions = self.ownership.of(indices)
+        places, counts = ownership_lib.grouped(owners, n)
+        # Of too many the sent ones are a run that starts anywhere, and goes on
+        # from the first after the last. They are counted from the lowest.
+        number = ranges.range_from(ranges.opaque_zero(indices[0]), capacity)
+        start = self._start(step, rank) % tf.maximum(counts, 1)
+        start = tf.where(counts > capacity, start, 0)[:, tf.newaxis]
+        counts_of = counts[:, tf.newaxis]
+        num_wrapped = tf.maximum(start + capacity - counts_of, 0)
+        num_wrapped = tf.where(counts_of > capacity, num_wrapped, capacity)
+        number += tf.where(number >= num_wrapped, start - num_wrapped, 0)
+        is_used = number < counts_of
+        number %= tf.maximum(counts_of, 1)
+        starts = bitmap.cumulative_sum(counts) - counts
+        place = tf.gather(
+            places, tf.minimum(starts[:, tf.newaxis] + number, self.k - 1)
+        )
+        payloads, decoded = tf.map_fn(
+            lambda row: self.there.encode(row[0], row[1], (step, row[2])),
+            (
+                self._with_fillers(tf.gather(positions, place), is_used),
+                tf.where(counts_of > 0, tf.gather(values, place), 0.0),
+                # Stochastic rounding differs from pair to pair.
+                rank * n + ranges.range_from(ranges.opaque_zero(rank), n),
+            ),
+            fn_output_signature=(
+                tf.TensorSpec([self.there.num_words], tf.int32),
+                tf.TensorSpec([capacity], self.dtype),
+            ),
+        )
+        # Fillers are added up behind the k values.
+        target = tf.where(is_used, place, self.k)[..., tf.newaxis]
+        sent = tf.scatter_nd(target, decoded, [self.k + 1])[: self.k]
+        return tf.reshape(payloads, [-1]), sent
+
+    def reduce(
+        self, payloads: tf.Tensor, stream: value_codecs.Stream
+    ) -> tuple[tf.Tensor, Kept]:
+        """Sums the entries of an owner, and packs the largest sums.
+
+        Args:
+            payloads: int32 tensor `[N, words]`, what the participants have sent
+                to this owner.
+            stream: `(step, rank)`, scalar integers, the rank of the owner.
+
+        Returns:
+            `(payload, kept)`: an int32 tensor `[num_words_back]`, and `Kept`.
+        """
+        step, rank = stream
+        n, share = self.ownership.num_owners, self.ownership.share
+        positions, values, is_valid = self.there.decode(payloads)
+        sums = scatter_sum.sum_entries(
+            positions, values, share + self.there.indices.k
+        )[:share]
+        number = self.back.indices.k
+        largest = selection.select_largest(
+            sums, [selection.Group(share, number)], step
+        )
+        sums_kept = selection.take(sums, largest)
+        # Sums that are 0 are as good as not kept, and make room for fillers.
+        order, counts = ownership_lib.grouped(
+            tf.cast(sums_kept == 0, tf.int32), 2
+        )
+        num_used = counts[0]
+        place = ranges.range_from(ranges.opaque_zero(num_used), number)
+        is_used = place < num_used
+        kept = tf.gather(largest, order)
+        sums_kept = tf.gather(
+            sums_kept, tf.gather(order, place % tf.maximum(num_used, 1))
+        )
+        words, decoded = self.back.encode(
+            self._with_fillers(kept, is_used), sums_kept, (step, n * n + rank)
+        )
+        is_sent = is_used & (decoded != 0)
+        is_kept = tf.scatter_nd(
+            tf.where(is_used, kept, share)[:, tf.newaxis],
+            tf.cast(is_sent, tf.int32),
+            [share + self.there.indices.k],
+        )
+        is_entry = positions < share
+        num_accepted = tf.reduce_sum(
+            tf.where(is_entry, tf.gather(is_kept, positions), 0)
+        )
+        facts = tf.stack(
+            [
+                tf.where(tf.reduce_all(is_valid), num_accepted, _NOT_VALID),
+                tf.bitcast(
+                    tf.cast(
+                        tf.reduce_sum(tf.where(is_entry, tf.abs(values), 0.0)),
+                        tf.float32,
+                    ),
+                    tf.int32,
+                ),
+            ]
+        )
+        return tf.concat([facts, words], axis=0), Kept(
+            # Entries behind the last are fillers. They stay different from
+            # the others, because the last entry then is another owner's.
+            tf.minimum(
+                self.ownership.entries(rank, kept), self.ownership.size - 1
+            ),
+            tf.where(is_sent, sums_kept - decoded, 0.0),
+            sums_kept,
+        )
+
+    @property
+    def num_words_back(self) -> int:
+        """Number of words that an owner sends to each participant."""
+        return NUM_FACTS + self.back.num_words
+
+    def decode(
+        self, payloads: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """Unpacks the sums of all owners, from payloads of any contents.
+
+        Args:
+            payloads: int32 tensor `[N, num_words_back]`.
+
+        Returns:
+            `(indices, values, is_valid)`, as of `PayloadCodec.decode`, tensors
+            `[N, keep]`, `[N, keep]` and `[N]`; but fillers have the value 0 and
+            the index 0.
+        """
+        positions, values, is_valid = self.back.decode(payloads[:, NUM_FACTS:])
+        owners = ranges.range_from(
+            ranges.opaque_zero(payloads[0, 0]), self.ownership.num_owners
+        )
+        indices = self.ownership.entries(owners[:, tf.newaxis], positions)
+        is_entry = (positions < self.ownership.share) & (
+            indices < self.ownership.size
+        )
+        return (
+            tf.where(is_entry, indices, 0),
+            tf.where(is_entry, values, 0.0),
+            is_valid & (payloads[:, 0] != _NOT_VALID),
+        )
+
+    def facts(self, payloads: tf.Tensor) -> Facts:
+        """The `Facts` of payloads `[N, num_words_back]`, or of their front."""
+        return Facts(
+            tf.reduce_sum(tf.cast(payloads[:, 0], tf.float32)),
+            tf.reduce_sum(tf.bitcast(payloads[:, 1], tf.float32)),
+        )
+
+    def _start(self, step: tf.Tensor, rank: tf.Tensor) -> tf.Tensor:
+        """Non-negative int32 numbers `[N]` that look random."""
+        hashes = hashing.hash_bits(self.ownership.num_owners, 0, step, rank)
+        bits = tf.bitwise.right_shift(hashes, tf.constant(9, tf.uint32))
+        return tf.bitcast(bits, tf.int32)
+
+    def _with_fillers(
+        self, positions: tf.Tensor, is_used: tf.Tensor
+    ) -> tf.Tensor:
+        """Positions, rising behind the share where they are not used."""
+        number = ranges.range_from(
+            ranges.opaque_zero(tf.reshape(positions, [-1])[0]),
+            positions.shape[-1],
+        )
+        return tf.where(is_used, positions, self.ownership.share + number)
