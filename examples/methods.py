@@ -46,6 +46,8 @@ class Hyper(NamedTuple):
         mu: RegTop-k's.
         denominator: RegTop-k's.
         codec: `tf_regtopk.Codec`.
+        num_workers: Number of workers.
+        topology: `tf_regtopk.EntryTopology`.
     """
 
     learning_rate: float
@@ -55,6 +57,8 @@ class Hyper(NamedTuple):
     mu: float = 4.0
     denominator: str = "previous"
     codec: tf_regtopk.Codec = tf_regtopk.Codec()
+    num_workers: int = 1
+    topology: tf_regtopk.EntryTopology = tf_regtopk.AllGather()
 
     def inner(self, momentum, scale=1.0):
         """The optimizer that applies the aggregate.
@@ -82,6 +86,14 @@ class Hyper(NamedTuple):
             codec=tf_regtopk.Codec(self.codec.indices, "sign"),
         )
 
+    def with_owners(self, capacity=1.5, keep=1.0):
+        """About the same bytes in entries that are summed by their owners."""
+        ratio = self.num_workers / (capacity + keep)
+        return self._replace(
+            density=min(1.0, ratio * self.density),
+            topology=tf_regtopk.ReduceScatter(capacity, keep),
+        )
+
     def sparsified(self, sparsifier, error_feedback=None, momentum=0.0):
         """The inner optimizer, wrapped.
 
@@ -96,6 +108,7 @@ class Hyper(NamedTuple):
             sparsifier,
             codec=self.codec,
             error_feedback=error_feedback,
+            topology=self.topology,
         )
 
 
@@ -205,6 +218,7 @@ def make_optimizer(
             args.mu,
             args.denominator,
             tf_regtopk.Codec(args.indices, args.values),
+            getattr(args, "num_workers", 1),
         )
     )
     if not isinstance(optimizer, keras.optimizers.Optimizer):

@@ -29,6 +29,7 @@ from tf_regtopk import selection
 from tf_regtopk import sparsifiers
 from tf_regtopk import validation
 from tf_regtopk.codecs import scattered
+from tf_regtopk.codecs import wire_report
 from tf_regtopk.distribute import reduce_scatter
 from tf_regtopk.distribute import topology as topology_lib
 from tf_regtopk.kernels import ownership
@@ -268,6 +269,19 @@ class SparseDescent(NamedTuple):
         change, arrays = self.inner(state.arrays, aggregate, t, rate)
         weights = state.weights - change
         return State(weights, arrays, local, shared, memory)
+
+    def sent_bytes(self, size: int, dtype: tf.DType = tf.float32) -> float:
+        """Counts the bytes that each worker would send per step.
+
+        Args:
+            size: J.
+            dtype: Float dtype of the gradient.
+        """
+        k = self.sparsifier.num_selected(size)
+        return self.topology.sent_bytes(
+            wire_report.payload_bytes(self._payload_codec(k, size, dtype)),
+            topology_lib.Cluster(self.num_workers, self.num_workers),
+        )
 
     def telemetry(
         self, state: State, gradients: tf.Tensor, t: tf.Tensor, rate: tf.Tensor

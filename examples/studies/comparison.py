@@ -18,6 +18,17 @@ import worker_data
 methods.METHODS.update(shift_variants.METHODS)
 methods.METHODS.update(
     {
+        f"{name}_owners{'' if keep == 1 else keep}": (
+            lambda h, method=methods.METHODS[name], keep=keep: method(
+                h.with_owners(keep=keep)
+            )
+        )
+        for name in ("topk", "regtopk", "shift_regtopk", "shift_masked")
+        for keep in (1, 4)
+    }
+)
+methods.METHODS.update(
+    {
         f"{name}_sign": lambda h, method=method: method(h.with_signs())
         for name, method in methods.METHODS.items()
         if name != "dense"

@@ -15,7 +15,6 @@ import sys
 
 from absl import app
 from absl import flags
-import keras
 import numpy as np
 import tensorflow as tf
 
@@ -125,13 +124,16 @@ def train(args, trainings, is_tuning, method, learning_rate, seed):
     optimizer = methods.make_optimizer(
         method, args, learning_rate, args.density, args.momentum, is_adam
     )
-    num_bytes = 2 * 4 * len(weights) / args.num_workers
-    if isinstance(optimizer, tf_regtopk.SparsifiedOptimizer):
-        optimizer.build([keras.Variable(weights)])
-        num_bytes = optimizer.wire_report().payload_bytes
+    descent = simulation.descent_of(optimizer, args.num_workers)
+    if isinstance(descent, simulation.SparseDescent):
+        num_bytes = descent.sent_bytes(len(weights))
+    else:
+        num_bytes = tf_regtopk.AllReduce().sent_bytes(
+            4 * len(weights), tf_regtopk.Cluster(args.num_workers)
+        )
     if method not in trainings:  # Compiled once for all seeds.
         trainings[method] = simulation.gradient_descent(
-            simulation.descent_of(optimizer, args.num_workers),
+            descent,
             gradients_of,
             accuracy,
             args.rounds,
@@ -144,7 +146,7 @@ def train(args, trainings, is_tuning, method, learning_rate, seed):
     return {
         "round": rounds,
         "accuracy": [float(curve[round - 1]) for round in rounds],
-        "bytes_a_step": round((args.num_workers - 1) * num_bytes),
+        "bytes_a_step": round(num_bytes),
     }
 
 

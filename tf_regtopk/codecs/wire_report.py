@@ -147,23 +147,14 @@ def report(
             sent_bytes=round(reduced(dense_below_bytes)),
             dense_sent_bytes=dense_sent_bytes,
         )
-    words_of = _words_at_entropy if is_quick else _words_used
-    header_words = header.header_words(payload_codec.dtype)
+    of_entries = payload_codec
     if isinstance(payload_codec, scattered.ScatteredCodec):
         of_entries = payload_codec.there  # Those for one owner.
-        num_words = words_of(of_entries)
-        payload_words = payload_codec.ownership.num_owners * (
-            num_words + header_words + payload_codec.num_words_back
-        )
-    else:
-        of_entries = payload_codec
-        num_words = words_of(of_entries)
-        payload_words = num_words + header_words
-        if payload_codec.is_variable:
-            payload_words += 1  # The length is sent as well.
-    payload_bytes = 4 * payload_words
+    words_of = _words_at_entropy if is_quick else _words_used
+    num_words = words_of(of_entries)
+    num_bytes = _payload_bytes(payload_codec, num_words)
     k, size = payload_codec.k, payload_codec.size
-    sent = participants.topology.sent_bytes(payload_bytes, participants.cluster)
+    sent = participants.topology.sent_bytes(num_bytes, participants.cluster)
     return WireReport(
         num_replicas,
         dense_below_bytes,
@@ -177,11 +168,34 @@ def report(
         / of_entries.k,
         entropy_bits_per_index=index_codecs.entropy_bits(k, size) / k,
         bits_per_value=32 * of_entries.num_value_words / of_entries.k,
-        payload_bytes=payload_bytes,
+        payload_bytes=num_bytes,
         sent_bytes=round(sent + reduced(dense_below_bytes)),
         topology=type(participants.topology).__name__,
         dense_sent_bytes=dense_sent_bytes,
     )
+
+
+def payload_bytes(
+    payload_codec: payload_lib.PayloadCodec | scattered.ScatteredCodec,
+) -> int:
+    """Counts the bytes of a payload, as `WireReport` does."""
+    if isinstance(payload_codec, scattered.ScatteredCodec):
+        return _payload_bytes(payload_codec, payload_codec.there.num_words)
+    return _payload_bytes(payload_codec, _words_used(payload_codec))
+
+
+def _payload_bytes(
+    payload_codec: payload_lib.PayloadCodec | scattered.ScatteredCodec,
+    num_words: int,
+) -> int:
+    """Bytes of a payload, with `num_words` of entries, for all or one owner."""
+    num_words += header.header_words(payload_codec.dtype)
+    if isinstance(payload_codec, scattered.ScatteredCodec):
+        num_words += payload_codec.num_words_back
+        return 4 * payload_codec.ownership.num_owners * num_words
+    if payload_codec.is_variable:
+        num_words += 1  # The length is sent as well.
+    return 4 * num_words
 
 
 def _num_bytes(variables: Sequence[keras.Variable]) -> int:
