@@ -104,14 +104,18 @@ def table(job: Job, network: Network) -> str:
 
 def sweep(job: Job, network: Network) -> str:
     """Formats a table of the steps with 2, 4, ..., 4,096 workers."""
-    names = [method.name for method in cost_model.methods(job)]
+    most = crossover.with_members(job, 4096)
+    names = [method.name for method in cost_model.methods(most)]
     lines = [
         _members(job) + "".join(f"{name:>17}" for name in names) + "  fastest"
     ]
     for number in (2**i for i in range(1, 13)):
         trial = crossover.with_members(job, number)
         steps = {n: p.step_seconds for n, p in predict(trial, network).items()}
-        times = "".join(f"{quantities.seconds(steps[n]):>17}" for n in names)
+        times = "".join(
+            f"{quantities.seconds(steps[n]) if n in steps else '-':>17}"
+            for n in names
+        )
         fastest = min(steps, key=steps.__getitem__)
         lines.append(f"{number:7}{times}  {fastest}")
     return "\n".join(lines)
@@ -121,7 +125,7 @@ def takeover(job: Job, network: Network) -> str:
     """Explains in words which method takes over with more workers."""
     limits = []
     for method in cost_model.methods(job):
-        if not method.is_dense:
+        if not method.is_dense and not method.has_owners:
             others = cost_model.members(job).workers - 1
             to_each = method.cost(job, network).sent_bytes / others
             in_bytes = math.floor(2 * job.gradient_bytes / to_each)

@@ -4,6 +4,7 @@
 `simulated_training.py` calls them.
 """
 
+import math
 import pathlib
 import sys
 
@@ -110,10 +111,13 @@ class Method:
         self._scale = float(optimizer.learning_rate)
         self.is_sparse = isinstance(optimizer, tf_regtopk.SparsifiedOptimizer)
         self._descent = simulation.descent_of(optimizer, args.num_workers)
-        optimizer.build(model.trainable_variables)
-        self.bytes_a_step = image_training.bytes_a_step(
-            optimizer, model, args.num_workers
-        )
+        if self.is_sparse:
+            size = sum(math.prod(v.shape) for v in model.trainable_variables)
+            self.bytes_a_step = round(self._descent.sent_bytes(size))
+        else:
+            self.bytes_a_step = image_training.bytes_a_step(
+                optimizer, model, args.num_workers
+            )
 
     def start(self, weights):
         """The list of arrays of the state before the first step."""

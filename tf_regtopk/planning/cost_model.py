@@ -14,7 +14,9 @@ from tf_regtopk import codecs
 from tf_regtopk import sparsifiers
 from tf_regtopk import validation
 from tf_regtopk.codecs import value_codecs
+from tf_regtopk.distribute import reduce_scatter
 from tf_regtopk.distribute import topology
+from tf_regtopk.kernels import ownership
 from tf_regtopk.planning import devices
 from tf_regtopk.planning import network as network_lib
 
@@ -301,6 +303,56 @@ def _hierarchical(job: Job, network: network_lib.Network) -> Prediction:
     )
 
 
+def _owners(job: Job, network: network_lib.Network) -> Prediction:
+    num_devices, k = job.num_devices, job.num_selected
+    settings = reduce_scatter.ReduceScatter()
+    payload_codec = codecs.ScatteredCodec.of(
+        codecs.Codec(values=job.values),
+        ownership.Ownership(job.parameters, num_devices),
+        k,
+        settings.capacity,
+        settings.keep,
+    )
+    there, back = (
+        4 * number
+        for number in (
+            payload_codec.there.num_words,
+            payload_codec.num_words_back,
+        )
+    )
+    num_workers = members(job).workers
+    link = _link(job, network)
+    sent_bytes = settings.worker_sent_bytes(
+        num_devices * (there + back),
+        topology.Cluster(num_devices, num_workers),
+    )
+    pairs = (num_devices // num_workers) ** 2  # Of devices of two workers.
+    exchange = network_lib.gather_seconds(num_workers, pairs * there, link)
+    if job.device.is_accelerator:
+        exchange += network_lib.ring_gather_seconds(num_devices, back, link)
+    else:
+        exchange += network_lib.gather_seconds(num_workers, pairs * back, link)
+    # An owner reads and adds about `capacity` k entries, selects among J / N
+    # sums, and writes what it keeps.
+    density = k / job.parameters
+    read = density * READ_ENTRY_PASSES["auto"]
+    add = min(density * SUM_ENTRY_PASSES, SUM_MOST_PASSES)
+    passes = settings.capacity * (
+        density * WRITE_ENTRY_PASSES["auto"] + read + add
+    )
+    passes += (
+        SELECT_PASSES + SUM_PASSES + density * SELECT_ENTRY_PASSES
+    ) / num_devices
+    processing = compression_seconds(job, "auto", num_payloads=0)
+    processing += (passes + settings.keep * (read + add)) * job.pass_seconds
+    return Prediction(
+        job.step_seconds + processing + exchange,
+        exchange,
+        processing,
+        sent_bytes,
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Method:
     """A method to exchange gradients.
@@ -312,6 +364,9 @@ class Method:
         is_dense: True if whole gradients are sent.
         is_by_worker: True if a worker's devices first sum among themselves;
             such a method is not offered for workers with one device.
+        has_owners: True if each entry is summed by one device, so that a device
+            sends no more when there are more; such a method is offered from
+            `LEAST_OWNERS` devices on.
     """
 
     name: str
@@ -319,7 +374,12 @@ class Method:
     cost: Callable[[Job, network_lib.Network], Prediction]
     is_dense: bool = False
     is_by_worker: bool = False
+    has_owners: bool = False
 
+
+# From so many devices on, entries that are summed by their owners are as
+# accurate as those of an all-gather of the same bytes (docs/results.md).
+LEAST_OWNERS = 32
 
 # The methods are in order, the simplest to use first.
 METHODS = (
@@ -357,13 +417,25 @@ METHODS = (
         _hierarchical,
         is_by_worker=True,
     ),
+    Method(
+        "owners",
+        "entries, coded, each summed by one device: ReduceScatter(), which "
+        "needs a larger density, see docs/guides/method.md",
+        _owners,
+        has_owners=True,
+    ),
 )
 
 
 def methods(job: Job) -> list[Method]:
     """Selects the `METHODS` that a job can use."""
     several = job.devices_per_worker > 1 and job.workers > 1
-    return [m for m in METHODS if several or not m.is_by_worker]
+    return [
+        method
+        for method in METHODS
+        if (several or not method.is_by_worker)
+        and (job.num_devices >= LEAST_OWNERS or not method.has_owners)
+    ]
 
 
 def predict(job: Job, network: network_lib.Network) -> dict[str, Prediction]:

@@ -17,6 +17,7 @@ _STYLES = {
     "natural": ("tab:orange", "--"),
     "sparse": ("tab:green", ":"),
     "hierarchical": ("tab:red", "-."),
+    "owners": ("tab:purple", (0, (5, 1))),
 }
 
 

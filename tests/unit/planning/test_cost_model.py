@@ -14,6 +14,8 @@ import pytest
 from benchmarks.cluster import published_validation
 import tf_regtopk
 from tf_regtopk import advise
+from tf_regtopk import codecs
+from tf_regtopk.kernels import ownership
 from tf_regtopk.planning import cost_model
 from tf_regtopk.planning import crossover
 from tf_regtopk.planning import devices as devices_lib
@@ -86,6 +88,61 @@ def test_sparse_as_simulated(name):
             )
             predicted = exchange_seconds("sparse", job, network)
             assert predicted == pytest.approx(simulated, rel=0.1), job
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("num_workers", [32, 512, 4096])
+def test_owners_as_simulated(num_workers, name):
+    """Two rounds of small messages, whose sum does not grow with N."""
+    for density in (1e-3, 1e-2):
+        job = planning_jobs.make_job(
+            workers=num_workers,
+            density=density,
+            memory_bandwidth=FAST_MEMORY,
+        )
+        codec = codecs.ScatteredCodec.of(
+            tf_regtopk.Codec(),
+            ownership.Ownership(job.parameters, num_workers),
+            job.num_selected,
+            capacity=1.5,
+            keep=1.0,
+        )
+        simulated = sum(
+            network_simulation.gather(
+                4 * num_words,
+                num_workers,
+                *NETWORKS[name],
+                network_lib.WINDOW_BYTES,
+                network_lib.GATHER_TRIPS,
+            )
+            for num_words in (codec.there.num_words, codec.num_words_back)
+        )
+        prediction = cost_model.predict(
+            job, network_lib.Network(*NETWORKS[name])
+        )["owners"]
+        assert prediction.exchange_seconds == pytest.approx(simulated, rel=0.1)
+        expected = (
+            (num_workers - 1)
+            * 4
+            * (codec.there.num_words + codec.num_words_back)
+        )
+        assert prediction.sent_bytes == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("density", [1e-3, 1e-2])
+@pytest.mark.parametrize("name", ["1 Gbit/s", "10 Gbit/s", "far"])
+def test_owners_never_lose_to_dense(name, density):
+    network = network_lib.Network(*NETWORKS[name])
+    for num_workers in (32, 128, 512, 1024, 4096):
+        job = planning_jobs.make_job(
+            parameters=25_600_000,
+            workers=num_workers,
+            density=density,
+            memory_bandwidth=8e9,
+        )
+        predicted = cost_model.predict(job, network)
+        owners, dense = predicted["owners"], predicted["dense"]
+        assert owners.step_seconds < dense.step_seconds, num_workers
 
 
 @pytest.mark.parametrize("name", ["1 Gbit/s", "10 Gbit/s", "far"])
