@@ -190,17 +190,24 @@ def define_method_flags(mu, methods=("dense", "topk", "regtopk")):
 
 
 def make_optimizer(
-    method, args, learning_rate, density, momentum=0.0, adam=False
+    method,
+    args,
+    learning_rate,
+    density,
+    momentum=0.0,
+    adam=False,
+    topology=Hyper._field_defaults["topology"],
 ):
     """Makes the optimizer of a method.
 
     Args:
         method: One of `METHODS`, or `file.py:function`.
         args: The flags of `define_method_flags`.
-        learning_rate: As of `Hyper`, and so the next three.
+        learning_rate: As of `Hyper`, and so the next four.
         density: See above.
         momentum: See above.
         adam: See above.
+        topology: See above.
 
     Returns:
         A `keras.optimizers.Optimizer`, in most cases a `SparsifiedOptimizer`.
@@ -219,6 +226,7 @@ def make_optimizer(
             args.denominator,
             tf_regtopk.Codec(args.indices, args.values),
             getattr(args, "num_workers", 1),
+            topology,
         )
     )
     if not isinstance(optimizer, keras.optimizers.Optimizer):

@@ -15,7 +15,8 @@ What there is, and for what:
     Codec, Natural, ...       how entries are encoded; base classes IndexCodec,
                               ValueCodec
     AllGather, Hierarchical,  who sends to whom; base classes EntryTopology,
-      AllReduce               Topology
+      ReduceScatter,          Topology
+      AllReduce
     methods                   published methods, with all of their parts
     MultiWorkerMirroredStrategy  for `fit` on several hosts
     Monitor, DensityWarmup    callbacks: numbers in the logs, more entries first

@@ -140,8 +140,14 @@ class TensorFlowWorker:
             return library.SparsifiedOptimizer(
                 self._sgd(), sparsifier, exchange="auto"
             )
+        topology = library.AllGather()
+        if kind == "owners":
+            topology = library.ReduceScatter()
         return library.SparsifiedOptimizer(
-            self._sgd(), sparsifier, codec=library.Codec(*rest[1].split("+"))
+            self._sgd(),
+            sparsifier,
+            codec=library.Codec(*rest[1].split("+")),
+            topology=topology,
         )
 
     def build(self, method, size):

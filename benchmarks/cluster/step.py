@@ -11,7 +11,8 @@ they are missing.
 
 Methods: `dense` is Keras's SGD, which sums gradients by an all-reduce;
 `sparse:DENSITY:INDICES+VALUES` is SparsifiedOptimizer with RegTopK and that
-Codec; `auto:DENSITY` is the one that chooses when it is built, so it is built
+Codec, and `owners:DENSITY:INDICES+VALUES` the same with a ReduceScatter;
+`auto:DENSITY` is the one that chooses when it is built, so it is built
 anew in each network; `ddp`, `ddp:fp16`, `ddp:powersgd1` and `ddp:powersgd4` are
 PyTorch's data-parallel module and its hooks over gloo, left out without torch.
 
@@ -53,6 +54,8 @@ _METHODS = [
     "sparse:0.01:int32+float32",
     "sparse:0.01:auto",
     "sparse:0.01:auto+natural",
+    "owners:0.001:auto",
+    "owners:0.01:auto",
     "auto:0.001",
     "ddp",
     "ddp:fp16",

@@ -16,6 +16,7 @@ import numpy as np
 import tensorflow as tf
 import tqdm
 
+import tf_regtopk
 from tf_regtopk import simulation
 
 sys.path.append(str(pathlib.Path(__file__).parent.parent))
@@ -45,6 +46,12 @@ def define_flags():
         "Shares of the gradient entries that are sent.",
     )
     flags.DEFINE_list("seeds", ["0", "1", "2", "3", "4"], "Seeds of the data.")
+    flags.DEFINE_float(
+        "keep",
+        None,
+        "Entries are summed by their owners, which keep as many sums as "
+        "`ReduceScatter(keep=...)` says. Without it by an all-gather.",
+    )
     methods.define_method_flags(mu=4.0, methods=_METHODS)
     flags.DEFINE_string(
         "output_dir", "results/density_sweep", "Where the results go."
@@ -60,8 +67,11 @@ def make_training(method, density, args):
     Returns:
         `(training, learning_rate)`, for `train`.
     """
+    topology = tf_regtopk.AllGather()
+    if args.keep:
+        topology = tf_regtopk.ReduceScatter(keep=args.keep)
     optimizer = methods.make_optimizer(
-        method, args, args.learning_rate, density
+        method, args, args.learning_rate, density, topology=topology
     )
 
     def gradients_of(w, data, step):

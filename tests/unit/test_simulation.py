@@ -75,18 +75,22 @@ def test_follows_the_reference(sparsifier, error_feedback, score, rule):
         np.testing.assert_allclose(simulated, w, rtol=1e-9)
 
 
-@pytest.mark.parametrize("is_sparse", [False, True])
-def test_takes_the_steps_of_the_optimizer(mirrored, is_sparse):
+@pytest.mark.parametrize(
+    "topology",
+    [None, tf_regtopk.AllGather(), tf_regtopk.ReduceScatter(keep=0.5)],
+)
+def test_takes_the_steps_of_the_optimizer(mirrored, topology):
     """With the same random rounding, and the inner optimizer's state."""
     keras.config.set_floatx("float64")
     strategy = mirrored(2)
     with strategy.scope():
         optimizer = keras.optimizers.Adam(RATE)
-        if is_sparse:
+        if topology:
             optimizer = tf_regtopk.SparsifiedOptimizer(
                 optimizer,
                 tf_regtopk.RegTopK(0.4),
                 codec=tf_regtopk.Codec(values="natural"),
+                topology=topology,
             )
         variable = keras.Variable(np.zeros(SIZE))
         optimizer.build([variable])
