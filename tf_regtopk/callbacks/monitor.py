@@ -48,6 +48,8 @@ class Monitor(keras.callbacks.Callback):
                              sum over the replicas
         sparse_damped, ...   what the sparsifier measures: of `RegTopK` the
                              entries damped and selected again, as shares of k
+        sparse_exchange_seconds  seconds between this replica's payload and those
+                             of all: sending, and waiting for slower replicas
         sparse_oldest        the most steps for which an entry has not been
                              sent; only with `telemetry="ages"`
 
@@ -234,7 +236,7 @@ class Monitor(keras.callbacks.Callback):
     def _tell_what_is_missing(self, optimizer: Any) -> None:
         if self._is_chief and not self._has_told:
             self._has_told = True
-            names = ("residual", "unlike_top_k", "cancelled")
+            names = ("residual", "unlike_top_k", "cancelled", "exchange_seconds")
             logger.info(
                 "`Monitor` shows the density, bytes and skipped steps. With "
                 "`SparsifiedOptimizer(telemetry=True)` it also shows: %s.",
@@ -327,9 +329,11 @@ def _of_telemetry(
     Example:
 
     >>> numbers = {"gradient": 2.0, "residual": 6.0, "selected": 10.0,
-    ...            "unlike_top_k": 5.0, "cancelled": 0.25, "damped": 1.0}
-    >>> _of_telemetry(numbers, ["damped"])
-    {'residual': 3.0, 'unlike_top_k': 0.5, 'cancelled': 0.25, 'damped': 0.1}
+    ...            "unlike_top_k": 5.0, "cancelled": 0.25, "damped": 1.0,
+    ...            "exchange_seconds": 0.5}
+    >>> shares = _of_telemetry(numbers, ["damped"])
+    >>> shares["residual"], shares["unlike_top_k"], shares["damped"]
+    (3.0, 0.5, 0.1)
     """
     if not combined:
         return {}
@@ -347,6 +351,7 @@ def _of_telemetry(
             name: share_of(name)
             for name in ("unlike_top_k", "cancelled", *measured)
         },
+        "exchange_seconds": combined["exchange_seconds"],
     }
     if "oldest" in combined:
         shares["oldest"] = combined["oldest"]

@@ -91,7 +91,14 @@ class SparseStep:
                 tuple(gradient is not None for gradient in gradients),
                 tuple(tf.convert_to_tensor(v) for v in self._sampled),
             )
+        # Nobody waits for others without others, nor in a program that XLA
+        # compiles as a whole, which knows no time.
+        is_timed = self._participants.count > 1 and measured
+        start = _time_after(payload) if is_timed else None
         payloads, reduced = self._meet(payload, num_used, moment)
+        if is_timed:
+            seconds = _time_after(payloads) - start
+            measured = telemetry.of_exchange(measured, seconds)
         with tf.name_scope("tf_regtopk/decode"):
             entries, flags = self.decode(payloads, mark)
         return flags, (entries, sent, measured, reduced)
@@ -341,6 +348,12 @@ class SparseStep:
         """The sum of the magnitudes of all that all replicas have sent."""
         del reduced
         return tf.reduce_sum(tf.abs(all_values))
+
+
+def _time_after(tensor: tf.Tensor) -> tf.Tensor:
+    """Seconds since 1970 when a tensor is there, as the host sees it."""
+    with tf.control_dependencies([tensor]), tf.device("CPU:0"):
+        return tf.timestamp()
 
 
 def _read(state: round_lib.State) -> round_lib.State:

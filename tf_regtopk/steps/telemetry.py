@@ -11,6 +11,9 @@ and what the others receive of them, `sent`:
     unlike_top_k   how many of s Top-k would not have selected
     cancelled      1 - |sum of all sent|_1 / sum of |sent|_1, in [0, 1]
     sample_failed  1 if selection had to look at all scores, else 0
+    exchange_seconds  from the payload of this replica to those of all, as the
+                   host sees it: sending, waiting for the others, and by a
+                   reduce-scatter the sums of this owner; 0 with one participant
     age            steps since an entry was last sent: the mean, of each
                    variable, and the largest, `oldest`
 
@@ -118,6 +121,7 @@ def of_send(
         indices.shape[0] - num_shared,
         tf.zeros([]),
         ~selection.sample_suffices(scores, method.groups, step),
+        tf.zeros([]),
         *method.sparsifier.measure(a, state.memory, indices),
     ]
     ages = state.measured[1]
@@ -142,12 +146,27 @@ def of_settle(
     # Rounding may leave more than was sent.
     cancelled = tf.maximum(1 - tf.math.divide_no_nan(left, sent), 0)
     cancelled = tf.where(sent > 0, cancelled, tf.zeros_like(cancelled))
-    before = 2 + _SCALARS.index("cancelled")
-    return (
-        *measured[:before],
-        tf.cast(cancelled, tf.float32),
-        *measured[before + 1 :],
-    )
+    return _with_scalar(measured, "cancelled", cancelled)
+
+
+def of_exchange(
+    measured: tuple[tf.Tensor, ...], seconds: tf.Tensor
+) -> tuple[tf.Tensor, ...]:
+    """Adds to the numbers the seconds of the exchange.
+
+    Args:
+        measured: Tuple, from `of_send`.
+        seconds: Float scalar.
+    """
+    return _with_scalar(measured, "exchange_seconds", seconds)
+
+
+def _with_scalar(
+    measured: tuple[tf.Tensor, ...], name: str, value: tf.Tensor
+) -> tuple[tf.Tensor, ...]:
+    place = 2 + _SCALARS.index(name)
+    value = tf.cast(value, tf.float32)
+    return (*measured[:place], value, *measured[place + 1 :])
 
 
 def by_name(
@@ -189,4 +208,4 @@ def by_name(
 
 
 _NORMS = ("gradient", "accumulated", "sent", "residual")
-_SCALARS = ("unlike_top_k", "cancelled", "sample_failed")
+_SCALARS = ("unlike_top_k", "cancelled", "sample_failed", "exchange_seconds")

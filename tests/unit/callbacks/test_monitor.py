@@ -13,7 +13,7 @@ from tf_regtopk.callbacks import monitor
 
 BATCHES, EPOCHS = 3, 2
 ALWAYS = {"density", "bytes", "compression", "skipped"}
-MEASURED = {"residual", "unlike_top_k", "cancelled"}
+MEASURED = {"residual", "unlike_top_k", "cancelled", "exchange_seconds"}
 OF_REG_TOP_K = {"damped", "selected_again"}
 
 
@@ -229,7 +229,7 @@ def test_skipped_steps_without_telemetry(mirrored, capfd):
     fit(model, [watching], epochs=1)
     told = capfd.readouterr().err
     assert told.count("`Monitor` shows") == 1
-    assert "it also shows: residual, unlike_top_k, cancelled.\n" in told
+    assert "it also shows: residual, unlike_top_k, cancelled, exchange" in told
     assert "last epoch" not in told  # No table with `verbose=0`.
     with pytest.raises(ValueError, match="created with `telemetry=True`"):
         fit(model, [tf_regtopk.Monitor("nowhere", per_variable=True)])

@@ -1,5 +1,7 @@
 """Numbers about a step, against NumPy."""
 
+import time
+
 import flat_gradients
 import keras
 import numpy as np
@@ -41,8 +43,10 @@ def test_numbers_of_steps(mirrored):
         g = rng.standard_normal((2, SIZE)).astype(np.float32)
         # The replicas cancel each other here.
         g[1, :5] = -g[0, :5]
+        begin = time.perf_counter()
         step(g)
         found = optimizer.telemetry()
+        elapsed = time.perf_counter() - begin
         after = np.array(
             [
                 np.concatenate([part.ravel() for part in of_replica])
@@ -70,6 +74,7 @@ def test_numbers_of_steps(mirrored):
                     rtol=1e-4,
                     atol=2e-3,
                 )
+            assert 0 < measured["exchange_seconds"] < elapsed
             assert measured["selected"] == 6 == len(chosen[n])
             assert measured["selected_by_variable"].sum() == 6
             top_k = set(np.argsort(-np.abs(a[n]))[:6])
@@ -92,6 +97,13 @@ def test_numbers_of_steps(mirrored):
         errors = after
     assert found[0]["unlike_top_k"] > 0
     assert found[0]["damped"] > 0
+
+
+def test_nobody_waits_without_others(mirrored):
+    optimizer, step = start(mirrored(0), tf_regtopk.TopK(0.2))
+    step(np.ones((1, SIZE), np.float32))
+    [found] = optimizer.telemetry()
+    assert found["exchange_seconds"] == 0 < found["sent"]
 
 
 def test_ages(mirrored):
