@@ -14,6 +14,9 @@ import tqdm
 matplotlib.use("Agg")  # Writes files; needs no display.
 from matplotlib import pyplot as plt
 
+# The flags below are those of the scripts, whose --help lists them.
+flags.disclaim_key_flags()
+
 
 def simulated_workers(num_workers):
     """A `MirroredStrategy` in which every replica plays one worker.
@@ -161,6 +164,19 @@ def plot_band(axes, x, values, label):
     )
 
 
+def save_summary(output_dir, summary):
+    """Writes `summary.json` into a folder that may be missing.
+
+    Returns:
+        The path of the file.
+    """
+    os.makedirs(output_dir, exist_ok=True)
+    path = os.path.join(output_dir, "summary.json")
+    with open(path, "w", encoding="utf-8") as f:
+        json.dump(summary, f, indent=2)
+    return path
+
+
 def save_results(output_dir, summary, draw, num_plots=1):
     """Writes `summary.json` and the figure `curves.png`.
 
@@ -171,10 +187,7 @@ def save_results(output_dir, summary, draw, num_plots=1):
             as there are plots.
         num_plots: Number of plots beside each other.
     """
-    os.makedirs(output_dir, exist_ok=True)
-    summary_path = os.path.join(output_dir, "summary.json")
-    with open(summary_path, "w", encoding="utf-8") as f:
-        json.dump(summary, f, indent=2)
+    summary_path = save_summary(output_dir, summary)
     figure, axes = plt.subplots(
         1,
         num_plots,

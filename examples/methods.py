@@ -185,8 +185,6 @@ def define_method_flags(mu, methods=("dense", "topk", "regtopk")):
     flags.DEFINE_enum(
         "denominator", "previous", ["previous", "current"], "RegTop-k's form."
     )
-    # So that who adopts these flags adopts those too.
-    flags.adopt_module_key_flags(example_utils)
 
 
 def make_optimizer(

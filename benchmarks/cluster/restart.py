@@ -3,14 +3,14 @@ r"""Times how long a lost worker keeps a training from going on.
     python -m benchmarks.cluster.restart
 
 In each round a launcher starts two workers, of which one is killed after its
-first epoch, and starts them again.
+first epoch, and starts them again; once with `--standby`, and once without.
 """
 
 import itertools
 import json
 import os
 import pathlib
-import statistics
+from statistics import median
 import subprocess
 import sys
 import tempfile
@@ -31,9 +31,12 @@ _PARTS = {
 
 def define_flags():
     flags.DEFINE_integer("rounds", 3, "Rounds.", lower_bound=1)
+    flags.DEFINE_integer(
+        "seconds", 30, "Seconds from the backup to the loss.", lower_bound=0
+    )
 
 
-def train(started, folder):
+def train(started, folder, seconds):
     """Trains as one worker, and writes down when what was done."""
     import keras
     import numpy as np
@@ -73,6 +76,7 @@ def train(started, folder):
         def on_epoch_begin(self, epoch, logs=None):
             if strategy.is_chief or epoch == 0 or first_epoch:
                 return
+            time.sleep(seconds)
             (folder / "killed").write_text(json.dumps(time.time()))
             os.kill(os.getpid(), 9)
 
@@ -95,14 +99,15 @@ def train(started, folder):
         (folder / "moments").write_text(json.dumps(moments))
 
 
-def launch():
-    """Seconds of each of `_PARTS`."""
+def launch(seconds, *options):
+    """Seconds of each of `_PARTS`, with some options of the launcher."""
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         subprocess.run(
             [sys.executable, "-m", "tf_regtopk.run", "--device=cpu"]
             + ["--workers=2", "--max_restarts=1", "--show=none"]
-            + [f"--log_dir={folder}/logs", __file__, str(folder)],
+            + [f"--log_dir={folder}/logs", *options]
+            + [__file__, str(folder), str(seconds)],
             check=True,
             stderr=subprocess.DEVNULL,
             timeout=600,
@@ -116,20 +121,36 @@ def launch():
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments: {argv[1:]}")
-    rounds = [launch() for _ in range(flags.FLAGS.rounds)]
-    totals = [sum(each) for each in rounds]
-    print(f"Two workers, {os.cpu_count()} cores, medians in seconds")
-    for i, text in enumerate(_PARTS.values()):
-        print(f"{statistics.median(r[i] for r in rounds):5.1f} {text}")
+    args = flags.FLAGS
+    pairs = [
+        (launch(args.seconds), launch(args.seconds, "--standby"))
+        for _ in range(args.rounds)
+    ]
     print(
-        f"{statistics.median(totals):5.1f} in all "
-        f"({min(totals):.1f} to {max(totals):.1f})"
+        f"Two workers, {os.cpu_count()} cores, medians in seconds without and "
+        "with --standby"
+    )
+    for i, text in enumerate(_PARTS.values()):
+        print(
+            *(
+                f"{median(r[i] for r in way):5.1f}"
+                for way in zip(*pairs, strict=True)
+            ),
+            text,
+        )
+    totals = [[sum(each) for each in way] for way in zip(*pairs, strict=True)]
+    print(*(f"{median(way):5.1f}" for way in totals), "in all")
+    print(*(f"{min(way):.1f} to {max(way):.1f}" for way in totals), sep=", ")
+    ratios = [second / first for first, second in zip(*totals, strict=True)]
+    print(
+        f"With / without: {median(ratios):.2f} "
+        f"({min(ratios):.2f} to {max(ratios):.2f})"
     )
 
 
 if __name__ == "__main__":
     if "TF_CONFIG" in os.environ:  # A worker, started by `launch`.
-        train(time.time(), pathlib.Path(sys.argv[1]))
+        train(time.time(), pathlib.Path(sys.argv[1]), float(sys.argv[2]))
     else:
         define_flags()
         app.run(main)

@@ -7,12 +7,11 @@ held-out images by the number k of entries sent, in place of a density, because
     python examples/studies/default_density.py
 """
 
-import json
-import os
 import statistics
 
 from absl import app
 from absl import flags
+import example_utils
 import keras
 import quickstart
 
@@ -91,10 +90,7 @@ def main(argv):
                 f"({min(accuracies):.3f} to {max(accuracies):.3f})"
             )
             keras.utils.clear_session()
-    os.makedirs(args.output_dir, exist_ok=True)
-    path = os.path.join(args.output_dir, "summary.json")
-    with open(path, "w", encoding="utf-8") as f:
-        json.dump(rows, f, indent=2)
+    example_utils.save_summary(args.output_dir, rows)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import sys
 from absl import app
 from absl import flags
 import numpy as np
+import sklearn.model_selection
 import tensorflow as tf
 
 import tf_regtopk
@@ -25,7 +26,7 @@ sys.path.append(str(pathlib.Path(__file__).parent.parent))
 
 import comparison
 import methods
-import multi_worker
+import quickstart
 import worker_data
 
 # Of the network: pixels, hidden units, classes.
@@ -104,9 +105,11 @@ def accuracy(weights, data):
 
 def train(args, trainings, is_tuning, method, learning_rate, seed):
     """One run, from weights and on batches that depend on the seed alone."""
-    (x, y), test = multi_worker.load_data()
-    x, y = x.reshape([len(x), -1]), y.astype("int32")
-    test = test[0].reshape([-1, x.shape[1]]), test[1].astype("int32")
+    images, digits = quickstart.load_digits()
+    x, x_test, y, y_test = sklearn.model_selection.train_test_split(
+        images, digits.astype("int32"), test_size=HELD_OUT, random_state=0
+    )
+    test = x_test, y_test
     if is_tuning:
         test = x[-HELD_OUT:], y[-HELD_OUT:]
     x, y = x[:-HELD_OUT], y[:-HELD_OUT]

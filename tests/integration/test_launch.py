@@ -12,8 +12,10 @@ from tf_regtopk.launch import shares
 LIMIT = 240
 SCRIPT = """
 import os
+import pathlib
 import signal
 import sys
+import time
 
 import tf_regtopk
 
@@ -40,9 +42,17 @@ options.experimental_distribute.auto_shard_policy = (
 dataset = tf.data.Dataset.from_tensor_slices((x, x[:, :3])).batch(4)
 
 
+def num_processes():
+    launcher = os.getppid()
+    children = pathlib.Path(f"/proc/{launcher}/task/{launcher}/children")
+    return len(children.read_text().split())
+
+
 class Lost(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):
         if has_failure and first_epoch == 0 and epoch == 2 and number == 1:
+            while "STANDBYS" in os.environ and num_processes() < 4:
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -147,6 +157,16 @@ def test_other_ways_to_start_go_on_as_well(start, tmp_path):
         )
     assert f"No connection to: worker 1 ({addresses[1]})." in told[0].output
     check_weights(tmp_path, ["alone", "told"])
+
+
+@pytest.mark.slow
+def test_standbys_go_on_to_the_bit(start, tmp_path):
+    """Although these have not imported all when the worker is lost."""
+    wait_for(start("whole", False, "--workers=2"))
+    launcher = start("lost", True, "--workers=2", "--standby", STANDBYS="1")
+    wait_for(launcher)
+    assert "), 2 from standbys, with their output" in launcher.output
+    check_weights(tmp_path, ["lost"])
 
 
 @pytest.mark.slow

@@ -43,8 +43,6 @@ def make_args(**kwargs):
         worker_batch_size=None,
         density=0.01,
         epochs=10,
-        learning_rate=0.02,
-        seed=0,
         indices="auto",
         values="float32",
     )
@@ -145,13 +143,16 @@ def test_a_kill_costs_nothing(started, tmp_path, trained):
         assert np.linalg.norm(a - b) < 0.02 * np.linalg.norm(b)
 
 
-def test_data():
-    (x_train, y_train), (x_test, y_test) = multi_worker.load_data()
-    assert x_train.shape == (1437, 8, 8, 1)
-    assert x_test.shape == (360, 8, 8, 1)
-    assert x_train.min() == 0.0 and x_train.max() == 1.0
-    for y in (y_train, y_test):
-        assert set(y) == set(range(10))
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        (dict(batch_size=64), (63, 0.02)),
+        (dict(batch_size=64, worker_batch_size=32), (96, 0.03)),
+    ],
+)
+def test_batch_size_and_learning_rate_of_three_workers(flags, expected):
+    found = multi_worker.batch_size_and_learning_rate(3, make_args(**flags))
+    np.testing.assert_allclose(found, expected)
 
 
 def test_replicas_see_different_images(mirrored):
@@ -159,9 +160,7 @@ def test_replicas_see_different_images(mirrored):
     ids = np.arange(43)
 
     def parts_of(epochs):
-        dataset = multi_worker.make_training_dataset(
-            ids, ids, batch_size=8, epochs=epochs, seed=0
-        )
+        dataset = multi_worker.global_batches(ids, ids, 8, epochs)
         return [
             [part.numpy() for part in strategy.experimental_local_results(x)]
             for x, _ in strategy.experimental_distribute_dataset(dataset)

@@ -49,11 +49,21 @@ def lose_another(name="UnavailableError"):
 '''
 
 
-def start(*args, **env):
+def is_running(pid):
+    """Whether there is such a process, other than one nobody waits for."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def start(*args, cwd=None, **env):
     """Starts the launcher, with what it prints in a pipe.
 
     Args:
         *args: Its arguments.
+        cwd: Its working directory, by default that of this process.
         **env: Environment variables beside those of this process.
 
     Returns:
@@ -63,6 +73,7 @@ def start(*args, **env):
         [sys.executable, "-m", "tf_regtopk.run", "--device=cpu"]
         + [*map(str, args)],
         env={**os.environ, "PYTHONPATH": str(paths.ROOT), **env},
+        cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -269,6 +269,7 @@ class Backup(keras.callbacks.Callback):
             needed = {position}
         self._folder.keep_only(needed)
         self._last = position
+        notes.write("saved", str(position))
 
     def _end(self) -> NoReturn:
         """Ends the training, which was backed up, when all workers do."""

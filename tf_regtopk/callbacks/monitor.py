@@ -48,8 +48,9 @@ class Monitor(keras.callbacks.Callback):
                              sum over the replicas
         sparse_damped, ...   what the sparsifier measures: of `RegTopK` the
                              entries damped and selected again, as shares of k
-        sparse_exchange_seconds  seconds between this replica's payload and those
-                             of all: sending, and waiting for slower replicas
+        sparse_exchange_seconds
+                             time from a replica's payload to those of all:
+                             sending, and waiting for slower replicas
         sparse_oldest        the most steps for which an entry has not been
                              sent; only with `telemetry="ages"`
 
@@ -236,11 +237,17 @@ class Monitor(keras.callbacks.Callback):
     def _tell_what_is_missing(self, optimizer: Any) -> None:
         if self._is_chief and not self._has_told:
             self._has_told = True
-            names = ("residual", "unlike_top_k", "cancelled", "exchange_seconds")
+            names = (
+                "residual",
+                "unlike_top_k",
+                "cancelled",
+                "exchange_seconds",
+                *optimizer.sparsifier.measured,
+            )
             logger.info(
                 "`Monitor` shows the density, bytes and skipped steps. With "
                 "`SparsifiedOptimizer(telemetry=True)` it also shows: %s.",
-                ", ".join((*names, *optimizer.sparsifier.measured)),
+                ", ".join(names),
             )
 
 

@@ -6,8 +6,10 @@ The launcher starts this file by its path, so that the worker imports TensorFlow
 when its script does, and nothing of this package before.
 """
 
+from collections.abc import Mapping
 import contextlib
 import ctypes
+import importlib
 import json
 import os
 import pathlib
@@ -15,6 +17,7 @@ import runpy
 import signal
 import sys
 import traceback
+from types import ModuleType
 from typing import Any
 from typing import NoReturn
 
@@ -31,6 +34,8 @@ _LOST_ERRORS = (
     "UnavailableError",
 )
 _PR_SET_PDEATHSIG = 1
+# Modules whose import takes seconds.
+_SLOW_MODULES = ("tensorflow", "keras", "tf_regtopk")
 
 
 def status_of(error: BaseException) -> int:
@@ -47,9 +52,12 @@ def main(settings: dict[str, Any], command: list[str]) -> None:
     """Runs a script or a module as `python` with this command does.
 
     Args:
-        settings: Dict with `error_file`, the path of a file to write; `cores`,
-            the numbers of the cores to run on, or None; and `launcher`, the
-            number of the process that this one ends with.
+        settings: Dict with `error_file`, the path of a file to write;
+            `cores`, the numbers of the cores to run on, or None; `launcher`,
+            the number of the process that this one ends with; and, where there
+            are standbys, `imports_file`, the path of another file to write. A
+            standby has `imports` in place of the files, of which it is told,
+            with variables of the environment, when it is needed.
         command: Path of the script, or "-m" and the name of the module; and its
             arguments.
     """
@@ -62,6 +70,10 @@ def main(settings: dict[str, Any], command: list[str]) -> None:
     script = sys.argv[0]
     directory = "" if is_module else os.path.dirname(script)
     sys.path[0] = os.path.abspath(directory)
+    if imports := settings.get("imports"):
+        settings = _stand_by(imports)
+    elif "imports_file" in settings:
+        sys.meta_path.insert(0, _NotesOfImports(settings["imports_file"]))
     error_file = pathlib.Path(settings["error_file"])
     try:
         if is_module:
@@ -80,6 +92,91 @@ def main(settings: dict[str, Any], command: list[str]) -> None:
         # The rest of what TensorFlow says are its own operations.
         first = str(error).strip().partition("\n")[0]
         _end(error_file, status_of(error), f"{type(error).__name__}: {first}")
+
+
+def _stand_by(imports: list[Any]) -> dict[str, Any]:
+    """Waits, with modules imported, until this process becomes a worker.
+
+    Args:
+        imports: The modules, as `_NotesOfImports` notes them.
+
+    Returns:
+        The settings of the worker.
+    """
+    _import_as_noted(imports)
+    line = sys.stdin.readline()
+    if not line:  # The launcher has ended, or needs no further worker.
+        os._exit(0)
+    settings: dict[str, Any] = json.loads(line)
+    os.environ.update(settings["environment"])
+    # For the standby of the attempt after this one.
+    with contextlib.suppress(OSError):
+        pathlib.Path(settings["imports_file"]).write_text(json.dumps(imports))
+    return settings
+
+
+class _NotesOfImports:
+    """Notes how the script imports the slow modules, for a standby.
+
+    A finder that finds nothing, and that Python asks before the others.
+
+    Args:
+        path: Path of the file to write.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._file, self._noted = pathlib.Path(path), list[Any]()
+        self._before = dict(os.environ)
+
+    def find_spec(
+        self, name: str, path: Any = None, target: ModuleType | None = None
+    ) -> None:
+        """Notes the name, `sys.path`, and what has changed in the environment.
+
+        Args:
+            name: Name of the module.
+            path: As for all finders.
+            target: As for all finders.
+        """
+        if name in _SLOW_MODULES and name not in (n for n, *_ in self._noted):
+            changes = _changes(self._before, os.environ)
+            self._noted.append([name, list(sys.path), changes])
+            with contextlib.suppress(OSError):
+                self._file.write_text(json.dumps(self._noted))
+
+
+def _import_as_noted(imports: list[Any]) -> None:
+    """Imports modules as a worker has, and leaves all else as it was."""
+    path, environment = list(sys.path), dict(os.environ)
+    by_modules: dict[str, str | None] = {}
+    for name, path_then, changes in imports:
+        sys.path[:] = path_then
+        _change_environment(_changes(os.environ, environment))
+        _change_environment(changes)
+        before = dict(os.environ)
+        # The script will meet the error, if there is one.
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
+        by_modules |= _changes(before, os.environ)
+    sys.path[:] = path
+    _change_environment(_changes(os.environ, environment))
+    _change_environment(by_modules)
+
+
+def _changes(
+    before: Mapping[str, str], after: Mapping[str, str]
+) -> dict[str, str | None]:
+    """Returns the variables that differ: their values after, None if gone."""
+    names = {*before, *after}
+    return {n: after.get(n) for n in names if before.get(n) != after.get(n)}
+
+
+def _change_environment(changes: Mapping[str, str | None]) -> None:
+    for name, value in changes.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def _end(error_file: pathlib.Path, status: int, message: str) -> NoReturn:

@@ -27,6 +27,7 @@ from tf_regtopk.launch import bootstrap
 from tf_regtopk.launch import groups
 from tf_regtopk.launch import notes
 from tf_regtopk.launch import rendezvous
+from tf_regtopk.launch import standby
 from tf_regtopk.launch import supervision
 from tf_regtopk.launch import terminal
 from tf_regtopk.launch import termination
@@ -84,6 +85,10 @@ class _Launcher:
         ending: termination.Termination,
     ) -> None:
         self._args, self._group, self._ending = args, group, ending
+        # The arguments of `python` with which a worker would start by hand.
+        option = ["-m"] if args.is_module else []
+        self._command = [*option, args.script, *args.arguments]
+        self._standbys = standby.Standbys(self._command)
 
     def run(self, directory: pathlib.Path) -> int:
         """Starts the workers until they succeed, or as often as they may fail.
@@ -110,6 +115,7 @@ class _Launcher:
             status = end.code if isinstance(end.code, int) else status
             raise
         finally:
+            self._standbys.end()
             self._ending.stop_waiting()
             self._group.leave(status)
         return status
@@ -164,12 +170,16 @@ class _Launcher:
                         self._command,
                         directory,
                         terminal.shower(self._args.show, place),
+                        self._standbys if self._args.standby else None,
                     )
                 )
+            self._standbys.end()  # Those that fit nowhere.
             pids = ", ".join(str(worker.pid) for worker in workers)
+            num_standbys = sum(worker.was_standby for worker in workers)
+            stood_by = f"{num_standbys} from standbys, " if num_standbys else ""
             terminal.say(
                 f"Started {_count(len(workers), 'worker')} (processes {pids}), "
-                f"with their output in {directory}"
+                f"{stood_by}with their output in {directory}"
             )
             failures = self._wait_for(workers, directory)
         finally:
@@ -191,12 +201,6 @@ class _Launcher:
         terminal.say("\n".join(_report(causes, workers)))
         return _status(causes)
 
-    @property
-    def _command(self) -> list[str]:
-        """The arguments of `python` with which a worker would start by hand."""
-        option = ["-m"] if self._args.is_module else []
-        return [*option, self._args.script, *self._args.arguments]
-
     def _wait_for(
         self, workers: Sequence[worker_lib.Worker], directory: pathlib.Path
     ) -> list[worker_lib.Failure]:
@@ -208,6 +212,12 @@ class _Launcher:
                 return "SIGTERM ends the launcher"
             return self._group.reason_to_resize()
 
+        def start_standbys() -> None:
+            if self._args.standby and self._may_start_again:
+                self._standbys.start_once_backed_up(
+                    [worker.place for worker in workers], directory
+                )
+
         with self._ending.waiting_if(can_back_up):
             return supervision.wait_for(
                 workers,
@@ -215,7 +225,13 @@ class _Launcher:
                 self._args.start_timeout,
                 self._group.failures_elsewhere,
                 reason_to_end,
+                start_standbys,
             )
+
+    @property
+    def _may_start_again(self) -> bool:
+        group = self._group
+        return group.is_elastic or group.num_restarts < self._args.max_restarts
 
 
 def _status(causes: Sequence[worker_lib.Failure]) -> int:

@@ -26,6 +26,7 @@ def wait_for(
     start_timeout: float,
     failures_elsewhere: Callable[[], Sequence[worker_lib.Failure]] = list,
     reason_to_end: Callable[[], str] = str,
+    meanwhile: Callable[[], object] = bool,
 ) -> list[worker_lib.Failure]:
     """Waits until all workers have succeeded or the cause of a failure is seen.
 
@@ -43,6 +44,7 @@ def wait_for(
             machines so far.
         reason_to_end: Function that says why the workers are to back up and
             end, or nothing.
+        meanwhile: Function that is called again and again.
 
     Returns:
         The failures that are the cause, here or elsewhere; empty if all have
@@ -51,6 +53,7 @@ def wait_for(
     first_lost = first_arrived = None
     reason = ""
     while True:
+        meanwhile()
         # Without a backup the end of the workers would lose what they did.
         can_back_up = notes.count(directory, "can_back_up") == len(workers)
         if not reason and can_back_up:

@@ -8,8 +8,6 @@ import json
 import os
 import pathlib
 import signal
-import subprocess
-import sys
 import threading
 import time
 from typing import Any
@@ -17,6 +15,8 @@ from typing import Any
 from tf_regtopk.launch import bootstrap
 from tf_regtopk.launch import cluster
 from tf_regtopk.launch import notes
+from tf_regtopk.launch import process
+from tf_regtopk.launch import standby as standby_lib
 
 # Seconds in which the rest of a worker's output is read once it has ended.
 _READ_SECONDS = 2.0
@@ -55,6 +55,7 @@ class Worker:
         command: The script and its arguments.
         directory: Folder for its log and its notes.
         show: Function that is called with each piece of its output, in bytes.
+        standbys: `Standbys` of which one may become this worker, or None.
     """
 
     def __init__(
@@ -63,36 +64,27 @@ class Worker:
         command: Sequence[str],
         directory: pathlib.Path,
         show: Callable[[bytes], Any],
+        standbys: standby_lib.Standbys | None = None,
     ) -> None:
+        self.place = place
         self.number, self.name = place.number, place.name
         self.log = directory / f"worker-{place.number}.log"
         self._directory, self._is_asked = directory, False
         self._error_file = directory / f"worker-{place.number}.error"
         self._since = time.monotonic()
-        settings = {
-            "error_file": str(self._error_file),
-            "cores": list(place.cores) or None,
-            "launcher": os.getpid(),
+        settings = {"error_file": str(self._error_file)}
+        environment = {
+            "TF_CONFIG": place.tf_config,
+            notes.VARIABLE: str(directory),
         }
-        self._popen = subprocess.Popen(
-            [
-                sys.executable,
-                bootstrap.__file__,
-                json.dumps(settings),
-                *command,
-            ],
-            env={
-                **_inherited(),
-                **_visible_gpus(place),
-                "PYTHONUNBUFFERED": "1",
-                "TF_CONFIG": place.tf_config,
-                notes.VARIABLE: str(directory),
-            },
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            # Ctrl-C is for the launcher, which then ends the workers.
-            start_new_session=True,
+        popen = None
+        if standbys:
+            file = standby_lib.imports_file(directory, place)
+            settings["imports_file"] = str(file)
+            popen = standbys.become_worker(place, settings, environment)
+        self.was_standby = popen is not None
+        self._popen = popen or process.start(
+            place, command, settings, environment
         )
         self.pid = self._popen.pid
         self._reader = threading.Thread(
@@ -179,14 +171,3 @@ class Worker:
                     log.write(piece)
                 with contextlib.suppress(OSError):
                     show(piece)
-
-
-def _visible_gpus(place: cluster.Place) -> dict[str, str]:
-    if place.gpus is None:
-        return {}
-    return {"CUDA_VISIBLE_DEVICES": ",".join(place.gpus) or "-1"}
-
-
-def _inherited() -> dict[str, str]:
-    """This process's environment, but for what is the launchers' alone."""
-    return {k: v for k, v in os.environ.items() if k != cluster.SECRET_VARIABLE}

@@ -514,9 +514,10 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
         sum over the replicas; `"sample_failed"`, 1 if the selection had to look
         at all scores because its sample said too little;
         `"exchange_seconds"`, from this replica's payload to those of all, as
-        the host sees it; and what the sparsifier measures, such as `"damped"` and `"selected_again"` of
-        `RegTopK`. With `telemetry="ages"` also `"age"` and `"oldest"`, the mean
-        and the largest number of steps since an entry was last sent.
+        the host sees it; and what the sparsifier measures, such as `"damped"`
+        and `"selected_again"` of `RegTopK`. With `telemetry="ages"` also
+        `"age"` and `"oldest"`, the mean and the largest number of steps since
+        an entry was last sent.
 
         Returns:
             For each replica of this process (of each worker with

@@ -442,7 +442,7 @@ def test_processes_of_workers_end_with_them(launch, tmp_path):
     launch(script, workers=1)
     child = int((tmp_path / "child").read_text())
     deadline = time.monotonic() + LIMIT
-    while is_running(child):
+    while script_launcher.is_running(child):
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
@@ -466,21 +466,15 @@ def test_workers_end_with_the_launcher(tmp_path, number):
         launcher.send_signal(number)
         status = launcher.wait(LIMIT)
         assert status == {signal.SIGKILL: -9, signal.SIGTERM: 128 + 15}[number]
-        while any(is_running(int(p.name.partition("-")[2])) for p in pids):
+        while any(
+            script_launcher.is_running(int(p.name.partition("-")[2]))
+            for p in pids
+        ):
             assert time.monotonic() < deadline
             time.sleep(0.05)
     finally:
         launcher.kill()
         launcher.wait()
-
-
-def is_running(pid):
-    """Whether there is such a process, other than one nobody waits for."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 @pytest.mark.parametrize(
