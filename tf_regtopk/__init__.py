@@ -46,6 +46,16 @@ if not _is_launcher():
     from tf_regtopk.codecs.value_codecs import Uniform
     from tf_regtopk.codecs.value_codecs import ValueCodec
     from tf_regtopk.codecs.wire_report import WireReport
+    from tf_regtopk.distribute.mixing import MixingTopology
+    from tf_regtopk.distribute.mixing_groups import Cliques
+    from tf_regtopk.distribute.mixing_groups import PeriodicGlobalAveraging
+    from tf_regtopk.distribute.mixing_groups import RingPass
+    from tf_regtopk.distribute.mixing_topologies import Complete
+    from tf_regtopk.distribute.mixing_topologies import Exponential
+    from tf_regtopk.distribute.mixing_topologies import Grid
+    from tf_regtopk.distribute.mixing_topologies import OnePeerExponential
+    from tf_regtopk.distribute.mixing_topologies import Ring
+    from tf_regtopk.distribute.mixing_topologies import Torus
     from tf_regtopk.distribute.strategy import MultiWorkerMirroredStrategy
     from tf_regtopk.distribute.topology import AllGather
     from tf_regtopk.distribute.topology import AllReduce
@@ -77,30 +87,40 @@ __all__ = [
     "AllReduce",
     "BFloat16",
     "Backup",
+    "Cliques",
     "Cluster",
     "Codec",
+    "Complete",
     "CompressedDownlink",
     "Dense",
     "DensityWarmup",
     "EntryTopology",
     "ErrorFeedback",
+    "Exponential",
     "Float16",
     "Float32",
+    "Grid",
     "Hierarchical",
     "IndexCodec",
     "LearnedShift",
     "LossScaleOptimizer",
+    "MixingTopology",
     "Monitor",
     "MultiWorkerMirroredStrategy",
     "Natural",
     "NoFeedback",
+    "OnePeerExponential",
+    "PeriodicGlobalAveraging",
     "RandomK",
     "RegTopK",
+    "Ring",
+    "RingPass",
     "ScaledSign",
     "SparsifiedOptimizer",
     "Sparsifier",
     "TopK",
     "Topology",
+    "Torus",
     "Uniform",
     "ValueCodec",
     "WireReport",

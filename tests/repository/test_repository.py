@@ -12,6 +12,16 @@ import pytest
 import tf_regtopk
 
 PUBLIC = {
+    "Cliques",
+    "Complete",
+    "Exponential",
+    "Grid",
+    "MixingTopology",
+    "OnePeerExponential",
+    "PeriodicGlobalAveraging",
+    "Ring",
+    "RingPass",
+    "Torus",
     "AllGather",
     "AllReduce",
     "Cluster",
