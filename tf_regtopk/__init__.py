@@ -33,6 +33,9 @@ from tf_regtopk.version import __version__
 if not _is_launcher():
     from tf_regtopk import methods
     from tf_regtopk.callbacks.backup import Backup
+    from tf_regtopk.callbacks.consensus import averaged
+    from tf_regtopk.callbacks.consensus import ConsensusDistance
+    from tf_regtopk.callbacks.consensus import EvaluateAverage
     from tf_regtopk.callbacks.density_warmup import DensityWarmup
     from tf_regtopk.callbacks.load_scope import load_scope
     from tf_regtopk.callbacks.monitor import Monitor
@@ -69,6 +72,7 @@ if not _is_launcher():
     from tf_regtopk.error_feedback.error_accumulation import Accumulate
     from tf_regtopk.error_feedback.learned_shift import LearnedShift
     from tf_regtopk.error_feedback.no_feedback import NoFeedback
+    from tf_regtopk.optimizers.decentralized import DecentralizedOptimizer
     from tf_regtopk.optimizers.loss_scale import LossScaleOptimizer
     from tf_regtopk.optimizers.sparsified import SparsifiedOptimizer
     from tf_regtopk.optimizers.wrapping import unwrap
@@ -92,10 +96,13 @@ __all__ = [
     "Codec",
     "Complete",
     "CompressedDownlink",
+    "ConsensusDistance",
+    "DecentralizedOptimizer",
     "Dense",
     "DensityWarmup",
     "EntryTopology",
     "ErrorFeedback",
+    "EvaluateAverage",
     "Exponential",
     "Float16",
     "Float32",
@@ -125,6 +132,7 @@ __all__ = [
     "ValueCodec",
     "WireReport",
     "__version__",
+    "averaged",
     "load_scope",
     "methods",
     "unwrap",

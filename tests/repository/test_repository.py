@@ -12,6 +12,10 @@ import pytest
 import tf_regtopk
 
 PUBLIC = {
+    "ConsensusDistance",
+    "EvaluateAverage",
+    "averaged",
+    "DecentralizedOptimizer",
     "Cliques",
     "Complete",
     "Exponential",
