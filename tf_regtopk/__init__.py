@@ -16,6 +16,8 @@ What there is, and for what:
                               ValueCodec
     AllGather, Hierarchical,  who sends to whom; base classes EntryTopology,
       AllReduce               Topology
+    DecentralizedOptimizer,   replicas with weights of their own; base class
+      Ring, averaged, ...     MixingTopology
     methods                   published methods, with all of their parts
     MultiWorkerMirroredStrategy  for `fit` on several hosts
     Monitor, DensityWarmup    callbacks: numbers in the logs, more entries first
