@@ -69,7 +69,7 @@ PUBLIC = {
 # Each layer imports only from those before it.
 LAYERS = (
     ("keras_internals", "launch", "log", "validation", "version"),
-    ("hyper_parameters", "kernels"),
+    ("hyper_parameters", "kernels", "label_skew"),
     ("distribute", "selection", "sparsifiers"),
     ("codecs", "saving"),
     ("error_feedback", "planning"),
