@@ -59,10 +59,7 @@ def gradient_of(x, t, i):
         (gossip_reference.DPSGD, 2, dict(topology=RING)),
         (gossip_reference.DPSGD, 3, dict(topology=RING)),
         (gossip_reference.DPSGD, 4, dict()),
-        (
-            gossip_reference.DPSGD,
-            *(4, dict(topology=RING, communication_period=3)),
-        ),
+        (gossip_reference.DPSGD, 4, dict(communication_period=2)),
         (
             gossip_reference.CHOCO,
             3,

@@ -83,3 +83,16 @@ def test_errors(workers):
     for result in workers:
         assert "must be used in a `tf.function` on" in result["eager"]
         assert "the same `topology`" in result["build_differently"]
+
+
+def test_the_watchdog_sees_each_exchange(workers):
+    for result in workers:
+        assert result["watched"] == decentralized_program.NUM_STEPS
+
+
+def test_waiting_for_a_lost_worker_ends(workers):
+    """Also where it is no neighbour in the first step."""
+    *others, lost = (result["lost"] for result in workers)
+    assert lost is None
+    for message in others:
+        assert "has not taken part in a collective for 3 s" in message

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 
 import flat_gradients
 import keras
@@ -186,6 +187,34 @@ def build_differently(strategy):
     return None
 
 
+def count_watched(strategy):
+    """How many waits the watchdog has seen in steps of one exchange each."""
+    optimizer, variables = make(strategy)
+    take_step = flat_gradients.step_function(strategy, optimizer, variables)
+    watchdog = strategy.watchdog
+    before = int(watchdog._entered.numpy())
+    for g in gradients():
+        take_step(g)
+    assert int(watchdog._left.numpy()) == int(watchdog._entered.numpy())
+    return int(watchdog._entered.numpy()) - before
+
+
+def wait_for_a_lost_worker(strategy):
+    """The error of the others when the last worker takes no more steps."""
+    optimizer, variables = make(strategy)
+    take_step = flat_gradients.step_function(strategy, optimizer, variables)
+    if strategy.cluster_resolver.task_id == N - 1:
+        time.sleep(20)
+        return None
+    strategy.watchdog._timeout = 3.0
+    try:
+        for g in gradients():
+            take_step(g)
+    except tf.errors.DeadlineExceededError as error:
+        return error.message
+    return None
+
+
 def main(result_path):
     # As in `logical_devices.py`.
     tf.data.experimental.enable_debug_mode()
@@ -209,6 +238,9 @@ def main(result_path):
         "loop": take_many_steps(strategy),
         "fit": fit(strategy),
         "build_differently": build_differently(strategy),
+        "watched": count_watched(strategy),
+        # Last, because no collective works after it.
+        "lost": wait_for_a_lost_worker(strategy),
     }
     with open(result_path, "w") as f:
         json.dump(result, f)

@@ -26,41 +26,39 @@ TOPOLOGIES = [
 ]
 
 
-def received(steps, t, rank, x):
+def received(table, steps, t, rank, x):
     """The rows that a worker reads in step t of the weights x `[N, J]`."""
-    table = neighbours._table(steps, rank)
     rows = [x[rank]]
-    for r, groups in enumerate(steps[t]):
-        places = table.others[r][t]
-        group = next((g for g in groups if rank in g), None)
-        if group is None:
-            assert table.sizes[t, r] == 1
-            rows.extend([x[rank]] * len(places))
+    for r, others in enumerate(table.others):
+        groups = steps[t][r] if r < len(steps[t]) else ()
+        group = next((g for g in groups if rank in g), (rank,))
+        assert table.sizes[t, r] == len(group)
+        if len(group) == 1:
+            rows.extend([x[rank]] * others.shape[1])
         else:
-            assert table.sizes[t, r] == len(group)
-            rows.extend(x[list(group)][places])
-    for r in range(len(steps[t]), len(table.others)):
-        assert table.sizes[t, r] == 1
-        rows.extend([x[rank]] * table.others[r].shape[1])
-    return np.array(rows), table
+            rows.extend(x[list(group)][others[t]])
+    return np.array(rows)
 
 
 @pytest.mark.parametrize("topology, n", TOPOLOGIES)
-def test_rows_of_each_worker_make_the_mixing_matrix(topology, n):
+def test_rows_of_each_worker_make_the_mixing_matrix(topology, n, monkeypatch):
     steps = topology.rounds(n)
-    differences = neighbours.differences(topology, n)
     x = np.random.default_rng(0).standard_normal((n, 3))
-    for t in range(len(steps)):
-        mixed = []
-        for rank in range(n):
-            rows, table = received(steps, t, rank, x)
-            senders = table.senders[t]
-            np.testing.assert_array_equal(rows, x[senders])
-            weights = differences[t, rank, senders] * table.is_first[t]
-            mixed.append(weights @ rows)
-        np.testing.assert_allclose(
-            x + mixed, topology.mixing_matrices(n)[t] @ x, atol=1e-6
+    mixed = np.tile(x, (len(steps), 1, 1))
+    for rank in range(n):
+        cluster = topology_lib.Cluster(n, num_workers=n, worker=rank)
+        monkeypatch.setattr(
+            topology_lib.Cluster, "in_scope", lambda cluster=cluster: cluster
         )
+        found = neighbours.Neighbours(
+            steps, neighbours.differences(topology, n)
+        )
+        for t in range(len(steps)):
+            rows = received(found._table, steps, t, rank, x)
+            np.testing.assert_array_equal(rows, x[found._senders[t, 0]])
+            mixed[t, rank] += found._weights[t, 0] @ rows
+    for t, matrix in enumerate(topology.mixing_matrices(n)):
+        np.testing.assert_allclose(mixed[t], matrix @ x, atol=1e-6)
 
 
 @pytest.mark.parametrize("topology, n", TOPOLOGIES)
