@@ -138,12 +138,14 @@ class Neighbours:
     def _of_replica(
         self, table: np.ndarray, number: tf.Tensor, dtype: tf.DType
     ) -> tf.Tensor:
-        rank = tf.constant(0)
-        if self._is_emulated:
-            replica = tf.distribute.get_replica_context()
-            rank = tf.convert_to_tensor(replica.replica_id_in_sync_group)
-        place = tf.stack([self._place(number), tf.cast(rank, tf.int32)])
-        return tf.gather_nd(tf.constant(table, dtype), place)
+        # TensorFlow keeps int32 in the memory of the host anyway.
+        with tf.device("CPU:0"):
+            rank = tf.constant(0)
+            if self._is_emulated:
+                replica = tf.distribute.get_replica_context()
+                rank = tf.convert_to_tensor(replica.replica_id_in_sync_group)
+            place = tf.stack([self._place(number), tf.cast(rank, tf.int32)])
+            return tf.gather_nd(tf.constant(table, dtype), place)
 
     def _place(self, number: tf.Tensor) -> tf.Tensor:
         """The step's place in the tables."""

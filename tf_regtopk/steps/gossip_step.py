@@ -81,13 +81,13 @@ class GossipStep:
             payloads = self._neighbours.exchange(payload, number)
         with tf.name_scope("tf_regtopk/decode"):
             senders = self._neighbours.senders(number)
-            d, are_alike, are_finite, are_valid = self.decode(
-                payloads,
-                self._neighbours.weights(number),
-                words.hold(self._marks(number, senders)),
+            with tf.device("CPU:0"):
+                expected = words.hold(self._marks(number, senders))
+            d, flags = self.decode(
+                payloads, self._neighbours.weights(number), expected
             )
         with tf.name_scope("tf_regtopk/check"):
-            checks = _checks(are_alike, are_finite, are_valid, senders)
+            checks = _checks(flags, senders)
         # Nothing is kept of a step that raises an error.
         with tf.control_dependencies([c for c in checks if c is not None]):
             d = tf.identity(d)
@@ -142,7 +142,7 @@ class GossipStep:
     @tracing.compiled
     def decode(
         self, payloads: tf.Tensor, weights: tf.Tensor, expected: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
+    ) -> tuple[tf.Tensor, tf.Tensor]:
         """The disagreement with the neighbours, and findings about these.
 
         Args:
@@ -151,8 +151,9 @@ class GossipStep:
             expected: Tensor `[M]` of held words, the marks of the senders.
 
         Returns:
-            `(d, are_alike, are_finite, are_valid)`: a float tensor `[J]` and
-            bool tensors `[M]`.
+            `(d, flags)`: a float tensor `[J]`, and a bool tensor `[3, M]` that
+            says of each sender whether it is at the same step, whether its
+            weights are finite, and whether its payload held k entries.
         """
         magnitudes, marks, payloads = header_lib.split_header(
             words.release(payloads, tf.int32), self._buffer.dtype
@@ -165,7 +166,8 @@ class GossipStep:
             indices, values, weights, self._buffer.size
         )
         are_alike = tf.equal(marks, words.release(expected, tf.int32))
-        return d, are_alike, are_finite, is_valid
+        # One tensor, because the host waits for each copy from a device.
+        return d, tf.stack([are_alike, are_finite, is_valid])
 
     @tracing.compiled
     def settle(
@@ -222,12 +224,7 @@ def _read(state: round_lib.State) -> round_lib.State:
     return tf.nest.map_structure(lambda v: v.read_value(), state)
 
 
-def _checks(
-    are_alike: tf.Tensor,
-    are_finite: tf.Tensor,
-    are_valid: tf.Tensor,
-    senders: tf.Tensor,
-) -> list[tf.Operation | None]:
+def _checks(flags: tf.Tensor, senders: tf.Tensor) -> list[tf.Operation | None]:
     """Assertions that raise when a neighbour has sent something useless."""
 
     def check(
@@ -240,9 +237,7 @@ def _checks(
         )
 
     with tf.device("CPU:0"):
-        are_alike, are_finite, are_valid = tf.split(
-            tf.concat([are_alike, are_finite, are_valid], axis=0), 3
-        )
+        are_alike, are_finite, are_valid = tf.unstack(tf.identity(flags))
         # What another step sends says nothing.
         is_other_step = ~tf.reduce_all(are_alike)
         return [
