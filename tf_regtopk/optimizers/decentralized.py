@@ -31,9 +31,9 @@ from tf_regtopk.optimizers import decentralized_checks as checks
 from tf_regtopk.optimizers import wrapper
 from tf_regtopk.saving import saved_config
 from tf_regtopk.saving import saved_state
-from tf_regtopk.steps import finiteness
 from tf_regtopk.steps import flat_buffer
 from tf_regtopk.steps import gossip
+from tf_regtopk.steps import own_gradients
 
 
 @keras.saving.register_keras_serializable(package="tf_regtopk")
@@ -114,15 +114,16 @@ class DecentralizedOptimizer(wrapper.OptimizerWrapper):
         **kwargs: Never,
     ) -> None:
         checks.check_no_base_arguments(kwargs)
+        if topology is None:
+            topology = mixing_topologies.OnePeerExponential()
+        if sparsifier is None:
+            sparsifier = sparsifiers.Dense()
+        if codec is None:
+            codec = codecs.Codec()
+        if error_feedback is None:
+            error_feedback = error_feedback_lib.NoFeedback()
+        checks.check_parts(topology, sparsifier, codec, error_feedback)
         checks.check_inner_optimizer(inner_optimizer)
-        super().__init__(inner_optimizer, name=name)
-        self.topology = topology or mixing_topologies.OnePeerExponential()
-        self.sparsifier = sparsifier or sparsifiers.Dense()
-        self.codec = codec or codecs.Codec()
-        self.error_feedback = error_feedback or error_feedback_lib.NoFeedback()
-        checks.check_parts(
-            self.topology, self.sparsifier, self.codec, self.error_feedback
-        )
         validation.check_number(
             "consensus_step_size",
             consensus_step_size,
@@ -133,6 +134,11 @@ class DecentralizedOptimizer(wrapper.OptimizerWrapper):
             "communication_period", communication_period, 1
         )
         validation.check_boolean("average_at_end", average_at_end)
+        super().__init__(inner_optimizer, name=name)
+        self.topology = topology
+        self.sparsifier = sparsifier
+        self.codec = codec
+        self.error_feedback = error_feedback
         self.consensus_step_size = float(consensus_step_size)
         self.communication_period = int(communication_period)
         self.average_at_end = average_at_end
@@ -203,7 +209,11 @@ class DecentralizedOptimizer(wrapper.OptimizerWrapper):
     ) -> tf.Tensor:
         del skip
         number = self._iterations.value.read_value()
-        own = self._own(gradients)
+        own, is_finite = own_gradients.own_gradients(
+            gradients, self._num_replicas
+        )
+        zeroed = self._zeroed.variables()
+        zeroed.assign_add(tf.cast(~is_finite, zeroed.dtype))
         if self._gossip is not None:
             own = self._gossip.average_gradients(own, number)
             self._mix(number)
@@ -222,17 +232,6 @@ class DecentralizedOptimizer(wrapper.OptimizerWrapper):
         branches.call_on_all_replicas(
             is_time, self._gossip.mix, lambda _: None, (number // period,)
         )
-
-    def _own(
-        self, gradients: Sequence[flat_buffer.Gradient]
-    ) -> list[flat_buffer.Gradient]:
-        """The gradients of this replica's own loss; zeros if not finite."""
-        # Keras divides the loss by the number of replicas.
-        own = [_scale(g, self._num_replicas) for g in gradients]
-        is_finite = finiteness.are_finite([g for g in own if g is not None])
-        zeroed = self._zeroed.variables()
-        zeroed.assign_add(tf.cast(~is_finite, zeroed.dtype))
-        return [_zero_unless(is_finite, g) for g in own]
 
     @property
     def zeroed_gradients(self) -> list[int]:
@@ -362,25 +361,3 @@ class DecentralizedOptimizer(wrapper.OptimizerWrapper):
 
 
 _LAYOUT = {"optimizer": "DecentralizedOptimizer"}
-
-
-def _scale(gradient: flat_buffer.Gradient, factor: int) -> flat_buffer.Gradient:
-    if isinstance(gradient, tf.IndexedSlices):
-        return tf.IndexedSlices(
-            gradient.values * factor, gradient.indices, gradient.dense_shape
-        )
-    return None if gradient is None else gradient * factor
-
-
-def _zero_unless(
-    condition: tf.Tensor, gradient: flat_buffer.Gradient
-) -> flat_buffer.Gradient:
-    if isinstance(gradient, tf.IndexedSlices):
-        return tf.IndexedSlices(
-            _zero_unless(condition, gradient.values),
-            gradient.indices,
-            gradient.dense_shape,
-        )
-    if gradient is None:
-        return None
-    return tf.where(condition, gradient, tf.zeros_like(gradient))

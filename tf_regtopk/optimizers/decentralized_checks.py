@@ -88,13 +88,16 @@ def check_parts(
             "`codec` must write indices in a fixed length, which neighbours "
             f'know. Received: indices="{codec.indices}"'
         )
-    is_lossless = isinstance(sparsifier, sparsifiers.Dense)
+    values = codec.payload(k=1, size=2).values
+    is_lossless = isinstance(sparsifier, sparsifiers.Dense) and isinstance(
+        values, codecs.Float32
+    )
     if error_feedback == error_feedback_lib.NoFeedback() and not is_lossless:
         warnings.warn(
-            "Replicas that send some of their weights should have "
-            "`error_feedback=Accumulate()` or `EF21()`: without it they never "
-            f"agree. Received: sparsifier={sparsifier!r}, "
-            f"error_feedback={error_feedback!r}",
+            "Replicas that send some of their weights, or round them, should "
+            "have `error_feedback=Accumulate()` or `EF21()`: without it they "
+            f"never agree. Received: {sparsifier=}, {codec=}, "
+            f"{error_feedback=}",
             stacklevel=3,
         )
 

@@ -48,6 +48,7 @@ def test_config():
     [
         (dict(topology=tf_regtopk.AllGather()), TypeError, "`MixingTopology`"),
         (dict(topology="ring"), TypeError, "`topology` must be a `Mixing"),
+        (dict(sparsifier=0), TypeError, "`sparsifier` must be a"),
         (dict(sparsifier=0.1), TypeError, "`sparsifier` must be a"),
         (dict(codec="int32"), TypeError, "`codec` must be a `Codec`"),
         (dict(error_feedback=1), TypeError, "`error_feedback` must be an"),
@@ -100,8 +101,12 @@ def test_compression_without_feedback_warns(recwarn):
     make(sparsifier=tf_regtopk.TopK(0.1), error_feedback=tf_regtopk.EF21())
     make()
     assert not recwarn
-    with pytest.warns(UserWarning, match="they never agree"):
-        make(sparsifier=tf_regtopk.TopK(0.1))
+    for kwargs in (
+        dict(sparsifier=tf_regtopk.TopK(0.1)),
+        dict(codec=tf_regtopk.Codec(values="bfloat16")),
+    ):
+        with pytest.warns(UserWarning, match="they never agree"):
+            make(**kwargs)
 
 
 def build(strategy, *args, **kwargs):
