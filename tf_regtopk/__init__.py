@@ -17,6 +17,8 @@ What there is, and for what:
     AllGather, Hierarchical,  who sends to whom; base classes EntryTopology,
       ReduceScatter,          Topology
       AllReduce
+    DecentralizedOptimizer,   replicas with weights of their own; base class
+      Ring, averaged, ...     MixingTopology
     methods                   published methods, with all of their parts
     MultiWorkerMirroredStrategy  for `fit` on several hosts
     Monitor, DensityWarmup    callbacks: numbers in the logs, more entries first
@@ -34,6 +36,9 @@ from tf_regtopk.version import __version__
 if not _is_launcher():
     from tf_regtopk import methods
     from tf_regtopk.callbacks.backup import Backup
+    from tf_regtopk.callbacks.consensus import averaged
+    from tf_regtopk.callbacks.consensus import ConsensusDistance
+    from tf_regtopk.callbacks.consensus import EvaluateAverage
     from tf_regtopk.callbacks.density_warmup import DensityWarmup
     from tf_regtopk.callbacks.load_scope import load_scope
     from tf_regtopk.callbacks.monitor import Monitor
@@ -47,6 +52,16 @@ if not _is_launcher():
     from tf_regtopk.codecs.value_codecs import Uniform
     from tf_regtopk.codecs.value_codecs import ValueCodec
     from tf_regtopk.codecs.wire_report import WireReport
+    from tf_regtopk.distribute.mixing import MixingTopology
+    from tf_regtopk.distribute.mixing_groups import Cliques
+    from tf_regtopk.distribute.mixing_groups import PeriodicGlobalAveraging
+    from tf_regtopk.distribute.mixing_groups import RingPass
+    from tf_regtopk.distribute.mixing_topologies import Complete
+    from tf_regtopk.distribute.mixing_topologies import Exponential
+    from tf_regtopk.distribute.mixing_topologies import Grid
+    from tf_regtopk.distribute.mixing_topologies import OnePeerExponential
+    from tf_regtopk.distribute.mixing_topologies import Ring
+    from tf_regtopk.distribute.mixing_topologies import Torus
     from tf_regtopk.distribute.reduce_scatter import ReduceScatter
     from tf_regtopk.distribute.strategy import MultiWorkerMirroredStrategy
     from tf_regtopk.distribute.topology import AllGather
@@ -61,6 +76,7 @@ if not _is_launcher():
     from tf_regtopk.error_feedback.error_accumulation import Accumulate
     from tf_regtopk.error_feedback.learned_shift import LearnedShift
     from tf_regtopk.error_feedback.no_feedback import NoFeedback
+    from tf_regtopk.optimizers.decentralized import DecentralizedOptimizer
     from tf_regtopk.optimizers.loss_scale import LossScaleOptimizer
     from tf_regtopk.optimizers.sparsified import SparsifiedOptimizer
     from tf_regtopk.optimizers.wrapping import unwrap
@@ -79,35 +95,49 @@ __all__ = [
     "AllReduce",
     "BFloat16",
     "Backup",
+    "Cliques",
     "Cluster",
     "Codec",
+    "Complete",
     "CompressedDownlink",
+    "ConsensusDistance",
+    "DecentralizedOptimizer",
     "Dense",
     "DensityWarmup",
     "EntryTopology",
     "ErrorFeedback",
+    "EvaluateAverage",
+    "Exponential",
     "Float16",
     "Float32",
+    "Grid",
     "Hierarchical",
     "IndexCodec",
     "LearnedShift",
     "LossScaleOptimizer",
+    "MixingTopology",
     "Monitor",
     "MultiWorkerMirroredStrategy",
     "Natural",
     "NoFeedback",
+    "OnePeerExponential",
+    "PeriodicGlobalAveraging",
     "RandomK",
     "ReduceScatter",
     "RegTopK",
+    "Ring",
+    "RingPass",
     "ScaledSign",
     "SparsifiedOptimizer",
     "Sparsifier",
     "TopK",
     "Topology",
+    "Torus",
     "Uniform",
     "ValueCodec",
     "WireReport",
     "__version__",
+    "averaged",
     "load_scope",
     "methods",
     "unwrap",

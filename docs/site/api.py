@@ -14,7 +14,11 @@ PACKAGES = (
     "tf_regtopk.codecs",
 )
 # Public modules with a page each, because their names belong together.
-MODULES = ("tf_regtopk.methods", "tf_regtopk.simulation")
+MODULES = (
+    "tf_regtopk.methods",
+    "tf_regtopk.simulation",
+    "tf_regtopk.label_skew",
+)
 # The folders of the code, by the titles that readers know.
 SECTIONS = {
     "optimizers": "Optimizers",

@@ -12,6 +12,20 @@ import pytest
 import tf_regtopk
 
 PUBLIC = {
+    "ConsensusDistance",
+    "EvaluateAverage",
+    "averaged",
+    "DecentralizedOptimizer",
+    "Cliques",
+    "Complete",
+    "Exponential",
+    "Grid",
+    "MixingTopology",
+    "OnePeerExponential",
+    "PeriodicGlobalAveraging",
+    "Ring",
+    "RingPass",
+    "Torus",
     "AllGather",
     "AllReduce",
     "Cluster",
@@ -56,7 +70,7 @@ PUBLIC = {
 # Each layer imports only from those before it.
 LAYERS = (
     ("keras_internals", "launch", "log", "validation", "version"),
-    ("hyper_parameters", "kernels"),
+    ("hyper_parameters", "kernels", "label_skew"),
     ("distribute", "selection", "sparsifiers"),
     ("codecs", "saving"),
     ("error_feedback", "planning"),

@@ -141,7 +141,10 @@ def code_of(guide):
     return "\n".join(re.findall(r"^```python\n(.*?)^```", page, re.M | re.S))
 
 
-@pytest.mark.parametrize("guide", ["method", "training", "saving", "own_parts"])
+@pytest.mark.parametrize(
+    "guide",
+    ["method", "training", "saving", "own_parts", "../decentralised"],
+)
 def test_code_of_guide(guide, tmp_path, monkeypatch, mirrored):
     monkeypatch.chdir(tmp_path)
     code = code_of(guide).replace(
@@ -157,6 +160,9 @@ def test_code_of_guide(guide, tmp_path, monkeypatch, mirrored):
         assert isinstance(
             names["model"].optimizer, tf_regtopk.SparsifiedOptimizer
         )
+    if guide == "../decentralised":
+        assert names["model"].optimizer.replicas_agree
+        assert keras.saving.load_model("average.keras").built
     if guide == "own_parts":
         report = names["model"].optimizer.wire_report()
         assert report.num_selected == 4

@@ -46,6 +46,23 @@ def use_the_library() -> tuple[float | None, int, list[float]]:
     return density, sent_bytes, norms
 
 
+def decentralise(model: keras.Model) -> list[int]:
+    optimizer = tf_regtopk.DecentralizedOptimizer(
+        keras.optimizers.SGD(0.1),
+        tf_regtopk.Cliques([[0, 1], [2, 3]], average_gradients=True),
+        error_feedback=tf_regtopk.Accumulate(),
+        consensus_step_size=0.5,
+    )
+    tf_regtopk.DecentralizedOptimizer(
+        keras.optimizers.SGD(),
+        tf_regtopk.AllGather(),  # type: ignore[arg-type]
+    )
+    tf_regtopk.Torus(rows="2")  # type: ignore[arg-type]
+    with tf_regtopk.averaged(model):
+        counts: list[int] = optimizer.zeroed_gradients
+    return counts
+
+
 @dataclasses.dataclass(frozen=True)
 class Halved(tf_regtopk.Accumulate):
     """A rule of the user."""

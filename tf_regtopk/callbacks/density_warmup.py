@@ -59,7 +59,7 @@ class DensityWarmup(keras.callbacks.Callback):
     def on_epoch_begin(
         self, epoch: int, logs: dict[str, Any] | None = None
     ) -> None:
-        optimizers = wrapper.all_of_model(self.model)
+        optimizers = wrapper.all_of_model(self.model, has_gradients=True)
         for optimizer in optimizers:
             density = optimizer.default_density
             if epoch < len(self.densities):

@@ -126,7 +126,7 @@ class Monitor(keras.callbacks.Callback):
         self._num_due = 0
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        optimizer = wrapper.of_model(self.model)
+        optimizer = wrapper.of_model(self.model, has_gradients=True)
         strategy = self.model.distribute_strategy
         _check_all_workers_monitor(strategy, optimizer)
         self._is_chief = strategy_lib.worker_number(strategy)[0] == 0

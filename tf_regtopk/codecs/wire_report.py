@@ -147,9 +147,11 @@ def report(
             sent_bytes=round(reduced(dense_below_bytes)),
             dense_sent_bytes=dense_sent_bytes,
         )
-    of_entries = payload_codec
-    if isinstance(payload_codec, scattered.ScatteredCodec):
-        of_entries = payload_codec.there  # Those for one owner.
+    of_entries = (
+        payload_codec.there  # Those for one owner.
+        if isinstance(payload_codec, scattered.ScatteredCodec)
+        else payload_codec
+    )
     words_of = _words_at_entropy if is_quick else _words_used
     num_words = words_of(of_entries)
     num_bytes = _payload_bytes(payload_codec, num_words)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from collections.abc import Sequence
 from typing import Any
 
+import keras
 import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
@@ -62,17 +63,10 @@ class ReplicaState:
 
     def variables(self) -> Any:
         """This replica's structure of `tf.Variable`s."""
-
-        def local_variable(variable: tf.Variable) -> tf.Variable:
-            # `handle` is that of this replica's part in a replica context.
-            [local] = [
-                part
-                for part in self._strategy.experimental_local_results(variable)
-                if part.handle is variable.handle
-            ]
-            return local
-
-        return tf.nest.map_structure(local_variable, self._variables)
+        return tf.nest.map_structure(
+            lambda variable: local_part(variable, self._strategy),
+            self._variables,
+        )
 
     @property
     def replicas(self) -> range:
@@ -127,3 +121,39 @@ class ReplicaState:
                 strict=True,
             )
         ]
+
+
+def local_part(
+    variable: tf.Variable | keras.Variable, strategy: tf.distribute.Strategy
+) -> tf.Variable:
+    """Returns this replica's part of a variable, which it may assign alone.
+
+    To be called in a replica context.
+
+    Args:
+        variable: Variable, created in the scope of the strategy.
+        strategy: `tf.distribute.Strategy`.
+    """
+    if isinstance(variable, keras.Variable):
+        variable = variable.value
+    # `handle` is that of this replica's part in a replica context.
+    [local] = [
+        part
+        for part in parts(variable, strategy)
+        if part.handle is variable.handle
+    ]
+    return local
+
+
+def parts(
+    variable: tf.Variable | keras.Variable, strategy: tf.distribute.Strategy
+) -> tuple[tf.Variable, ...]:
+    """Returns the parts of a variable on the replicas of this process.
+
+    Args:
+        variable: As of `local_part`.
+        strategy: As of `local_part`.
+    """
+    if isinstance(variable, keras.Variable):
+        variable = variable.value
+    return strategy.experimental_local_results(variable)

@@ -20,6 +20,9 @@ from tf_regtopk.keras_internals.collectives import sum_within_worker
 from tf_regtopk.keras_internals.execution import in_xla_context
 from tf_regtopk.keras_internals.execution import initial_values_of_each_worker
 from tf_regtopk.keras_internals.execution import is_op_determinism_enabled
+from tf_regtopk.keras_internals.neighbours import exchange_in_group
+from tf_regtopk.keras_internals.neighbours import group_keys
+from tf_regtopk.keras_internals.neighbours import take_instance_keys
 from tf_regtopk.keras_internals.optimizers import divide_by_no_zeros
 from tf_regtopk.keras_internals.optimizers import give_back
 from tf_regtopk.keras_internals.optimizers import replace_optimizer
@@ -39,10 +42,12 @@ __all__ = [
     "check_upstream",
     "divide_by_no_zeros",
     "exchange_at_once",
+    "exchange_in_group",
     "gather_among_workers",
     "gather_at_once",
     "gathers_fixed_lengths",
     "give_back",
+    "group_keys",
     "in_xla_context",
     "initial_values_of_each_worker",
     "is_op_determinism_enabled",
@@ -52,5 +57,6 @@ __all__ = [
     "sum_within_worker",
     "take_aggregated_gradients",
     "take_clipping",
+    "take_instance_keys",
     "variables_of",
 ]

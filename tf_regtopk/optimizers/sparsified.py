@@ -20,6 +20,7 @@ from tf_regtopk import sparsifiers
 from tf_regtopk import validation
 from tf_regtopk import version
 from tf_regtopk.distribute import agreement
+from tf_regtopk.distribute import mixing
 from tf_regtopk.distribute import replica_state
 from tf_regtopk.distribute import topology as topology_lib
 from tf_regtopk.error_feedback import error_accumulation
@@ -622,6 +623,13 @@ def _check_topology(
     topology: topology_lib.Topology, codec: codecs.Codec, exchange: str
 ) -> None:
     """Raises where the other arguments do not fit the topology."""
+    if isinstance(topology, mixing.MixingTopology):
+        raise ValueError(
+            "`topology` must be one by which all replicas get the same sum, "
+            "such as `AllGather()`: for replicas that average their weights "
+            "with neighbours use `DecentralizedOptimizer`. "
+            f"Received: topology={topology!r}"
+        )
     if not isinstance(topology, topology_lib.EntryTopology):
         if exchange == "auto":
             raise ValueError(

@@ -8,6 +8,7 @@ from collections.abc import MutableMapping
 from collections.abc import Sequence
 import copy
 from typing import Any
+from typing import ClassVar
 from typing import Self
 import warnings
 
@@ -41,6 +42,9 @@ class OptimizerWrapper(
         inner_optimizer: The `keras.optimizers.Optimizer` to wrap.
         name: String. The name of the optimizer.
     """
+
+    # False for a wrapper whose replicas exchange weights.
+    exchanges_gradients: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -493,10 +497,19 @@ def _parts(
     return [optimizer, *getattr(optimizer, "optimizers", ())]
 
 
-def of_model(model: keras.Model) -> "OptimizerWrapper":
-    """The wrapper in the optimizer of a `keras.Model`, which it builds."""
+def of_model(
+    model: keras.Model, has_gradients: bool = False
+) -> "OptimizerWrapper":
+    """The wrapper in the optimizer of a `keras.Model`, which it builds.
+
+    Args:
+        model: `keras.Model`.
+        has_gradients: Whether it must be one that exchanges gradients.
+    """
     optimizer = _wrapper_in(model.optimizer)
-    if optimizer is None:
+    if optimizer is None or (
+        has_gradients and not optimizer.exchanges_gradients
+    ):
         raise _no_wrapper(model.optimizer)
     if not model.built:
         raise ValueError(
@@ -508,14 +521,24 @@ def of_model(model: keras.Model) -> "OptimizerWrapper":
     return optimizer
 
 
-def all_of_model(model: keras.Model) -> list["OptimizerWrapper"]:
+def all_of_model(
+    model: keras.Model, has_gradients: bool = False
+) -> list["OptimizerWrapper"]:
     """The wrappers in all optimizers of a `keras.Model`.
 
     A model with a `train_step` of its own may keep several optimizers as its
     attributes, as a GAN does. Only that of `compile` can be built here.
+
+    Args:
+        model: `keras.Model`.
+        has_gradients: Whether only those count that exchange gradients.
     """
     optimizers = optimizers_of(model)
-    wrappers = [w for w in map(_wrapper_in, optimizers) if w is not None]
+    wrappers = [
+        w
+        for w in map(_wrapper_in, optimizers)
+        if w is not None and (w.exchanges_gradients or not has_gradients)
+    ]
     if not wrappers:
         raise _no_wrapper(model.optimizer)
     if _wrapper_in(model.optimizer):

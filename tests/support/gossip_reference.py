@@ -1,0 +1,71 @@
+"""Decentralised training in float64 NumPy, kept plainly in papers' notation.
+
+Independent of the package: nothing is imported from it. The rows of X are the
+weights of the N nodes, W is the mixing matrix of the step. Gradients are those
+of the weights before the nodes exchange anything, as in D-PSGD.
+"""
+
+import numpy as np
+import reference
+
+
+def top_k(rows, k):
+    """C: of each row the k entries of largest magnitude."""
+    kept = np.zeros_like(rows)
+    for row, result in zip(rows, kept, strict=True):
+        chosen = reference.largest(np.abs(row), k)
+        result[chosen] = row[chosen]
+    return kept
+
+
+def everything(rows):
+    """C of an exchange that compresses nothing."""
+    return rows.copy()
+
+
+class DPSGD:
+    """X_{t+1} = W X_t - lr G(X_t)."""
+
+    def __init__(self, x, compress=everything, gamma=1.0):
+        self.x, self.compress, self.gamma = x.copy(), compress, gamma
+
+    def step(self, w, update):
+        """One step; `update` is what the local optimizers add, lr included."""
+        c = self.compress(self.x)
+        self.x = self.x + self.gamma * (w @ c - c) + update
+
+
+class CHOCO:
+    """Each node keeps x^_j of itself and of all its neighbours."""
+
+    def __init__(self, x, compress=everything, gamma=1.0):
+        self.x, self.compress, self.gamma = x.copy(), compress, gamma
+        self.x_hat = x.copy()
+
+    def step(self, w, update):
+        q = self.compress(self.x - self.x_hat)
+        self.x_hat = self.x_hat + q
+        x = self.x.copy()
+        for i in range(len(x)):
+            for j in range(len(x)):
+                x[i] += self.gamma * w[i, j] * (self.x_hat[j] - self.x_hat[i])
+        self.x = x + update
+
+
+class DeepSqueeze:
+    """Each node adds to x what its compression has left out before."""
+
+    def __init__(self, x, compress=everything, gamma=1.0):
+        self.x, self.compress, self.gamma = x.copy(), compress, gamma
+        self.delta = np.zeros_like(x)
+
+    def step(self, w, update):
+        v = self.x + self.delta
+        c = self.compress(v)
+        self.delta = v - c
+        self.x = self.x + self.gamma * (w @ c - c) + update
+
+
+def disagreement(x):
+    """The consensus distance, sqrt of the mean of |x_i - mean|^2."""
+    return np.sqrt(((x - x.mean(axis=0)) ** 2).sum(axis=1).mean())

@@ -1,0 +1,145 @@
+"""The mean of decentralised replicas: to save, to evaluate, to watch."""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+import contextlib
+from typing import Any
+
+import keras
+
+from tf_regtopk.distribute import replica_state
+from tf_regtopk.optimizers import averaging
+from tf_regtopk.optimizers import decentralized
+
+
+@contextlib.contextmanager
+def averaged(model: keras.Model) -> Iterator[None]:
+    """Gives all replicas of a model the mean of their weights, for a while.
+
+    For `DecentralizedOptimizer`, whose replicas have weights of their own. In
+    the `with` statement the model that Keras saves, evaluates or exports is the
+    mean; afterwards each replica goes on with what it had. All weights of
+    floats are averaged, also the moving statistics of BatchNormalization (which
+    are no statistics of the mean model). Several workers have to enter at the
+    same time.
+
+    Args:
+        model: `keras.Model`, compiled with a `DecentralizedOptimizer`.
+
+    Raises:
+        ValueError: If the model has another optimizer.
+
+    Example:
+
+    ```python
+    with tf_regtopk.averaged(model):
+        model.save("average.keras")
+    ```
+    """
+    optimizer = _decentralized_of(model)
+    strategy = model.distribute_strategy
+    if strategy.num_replicas_in_sync == 1:
+        yield
+        return
+    variables = [v for v in model.weights if _is_float(v)]
+    did_agree = optimizer.replicas_agree
+    parts = [replica_state.parts(v, strategy) for v in variables]
+    kept = [[part.read_value() for part in of_one] for of_one in parts]
+    averaging.average(variables, strategy)
+    optimizer.note_agreement(True)
+    try:
+        yield
+    finally:
+        for of_one, values in zip(parts, kept, strict=True):
+            for part, value in zip(of_one, values, strict=True):
+                part.assign(value)
+        optimizer.note_agreement(did_agree)
+
+
+class ConsensusDistance(keras.callbacks.Callback):
+    """Puts the distance of decentralised replicas to their mean into the logs.
+
+    After each epoch, as `consensus_distance`: the root of the mean over the
+    replicas of |x_i - mean|^2. Costs an all-reduce of all weights.
+
+    Raises:
+        ValueError: When `fit` begins, if the model has another optimizer than a
+            `DecentralizedOptimizer`.
+
+    Example:
+
+    ```python
+    model.fit(dataset, callbacks=[tf_regtopk.ConsensusDistance()])
+    ```
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._distance: Callable[[], float] | None = None
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        _decentralized_of(self.model)
+        self._distance = averaging.distance_function(
+            self.model.trainable_variables, self.model.distribute_strategy
+        )
+
+    def on_epoch_end(
+        self, epoch: int, logs: dict[str, Any] | None = None
+    ) -> None:
+        assert self._distance is not None
+        distance = self._distance()
+        if logs is not None:
+            logs["consensus_distance"] = distance
+
+
+class EvaluateAverage(keras.callbacks.Callback):
+    """Evaluates the mean of decentralised replicas after each epoch.
+
+    In place of `validation_data`, by which each replica's own model is
+    evaluated on a part of each batch. The results are in the logs with
+    `average_` before their names.
+
+    Args:
+        x: Data for `keras.Model.evaluate`.
+        y: Targets, if `x` does not have them.
+        **kwargs: Further arguments of `keras.Model.evaluate`.
+
+    Example:
+
+    ```python
+    model.fit(dataset, callbacks=[tf_regtopk.EvaluateAverage(test_dataset)])
+    ```
+    """
+
+    def __init__(self, x: Any, y: Any = None, **kwargs: Any) -> None:
+        super().__init__()
+        self._arguments = {"verbose": 0, **kwargs, "x": x, "y": y}
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        _decentralized_of(self.model)
+
+    def on_epoch_end(
+        self, epoch: int, logs: dict[str, Any] | None = None
+    ) -> None:
+        with averaged(self.model):
+            results = self.model.evaluate(**self._arguments, return_dict=True)
+        if logs is not None:
+            logs.update({f"average_{n}": value for n, value in results.items()})
+
+
+def _decentralized_of(
+    model: keras.Model,
+) -> decentralized.DecentralizedOptimizer:
+    """The optimizer of a model."""
+    optimizer = model.optimizer
+    if not isinstance(optimizer, decentralized.DecentralizedOptimizer):
+        raise ValueError(
+            "`model` must be compiled with a `DecentralizedOptimizer`, because "
+            "with others all replicas have the same weights. Received: "
+            f"{optimizer!r}"
+        )
+    return optimizer
+
+
+def _is_float(variable: keras.Variable) -> bool:
+    return keras.backend.is_float_dtype(variable.dtype)

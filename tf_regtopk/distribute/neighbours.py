@@ -1,0 +1,281 @@
+"""The exchange of a replica with its neighbours, by a table of who meets."""
+
+from collections.abc import Sequence
+import itertools
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from tf_regtopk import keras_internals
+from tf_regtopk.distribute import collectives
+from tf_regtopk.distribute import mixing
+from tf_regtopk.distribute import topology as topology_lib
+from tf_regtopk.distribute import watchdog
+
+# Float32 adds up weights exactly that are multiples of this.
+_UNIT = 2.0**-24
+
+
+def differences(
+    topology: mixing.MixingTopology, num_replicas: int
+) -> np.ndarray:
+    """Returns W - I of each step, an array `[T, N, N]`.
+
+    Its rows add up to exactly 0 in float32, because replicas with the same
+    weights would else drift away together, a little in each step.
+
+    Args:
+        topology: `MixingTopology`.
+        num_replicas: N.
+
+    Raises:
+        ValueError: If the rows and columns of W do not add up to 1.
+
+    Example:
+
+    >>> from tf_regtopk.distribute import mixing_topologies
+    >>> differences(mixing_topologies.Complete(), 2).tolist()
+    [[[-0.5, 0.5], [0.5, -0.5]]]
+    """
+    matrices = topology.mixing_matrices(num_replicas)
+    sums = [matrices.sum(axis=axis) for axis in (1, 2)]
+    if not np.allclose(sums, 1, rtol=0, atol=1e-6):
+        raise ValueError(
+            "`mixing_matrices` of a topology must have rows and columns that "
+            f"add up to 1. Received: {topology!r} with the sums {sums}"
+        )
+    off_diagonal = 1 - np.eye(num_replicas)
+    taken = np.round(matrices / _UNIT) * _UNIT * off_diagonal
+    own = taken.sum(axis=2)[..., np.newaxis] * np.eye(num_replicas)
+    return taken - own
+
+
+class Neighbours:
+    """Those with whom a replica exchanges vectors, in a sequence of T steps.
+
+    Within one process the replicas exchange by an all-gather, and each reads
+    what its neighbours have sent. Between workers the collectives of a step
+    reach the neighbours only.
+
+    To be created in the scope of the strategy, on all workers alike. All
+    methods are for a replica context.
+
+    Args:
+        steps: For each of the T steps its rounds, as of
+            `MixingTopology.rounds`.
+        weights: Array `[T, N, N]`, what replica i takes of what j sends.
+
+    Raises:
+        ValueError: If a replica takes something of another that it does not
+            meet, or the workers have several replicas each.
+    """
+
+    def __init__(
+        self, steps: Sequence[mixing.Step], weights: np.ndarray
+    ) -> None:
+        self._cluster = topology_lib.Cluster.in_scope()
+        _check_replicas_per_worker(self._cluster)
+        _check_meetings(steps, weights)
+        self._num_steps = len(steps)
+        self._is_emulated = self._cluster.num_workers == 1
+        if self._is_emulated:
+            n = self._cluster.num_replicas
+            everyone = np.broadcast_to(np.arange(n), weights.shape)
+            self._senders, self._weights = everyone, weights
+            return
+        rank = self._cluster.worker
+        self._table = _table(steps, rank)
+        self._senders = self._table.senders[:, np.newaxis]
+        taken = np.take_along_axis(
+            weights[:, rank], self._table.senders, axis=1
+        )
+        self._weights = (taken * self._table.is_first)[:, np.newaxis]
+        num_rounds = len(self._table.others)
+        self._first_key = keras_internals.take_instance_keys(2 * num_rounds)
+
+    def exchange(self, vector: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
+        """Gives this replica what its neighbours send.
+
+        Args:
+            vector: Tensor `[length]` of held words, of the same length on every
+                replica and in every step.
+            number: Scalar integer tensor, the number of steps before, the same
+                on every replica.
+
+        Returns:
+            Tensor `[M, length]`, with the replica's own vector among them.
+        """
+        if self._is_emulated:
+            return collectives.all_gather(vector)
+        if tf.executing_eagerly():
+            raise RuntimeError(
+                "`DecentralizedOptimizer` must be used in a `tf.function` on "
+                "several workers. Received: an eager step, as by `run_eagerly`"
+            )
+        received = watchdog.watched(lambda: self._meet(vector, number))
+        return tf.concat(received, axis=0)
+
+    def weights(self, number: tf.Tensor) -> tf.Tensor:
+        """Returns what this replica takes of each row of `exchange`.
+
+        Args:
+            number: As of `exchange`.
+
+        Returns:
+            float32 tensor `[M]`.
+        """
+        return self._of_replica(self._weights, number, tf.float32)
+
+    def senders(self, number: tf.Tensor) -> tf.Tensor:
+        """Returns the rank of the sender of each row, an int32 tensor `[M]`.
+
+        Args:
+            number: As of `exchange`.
+        """
+        return self._of_replica(self._senders, number, tf.int32)
+
+    def _of_replica(
+        self, table: np.ndarray, number: tf.Tensor, dtype: tf.DType
+    ) -> tf.Tensor:
+        # TensorFlow keeps int32 in the memory of the host anyway.
+        with tf.device("CPU:0"):
+            rank = tf.constant(0)
+            if self._is_emulated:
+                replica = tf.distribute.get_replica_context()
+                rank = tf.convert_to_tensor(replica.replica_id_in_sync_group)
+            place = tf.stack([self._place(number), tf.cast(rank, tf.int32)])
+            return tf.gather_nd(tf.constant(table, dtype), place)
+
+    def _place(self, number: tf.Tensor) -> tf.Tensor:
+        """The step's place in the tables."""
+        return tf.cast(number % self._num_steps, tf.int32)
+
+    def _meet(self, vector: tf.Tensor, number: tf.Tensor) -> list[tf.Tensor]:
+        """The rows that arrive in each round."""
+        with tf.device("CPU:0"):
+            place = self._place(number)
+            parity = tf.cast(number % 2, tf.int32)
+            return [
+                vector[tf.newaxis],
+                *(
+                    self._meet_in_round(vector, r, place, parity)
+                    for r in range(len(self._table.others))
+                ),
+            ]
+
+    def _meet_in_round(
+        self, vector: tf.Tensor, r: int, place: tf.Tensor, parity: tf.Tensor
+    ) -> tf.Tensor:
+        """The rows of the others in the group of one round."""
+        sizes, others = self._table.sizes[:, r], self._table.others[r]
+        size = tf.constant(sizes)[place]
+        group_key = tf.constant(self._table.keys[:, r])[place]
+        # The keys of the step before may still be in use.
+        instance_key = self._first_key + 2 * r + parity
+
+        def meet() -> tf.Tensor:
+            received = keras_internals.exchange_in_group(
+                vector, size, group_key, instance_key
+            )
+            return tf.gather(received, tf.constant(others)[place])
+
+        def stay() -> tf.Tensor:
+            return tf.tile(vector[tf.newaxis], [others.shape[1], 1])
+
+        meets = sizes > 1
+        rows = meet() if meets.all() else tf.cond(size > 1, meet, stay)
+        return tf.ensure_shape(rows, [others.shape[1], *vector.shape])
+
+
+class _Table(NamedTuple):
+    """Those whom one worker meets, in arrays of the T steps.
+
+    What arrives are rows: the worker's own vector, and then those of the others
+    in its group of each round. Where the group is smaller than the largest of
+    that round, or where there is none, the rows that are left repeat another.
+
+    Args:
+        sizes: int32 array `[T, rounds]`, the size of the group, 1 for none.
+        keys: int32 array `[T, rounds]`, the key of the group.
+        others: For each round an int32 array `[T, rows]`, the places of the
+            others in the group.
+        senders: int32 array `[T, M]`, the senders of all rows.
+        is_first: Bool array `[T, M]`, False for a row that repeats another.
+    """
+
+    sizes: np.ndarray
+    keys: np.ndarray
+    others: list[np.ndarray]
+    senders: np.ndarray
+    is_first: np.ndarray
+
+
+def _table(steps: Sequence[mixing.Step], rank: int) -> _Table:
+    """The table of one worker; calls for group keys as all workers do."""
+    num_rounds = max(map(len, steps))
+    padded = [(*step, *((),) * (num_rounds - len(step))) for step in steps]
+    groups = [*itertools.chain(*itertools.chain(*padded))]
+    keys = dict(zip(groups, keras_internals.group_keys(groups), strict=True))
+    own = [
+        [next((g for g in groups if rank in g), (rank,)) for groups in step]
+        for step in padded
+    ]
+    others = []
+    senders = [[rank] for _ in steps]
+    for r, of_round in enumerate(zip(*padded, strict=True)):
+        largest = max(map(len, itertools.chain(*of_round)))
+        places = []
+        for t, step in enumerate(own):
+            group = step[r]
+            found = [i for i, other in enumerate(group) if other != rank]
+            places.append((found + [0] * largest)[: largest - 1])
+            senders[t].extend(group[i] for i in places[-1])
+        others.append(np.array(places, np.int32))
+    return _Table(
+        np.array([[len(g) for g in step] for step in own], np.int32),
+        np.array([[keys.get(g, 0) for g in step] for step in own], np.int32),
+        others,
+        np.array(senders, np.int32),
+        np.array([_are_first(ranks) for ranks in senders]),
+    )
+
+
+def _are_first(values: Sequence[int]) -> list[bool]:
+    """Whether each value comes for the first time."""
+    return [value not in values[:i] for i, value in enumerate(values)]
+
+
+def _check_replicas_per_worker(cluster: topology_lib.Cluster) -> None:
+    if cluster.num_workers > 1 and cluster.replicas_per_worker > 1:
+        raise ValueError(
+            "`DecentralizedOptimizer` must have one replica on each worker, or "
+            "one worker: start a worker for each device. Received: "
+            f"{cluster.num_workers} workers of {cluster.replicas_per_worker} "
+            "replicas each"
+        )
+
+
+def _check_meetings(steps: Sequence[mixing.Step], weights: np.ndarray) -> None:
+    """Raises unless replicas meet all those of whom they take something."""
+    for t, (step, matrix) in enumerate(zip(steps, weights, strict=True)):
+        for r, groups in enumerate(step):
+            ranks = [*itertools.chain(*groups)]
+            if len(set(ranks)) < len(ranks):
+                raise ValueError(
+                    "`rounds` of a topology must have each rank in at most one "
+                    f"group of a round. Received: {groups} as round {r} of "
+                    f"step {t}"
+                )
+        met = {
+            pair
+            for group in itertools.chain(*step)
+            for pair in itertools.permutations(group, 2)
+        }
+        taken = {(int(i), int(j)) for i, j in np.argwhere(matrix) if i != j}
+        if taken - met:
+            raise ValueError(
+                "`rounds` of a topology must let replicas meet whose "
+                "`mixing_matrices` are not 0. Received: no meeting of "
+                f"{sorted(taken - met)} in step {t}"
+            )

@@ -1,0 +1,363 @@
+"""The optimizer of replicas that average their weights with neighbours."""
+
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import MutableMapping
+from collections.abc import Sequence
+from typing import Any
+from typing import ClassVar
+from typing import Never
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tf_regtopk import codecs
+from tf_regtopk import error_feedback as error_feedback_lib
+from tf_regtopk import hyper_parameters
+from tf_regtopk import keras_internals
+from tf_regtopk import sparsifiers
+from tf_regtopk import validation
+from tf_regtopk import version
+from tf_regtopk.distribute import agreement
+from tf_regtopk.distribute import branches
+from tf_regtopk.distribute import mixing
+from tf_regtopk.distribute import mixing_topologies
+from tf_regtopk.distribute import replica_state
+from tf_regtopk.kernels import tracing
+from tf_regtopk.log import logger
+from tf_regtopk.optimizers import averaging
+from tf_regtopk.optimizers import decentralized_checks as checks
+from tf_regtopk.optimizers import wrapper
+from tf_regtopk.saving import saved_config
+from tf_regtopk.saving import saved_state
+from tf_regtopk.steps import flat_buffer
+from tf_regtopk.steps import gossip
+from tf_regtopk.steps import own_gradients
+
+
+@keras.saving.register_keras_serializable(package="tf_regtopk")
+class DecentralizedOptimizer(wrapper.OptimizerWrapper):
+    r"""Wraps a Keras optimizer so that each replica has weights of its own.
+
+    Each step replica i averages its weights with those of its neighbours only,
+    and then takes a step of the inner optimizer with its own gradient. With
+    gamma the `consensus_step_size`:
+
+        a_i    = accumulate(state_i, x_i)
+        sent_i = decode(encode(s_i * a_i))          s_i: the entries selected
+        d_i    = sum over j of (W - I)_ij sent_j    exchange with neighbours
+        x_i    = x_i + gamma aggregate(state_i, d_i)
+        inner optimizer's update of x_i with the gradient of replica i
+
+    `NoFeedback()` makes this D-PSGD, `EF21()` CHOCO-SGD, and `Accumulate()`
+    DeepSqueeze. The gradients are those of the weights before the exchange, and
+    the inner optimizer's clipping, momentum and weight decay are each replica's
+    own. A gradient that holds NaN or infinity counts as zeros (and in
+    `zeroed_gradients`): the replica goes on exchanging, because nobody could
+    tell all others to skip the step.
+
+    While `fit` runs, the weights that Keras saves, evaluates or gives out are
+    those of the first replica, or each replica's own. `averaged` gives all of
+    them the mean, and so does the end of `fit`. What each replica keeps cannot
+    be saved yet: a model that is saved then starts with new slots.
+
+    Args:
+        inner_optimizer: The `keras.optimizers.Optimizer` to wrap, without
+            `use_ema` and without loss scaling.
+        topology: `OnePeerExponential`, `Ring` or another `MixingTopology`: who
+            averages with whom. Defaults to `OnePeerExponential()`.
+        sparsifier: `Dense`, `TopK` or another `Sparsifier` that remembers
+            nothing. Defaults to `Dense()`.
+        codec: `Codec`, how entries are written, in a fixed length. Defaults to
+            `Codec()`, which rounds nothing.
+        error_feedback: `NoFeedback()`, `EF21()` or `Accumulate()`, what becomes
+            of what is not sent or rounded away. `EF21` needs a topology that
+            is the same in all steps. Defaults to `NoFeedback()`.
+        consensus_step_size: Float gamma in (0, 1]. The fewer entries are sent,
+            the smaller it has to be: for Top-k of a tenth about 0.3.
+        communication_period: Integer. The replicas exchange in the first of so
+            many steps; the other steps are each replica's own.
+        average_at_end: Boolean. Whether all replicas have the mean of the
+            weights at the end of `fit`.
+        name: String. The name of the optimizer.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If an argument breaks its rule, or does not go with another.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+    >>> model.compile(
+    ...     optimizer=DecentralizedOptimizer(
+    ...         keras.optimizers.SGD(0.1), mixing_topologies.Ring()),
+    ...     loss="mse")
+    >>> history = model.fit(tf.ones([8, 3]), tf.ones([8, 1]), verbose=0)
+    """
+
+    exchanges_gradients: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        inner_optimizer: keras.optimizers.Optimizer,
+        topology: mixing.MixingTopology | None = None,
+        *,
+        sparsifier: sparsifiers.Sparsifier | None = None,
+        codec: codecs.Codec | None = None,
+        error_feedback: error_feedback_lib.ErrorFeedback | None = None,
+        consensus_step_size: float = 1.0,
+        communication_period: int = 1,
+        average_at_end: bool = True,
+        name: str | None = None,
+        # Arguments of the base class get an error that says where to set them.
+        **kwargs: Never,
+    ) -> None:
+        checks.check_no_base_arguments(kwargs)
+        if topology is None:
+            topology = mixing_topologies.OnePeerExponential()
+        if sparsifier is None:
+            sparsifier = sparsifiers.Dense()
+        if codec is None:
+            codec = codecs.Codec()
+        if error_feedback is None:
+            error_feedback = error_feedback_lib.NoFeedback()
+        checks.check_parts(topology, sparsifier, codec, error_feedback)
+        checks.check_inner_optimizer(inner_optimizer)
+        validation.check_number(
+            "consensus_step_size",
+            consensus_step_size,
+            "in (0, 1]",
+            lambda gamma: 0 < gamma <= 1,
+        )
+        validation.check_integer(
+            "communication_period", communication_period, 1
+        )
+        validation.check_boolean("average_at_end", average_at_end)
+        super().__init__(inner_optimizer, name=name)
+        self.topology = topology
+        self.sparsifier = sparsifier
+        self.codec = codec
+        self.error_feedback = error_feedback
+        self.consensus_step_size = float(consensus_step_size)
+        self.communication_period = int(communication_period)
+        self.average_at_end = average_at_end
+        # The step after which all replicas were given the same weights.
+        self._agreed_at: int | None = None
+
+    def _build(self, variables: Sequence[keras.Variable]) -> None:
+        # First, because new variables of the first worker go to all others.
+        agreement.check(lambda: self._facts(variables))
+        super()._build(variables)
+
+    def _create_state(self, variables: Sequence[keras.Variable]) -> None:
+        self._num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
+        checks.check_constant(
+            self.topology, self.error_feedback, self._num_replicas
+        )
+        self._zeroed = replica_state.ReplicaState(
+            lambda: tf.constant(0, tf.int64)
+        )
+        # A single replica has nobody to exchange with.
+        self._gossip: gossip.Gossip | None = None
+        if self._num_replicas > 1:
+            self._gossip = gossip.Gossip(
+                variables,
+                gossip.Choices(
+                    self.topology,
+                    self.sparsifier,
+                    self.codec,
+                    self.error_feedback,
+                    self.consensus_step_size,
+                ),
+            )
+
+    def _facts(self, variables: Sequence[keras.Variable]) -> dict[str, Any]:
+        """Returns the arguments in which all workers must agree."""
+        config = self.get_config()
+        del config["name"]
+        return {
+            "version": version.__version__,
+            "trainable_variables": [
+                (list(variable.shape), variable.dtype) for variable in variables
+            ],
+            **{
+                name: saved_config.without_names(value)
+                for name, value in config.items()
+            },
+        }
+
+    @tracing.untranslated
+    def apply_if_finite(
+        self,
+        grads: Iterable[flat_buffer.Gradient],
+        trainable_variables: Iterable[keras.Variable] | None = None,
+    ) -> tf.Tensor:
+        """Exchanges weights with neighbours, and applies gradients.
+
+        Returns:
+            Scalar bool tensor, True: no step is skipped.
+        """
+        checks.check_no_loss_scaling(self)
+        return super().apply_if_finite(grads, trainable_variables)
+
+    def _step(
+        self,
+        gradients: Sequence[flat_buffer.Gradient],
+        apply: Callable[[Sequence[flat_buffer.Gradient]], None],
+        skip: Callable[[], None],
+    ) -> tf.Tensor:
+        del skip
+        number = self._iterations.value.read_value()
+        own, is_finite = own_gradients.own_gradients(
+            gradients, self._num_replicas
+        )
+        zeroed = self._zeroed.variables()
+        zeroed.assign_add(tf.cast(~is_finite, zeroed.dtype))
+        if self._gossip is not None:
+            own = self._gossip.average_gradients(own, number)
+            self._mix(number)
+        apply(own)
+        return tf.constant(True)
+
+    def _mix(self, number: tf.Tensor) -> None:
+        """Exchanges weights with neighbours, if it is time to."""
+        assert self._gossip is not None
+        period = self.communication_period
+        if period == 1:
+            self._gossip.mix(number)
+            return
+        with tf.device("CPU:0"):
+            is_time = tf.equal(number % period, 0)
+        branches.call_on_all_replicas(
+            is_time, self._gossip.mix, lambda _: None, (number // period,)
+        )
+
+    @property
+    def zeroed_gradients(self) -> list[int]:
+        """Counts, for each replica of this process, the gradients taken as 0.
+
+        They held NaN or infinity.
+        """
+        validation.check_built(self, "zeroed_gradients")
+        return [int(count) for [count] in self._zeroed.local_arrays()]
+
+    @property
+    def replicas_agree(self) -> bool:
+        """True if all replicas are known to have the same weights."""
+        if not self.built or self._num_replicas == 1:
+            return True
+        return int(self._iterations.numpy()) in (0, self._agreed_at)
+
+    def note_agreement(self, agrees: bool) -> None:
+        """Notes that all replicas were given the same weights, or their own.
+
+        Args:
+            agrees: Boolean.
+        """
+        self._agreed_at = int(self._iterations.numpy()) if agrees else None
+
+    def average_weights(self) -> None:
+        """Gives all replicas the mean of their trainable weights.
+
+        To be called outside of the replicas, on all workers at the same time.
+        (`averaged` does so for a while, with all weights of a model.)
+        """
+        validation.check_built(self, "average_weights")
+        if self._num_replicas > 1:
+            averaging.average(
+                self._trainable_variables, keras_internals.strategy_of(self)
+            )
+        self.note_agreement(True)
+
+    def finalize_variable_values(
+        self, var_list: Sequence[keras.Variable]
+    ) -> None:
+        super().finalize_variable_values(var_list)
+        if not self.built:
+            return
+        if any(self.zeroed_gradients):
+            logger.warning(
+                "Gradients that held NaN or infinity were taken as 0: %s of "
+                "the replicas of this process",
+                self.zeroed_gradients,
+            )
+        if self.average_at_end:
+            self.average_weights()
+
+    def wire_report(self) -> codecs.WireReport:
+        """Returns the bytes that each replica sends per step, to print.
+
+        Raises:
+            ValueError: If the optimizer is not built, or there is a single
+                replica, which sends nothing.
+        """
+        validation.check_built(self, "wire_report")
+        if self._gossip is None:
+            raise ValueError(
+                "`wire_report` must be asked of several replicas. Received: 1"
+            )
+        return self._gossip.wire_report(self.communication_period)
+
+    def save_own_variables(
+        self, store: MutableMapping[str, np.ndarray]
+    ) -> None:
+        if not self.built or self._num_replicas == 1:
+            super().save_own_variables(store)
+            return
+        if not self.replicas_agree:
+            raise checks.cannot_save(self)
+        logger.warning(
+            "What each replica of '%s' keeps is not saved: training will go on "
+            "from the weights with a new optimizer",
+            self.name,
+        )
+
+    def save_state(self) -> saved_state.SavedState:
+        """The state of a single replica, which has none."""
+        if self._num_replicas > 1:
+            raise checks.cannot_resume()
+        return saved_state.SavedState(_LAYOUT, self.moment, 1, {0: []})
+
+    def load_state(self, saved: saved_state.SavedState) -> None:
+        """Loads a `SavedState`, or raises and changes nothing."""
+        saved_state.check_layout(saved.layout, _LAYOUT)
+        self._clear_state()
+
+    def _clear_state(self) -> None:
+        if self._gossip is not None:
+            self._gossip.clear()
+
+    @property
+    def moment(self) -> dict[str, Any]:
+        """Tells steps and runs apart."""
+        if self._num_replicas > 1:
+            raise checks.cannot_resume()
+        return {
+            "step": int(self._iterations.numpy()),
+            "weights": saved_state.checksum(
+                variable.numpy() for variable in self._trainable_variables
+            ),
+        }
+
+    def get_config(self) -> dict[str, Any]:
+        parts = {
+            "topology": self.topology,
+            "sparsifier": self.sparsifier,
+            "codec": self.codec,
+            "error_feedback": self.error_feedback,
+        }
+        hyper_parameters.warn_if_unregistered(*parts.values())
+        return {
+            **super().get_config(),
+            **{
+                name: keras.saving.serialize_keras_object(part)
+                for name, part in parts.items()
+            },
+            "consensus_step_size": self.consensus_step_size,
+            "communication_period": self.communication_period,
+            "average_at_end": self.average_at_end,
+        }
+
+
+_LAYOUT = {"optimizer": "DecentralizedOptimizer"}

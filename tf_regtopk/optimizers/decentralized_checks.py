@@ -1,0 +1,149 @@
+"""Checks of the arguments of `DecentralizedOptimizer`."""
+
+from collections.abc import Mapping
+from typing import Any
+import warnings
+
+import keras
+import tensorflow as tf
+
+from tf_regtopk import codecs
+from tf_regtopk import error_feedback as error_feedback_lib
+from tf_regtopk import sparsifiers
+from tf_regtopk import validation
+from tf_regtopk.distribute import mixing
+
+_RULES = (
+    error_feedback_lib.NoFeedback(),
+    error_feedback_lib.EF21(),
+    error_feedback_lib.Accumulate(),
+)
+
+
+def check_no_base_arguments(arguments: Mapping[str, Any]) -> None:
+    """Raises if arguments that belong elsewhere were given."""
+    if "accumulation_steps" in arguments:
+        raise ValueError(
+            "`accumulation_steps` must be `communication_period`: between two "
+            "exchanges each replica takes steps of its own. Received: "
+            f"accumulation_steps={arguments['accumulation_steps']!r}"
+        )
+    validation.check_no_base_arguments(arguments)
+
+
+def check_inner_optimizer(inner_optimizer: Any) -> None:
+    """Raises if the inner optimizer has what replicas must have in common."""
+    parts = (inner_optimizer, *getattr(inner_optimizer, "optimizers", ()))
+    for part in parts:
+        if getattr(part, "gradient_accumulation_steps", None):
+            raise ValueError(
+                "`inner_optimizer` must have no `gradient_accumulation_steps`: "
+                "between two exchanges each replica takes steps of its own, as "
+                "many as `communication_period` says. Received: "
+                "gradient_accumulation_steps="
+                f"{part.gradient_accumulation_steps}"
+            )
+        if getattr(part, "use_ema", False):
+            raise ValueError(
+                "`inner_optimizer` must have no `use_ema`, because Keras would "
+                "give all replicas the moving average of the first one. "
+                "Received: use_ema=True"
+            )
+
+
+def check_parts(
+    topology: Any, sparsifier: Any, codec: Any, error_feedback: Any
+) -> None:
+    """Raises unless all parts are of the right type and go together."""
+    validation.check_instance(
+        "topology", topology, mixing.MixingTopology, "Ring()"
+    )
+    validation.check_instance(
+        "sparsifier", sparsifier, sparsifiers.Sparsifier, "TopK(density=0.1)"
+    )
+    validation.check_instance(
+        "codec", codec, codecs.Codec, 'Codec(values="uniform")'
+    )
+    validation.check_instance(
+        "error_feedback",
+        error_feedback,
+        error_feedback_lib.ErrorFeedback,
+        "EF21()",
+    )
+    if error_feedback not in _RULES:
+        raise ValueError(
+            "`error_feedback` must be `NoFeedback()`, `EF21()` or "
+            "`Accumulate()` with their defaults, because other rules are for "
+            "gradients, and here replicas send weights. Received: "
+            f"error_feedback={error_feedback!r}"
+        )
+    if sparsifier.initial_memory(1, 2, tf.float32):
+        raise ValueError(
+            "`sparsifier` must be one that remembers nothing, such as `TopK`, "
+            "because replicas get no sum to remember. Received: "
+            f"sparsifier={sparsifier!r}"
+        )
+    if codec.payload(k=1, size=2).is_variable:
+        raise ValueError(
+            "`codec` must write indices in a fixed length, which neighbours "
+            f'know. Received: indices="{codec.indices}"'
+        )
+    values = codec.payload(k=1, size=2).values
+    is_lossless = isinstance(sparsifier, sparsifiers.Dense) and isinstance(
+        values, codecs.Float32
+    )
+    if error_feedback == error_feedback_lib.NoFeedback() and not is_lossless:
+        warnings.warn(
+            "Replicas that send some of their weights, or round them, should "
+            "have `error_feedback=Accumulate()` or `EF21()`: without it they "
+            f"never agree. Received: {sparsifier=}, {codec=}, "
+            f"{error_feedback=}",
+            stacklevel=3,
+        )
+
+
+def check_constant(
+    topology: mixing.MixingTopology,
+    error_feedback: error_feedback_lib.ErrorFeedback,
+    num_replicas: int,
+) -> None:
+    """Raises if `EF21` is to follow neighbours that change."""
+    num_steps = len(topology.rounds(num_replicas))
+    if isinstance(error_feedback, error_feedback_lib.EF21) and num_steps > 1:
+        raise ValueError(
+            "`error_feedback=EF21()` must go with a topology that is the same "
+            "in all steps, such as `Ring()`, because it adds up what the same "
+            "neighbours have sent. Use `Accumulate()` for others. Received: "
+            f"topology={topology!r}, of {num_steps} different steps"
+        )
+
+
+def check_no_loss_scaling(optimizer: Any) -> None:
+    """Raises if the loss is scaled, by a scale that replicas have in common."""
+    if optimizer.expects_skips or optimizer.is_scaled_locally:
+        raise ValueError(
+            "`DecentralizedOptimizer` must go without a `LossScaleOptimizer` "
+            "(which `compile` adds under `mixed_float16`), because no replica "
+            "hears of an overflow on all others: use `mixed_bfloat16` or "
+            "float32. Received: a scaled loss"
+        )
+
+
+def cannot_save(optimizer: keras.optimizers.Optimizer) -> ValueError:
+    """The error of saving when replicas have weights of their own."""
+    return ValueError(
+        "A model whose replicas have weights of their own must be saved in "
+        "`with tf_regtopk.averaged(model):`, or after a `fit` with "
+        "`average_at_end`, because else a file would hold the weights of one "
+        f"replica. Received: {optimizer.name!r} between two averages"
+    )
+
+
+def cannot_resume() -> ValueError:
+    """The error of saving all that each replica keeps."""
+    return ValueError(
+        "`DecentralizedOptimizer` cannot save what each replica keeps, as "
+        "`Backup` and `tf.train.Checkpoint` are to do. Save the model in `with "
+        "tf_regtopk.averaged(model):` by `model.save` instead. Received: "
+        "several replicas"
+    )

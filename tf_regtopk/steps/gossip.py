@@ -1,0 +1,202 @@
+"""The variables that replicas average with neighbours, and what that keeps."""
+
+from collections.abc import Sequence
+import dataclasses
+import itertools
+from typing import NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tf_regtopk import codecs
+from tf_regtopk import error_feedback as error_feedback_lib
+from tf_regtopk import selection
+from tf_regtopk import sparsifiers
+from tf_regtopk.codecs import wire_report
+from tf_regtopk.distribute import mixing
+from tf_regtopk.distribute import neighbours
+from tf_regtopk.distribute import replica_state
+from tf_regtopk.distribute import topology as topology_lib
+from tf_regtopk.steps import flat_buffer
+from tf_regtopk.steps import gossip_round
+from tf_regtopk.steps import gossip_step
+from tf_regtopk.steps import round as round_lib
+from tf_regtopk.steps import variable_rules
+
+
+class Choices(NamedTuple):
+    """The parts of an exchange with neighbours that the user has chosen.
+
+    Args:
+        topology: `MixingTopology`.
+        sparsifier: `Sparsifier` that remembers nothing.
+        codec: `Codec`.
+        error_feedback: `ErrorFeedback`.
+        consensus_step_size: Float gamma.
+    """
+
+    topology: mixing.MixingTopology
+    sparsifier: sparsifiers.Sparsifier
+    codec: codecs.Codec
+    error_feedback: error_feedback_lib.ErrorFeedback
+    consensus_step_size: float
+
+
+class Gossip:
+    """Averages the weights of replicas with those of their neighbours.
+
+    To be created in the scope of the strategy, with several replicas, on all
+    workers alike. `mix` and `average_gradients` are for a replica context.
+
+    Args:
+        variables: List of the trainable variables.
+        choices: `Choices`.
+    """
+
+    def __init__(
+        self, variables: Sequence[keras.Variable], choices: Choices
+    ) -> None:
+        self._choices = choices
+        # A variable of which the next value is a "gradient" is no summand.
+        self._is_mixed = [*map(variable_rules.can_be_summed, variables)]
+        self._variables = [*itertools.compress(variables, self._is_mixed)]
+        self._buffer = flat_buffer.FlatBuffer.for_variables(self._variables)
+        self._participants = topology_lib.Participants(choices.topology)
+        size, n = self._buffer.size, self._participants.count
+        steps = choices.topology.rounds(n)
+        k = choices.sparsifier.num_selected(size)
+        self._payload_codec = choices.codec.payload(k, size, self._buffer.dtype)
+        self._step = gossip_step.GossipStep(
+            self._buffer,
+            round_lib.Method(
+                choices.sparsifier,
+                choices.error_feedback,
+                self._payload_codec,
+                (selection.Group(size, k),),
+            ),
+            neighbours.Neighbours(
+                steps, neighbours.differences(choices.topology, n)
+            ),
+            choices.consensus_step_size,
+            n,
+        )
+        self._state = replica_state.ReplicaState(self._initial)
+        self._cliques = _Cliques(choices.topology.gradient_groups(n), n)
+
+    def mix(self, number: tf.Tensor) -> None:
+        """Moves the weights of this replica towards those of its neighbours.
+
+        Args:
+            number: Scalar integer tensor, the number of exchanges before, the
+                same on every replica.
+        """
+        strategy = tf.distribute.get_strategy()
+        local = [
+            replica_state.local_part(variable, strategy)
+            for variable in self._variables
+        ]
+        moves = self._step.moves(
+            [part.read_value() for part in local],
+            self._state.variables(),
+            number,
+        )
+        for part, move in zip(local, moves, strict=True):
+            part.assign_add(move)
+
+    def average_gradients(
+        self, gradients: Sequence[flat_buffer.Gradient], number: tf.Tensor
+    ) -> list[flat_buffer.Gradient]:
+        """Returns the means of gradients over a clique, if there are cliques.
+
+        Args:
+            gradients: One gradient of this replica for each variable, or None,
+                where it is None on all replicas.
+            number: As of `mix`.
+        """
+        if not self._cliques:
+            return [*gradients]
+        mixed = [*itertools.compress(gradients, self._is_mixed)]
+        vectors = self._buffer.vectors(self._buffer.densify(mixed))
+        mean = self._cliques.mean(tf.concat(vectors, axis=0), number)
+        means = iter(self._buffer.split(mean))
+        averaged = [
+            next(means) if is_mixed else gradient
+            for is_mixed, gradient in zip(
+                self._is_mixed, gradients, strict=True
+            )
+        ]
+        return [
+            None if gradient is None else mean
+            for gradient, mean in zip(gradients, averaged, strict=True)
+        ]
+
+    def clear(self) -> None:
+        """Starts as if new, with the weights that the variables have."""
+        arrays = [*itertools.chain(*self._state.initial_arrays())]
+        self._state.assign_local([arrays] * len(self._state.replicas))
+
+    def wire_report(self, communication_period: int) -> codecs.WireReport:
+        """Returns the bytes that each replica sends per step, on average.
+
+        Args:
+            communication_period: Number of steps for one exchange.
+        """
+        report = wire_report.report(
+            self._payload_codec, self._variables, (), self._participants
+        )
+        of_gradients = (
+            self._cliques.messages * self._buffer.size * self._buffer.dtype.size
+        )
+        return dataclasses.replace(
+            report,
+            sent_bytes=round(
+                report.sent_bytes / communication_period + of_gradients
+            ),
+        )
+
+    def _initial(self) -> round_lib.State:
+        x = self._buffer.vectors(
+            [tf.convert_to_tensor(variable) for variable in self._variables]
+        )
+        return gossip_round.initial(
+            self._choices.error_feedback, tf.concat(x, axis=0)
+        )
+
+
+class _Cliques:
+    """The groups whose replicas take the mean of their gradients.
+
+    Args:
+        groups: Groups of ranks. There may be none.
+        num_replicas: N.
+    """
+
+    def __init__(self, groups: mixing.Round, num_replicas: int) -> None:
+        self._groups = groups
+        self.messages = (
+            sum(len(g) * (len(g) - 1) for g in groups) / num_replicas
+        )
+        if groups:
+            weights = np.eye(num_replicas)
+            for group in groups:
+                weights[np.ix_(group, group)] = 1 / len(group)
+            self._neighbours = neighbours.Neighbours(
+                [(groups,)], weights[np.newaxis]
+            )
+
+    def __bool__(self) -> bool:
+        return bool(self._groups)
+
+    def mean(self, gradient: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
+        """The mean of flat gradients over the clique of this replica."""
+        dtype = gradient.dtype
+        # Words are what is exchanged; a float64 has two.
+        held = tf.reshape(tf.bitcast(gradient, tf.float32), [-1])
+        received = self._neighbours.exchange(held, number)
+        if dtype == tf.float64:
+            received = tf.reshape(received, [received.shape[0], -1, 2])
+        weights = tf.cast(self._neighbours.weights(number), dtype)
+        return tf.linalg.matvec(
+            tf.bitcast(received, dtype), weights, transpose_a=True
+        )

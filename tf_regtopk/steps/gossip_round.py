@@ -1,0 +1,114 @@
+r"""A step of decentralised training on one replica, as pure functions.
+
+Replica i sends of its weights x_i what it would send of a gradient, and moves
+towards those of its neighbours:
+
+    payload, sent_i = round.send(method, x_i, state_i, step)
+    d_i             = sum over j of (W - I)_ij sent_j         disagreement
+    x_i            += gamma aggregate(state_i, d_i)           mix
+
+The rule of error feedback names the method:
+
+    NoFeedback      x_i += gamma sum of (W - I)_ij sent_j     D-PSGD
+    EF21            sent_i = C(x_i - h_i),  h_i += sent_i     CHOCO-SGD
+                    x_i += gamma sum of (W - I)_ij h_j
+    Accumulate      sent_i = C(x_i + e_i),  e_i = what C has left out
+                    x_i += gamma sum of (W - I)_ij sent_j     DeepSqueeze
+
+Sources: Lian et al., "Can Decentralized Algorithms Outperform Centralized
+Algorithms?" (2017); Koloskova, Stich, Jaggi, "Decentralized Stochastic
+Optimization and Gossip Algorithms with Compressed Communication" (2019); Tang
+et al., "DeepSqueeze" (2019).
+"""
+
+import tensorflow as tf
+
+from tf_regtopk import error_feedback as error_feedback_lib
+from tf_regtopk.kernels import scatter_sum
+from tf_regtopk.steps import round as round_lib
+
+
+def initial(
+    error_feedback: error_feedback_lib.ErrorFeedback, x: tf.Tensor
+) -> round_lib.State:
+    """Returns the state of a replica before the first step.
+
+    Args:
+        error_feedback: `NoFeedback`, `EF21` or `Accumulate`, as they are by
+            default.
+        x: Float tensor `[J]`, the weights that all replicas start with.
+
+    Returns:
+        `round.State`. What the neighbours know of x, the h of `EF21`, is x.
+
+    Example:
+
+    >>> state = initial(error_feedback_lib.EF21(), tf.constant([1.0, 2.0]))
+    >>> state.local[0].numpy(), state.shared[0].numpy()
+    (array([1., 2.], dtype=float32), array([0., 0.], dtype=float32))
+    """
+    local = error_feedback.initial_local(x.shape[0], x.dtype)
+    if isinstance(error_feedback, error_feedback_lib.EF21):
+        local = (x, *local[1:])
+    return round_lib.State(
+        local, error_feedback.initial_shared(x.shape[0], x.dtype)
+    )
+
+
+def disagreement(
+    indices: tf.Tensor, values: tf.Tensor, weights: tf.Tensor, size: int
+) -> tf.Tensor:
+    """Returns `d = sum over j of (W - I)_ij sent_j`.
+
+    Args:
+        indices: Tensor `[M, k]` of int32 or of held words, the entries that
+            replica i and its neighbours have sent; not read if k = J.
+        values: Float tensor `[M, k]`.
+        weights: Float tensor `[M]`, the entries of row i of W - I.
+        size: J.
+
+    Returns:
+        Float tensor `[J]`.
+
+    Example:
+
+    >>> indices = tf.constant([[0, 2], [0, 1]])
+    >>> values = tf.constant([[1.0, 2.0], [3.0, 4.0]])
+    >>> disagreement(indices, values, tf.constant([-0.5, 0.5]), 3).numpy()
+    array([ 1.,  2., -1.], dtype=float32)
+    """
+    weights = tf.cast(weights, values.dtype)
+    return scatter_sum.sum_entries(
+        indices, values * weights[:, tf.newaxis], size
+    )
+
+
+def mix(
+    method: round_lib.Method,
+    consensus_step_size: float,
+    d: tf.Tensor,
+    sent: round_lib.Sent,
+    state: round_lib.State,
+    step: error_feedback_lib.Step,
+) -> tuple[tf.Tensor, round_lib.State]:
+    """Moves a replica towards its neighbours.
+
+    Args:
+        method: `round.Method`.
+        consensus_step_size: Float gamma.
+        d: Float tensor `[J]`, from `disagreement`.
+        sent: `round.Sent`, from `round.send` of the weights.
+        state: `round.State` before the step.
+        step: `Step`.
+
+    Returns:
+        `(move, state)`: a float tensor `[J]`, what is to be added to x, and the
+        `round.State` after the step. Tensors that stay as they are are the same
+        objects.
+    """
+    aggregate, shared = round_lib.aggregate(method, d, state.shared, step)
+    local, memory = round_lib.settle(method, sent, state.memory, d, step)
+    return (
+        tf.cast(consensus_step_size, d.dtype) * aggregate,
+        round_lib.State(local, shared, memory),
+    )

@@ -1,0 +1,53 @@
+"""The gradients of a replica's own loss."""
+
+from collections.abc import Callable
+from collections.abc import Sequence
+
+import tensorflow as tf
+
+from tf_regtopk.steps import finiteness
+from tf_regtopk.steps import flat_buffer
+
+
+def own_gradients(
+    gradients: Sequence[flat_buffer.Gradient], num_replicas: int
+) -> tuple[list[flat_buffer.Gradient], tf.Tensor]:
+    """Returns the gradients of this replica's own loss; zeros if not finite.
+
+        N g, as Keras divides the loss by the number N of replicas
+
+    Args:
+        gradients: List of gradients g of the divided loss, or None.
+        num_replicas: N.
+
+    Returns:
+        `(gradients, is_finite)`: a list like that given, and a scalar bool
+        tensor, False if some number was NaN or infinite, and all are 0 now.
+
+    Example:
+
+    >>> gradients = [tf.constant([1.0, 2.0]), None]
+    >>> (first, _), is_finite = own_gradients(gradients, 2)
+    >>> first.numpy(), bool(is_finite)
+    (array([2., 4.], dtype=float32), True)
+    >>> (first, _), is_finite = own_gradients(
+    ...     [tf.constant([1.0, float("nan")]), None], 2)
+    >>> first.numpy(), bool(is_finite)
+    (array([0., 0.], dtype=float32), False)
+    """
+    scaled = [_map(g, lambda values: values * num_replicas) for g in gradients]
+    is_finite = finiteness.are_finite([g for g in scaled if g is not None])
+    return [
+        _map(g, lambda values: tf.where(is_finite, values, 0)) for g in scaled
+    ], is_finite
+
+
+def _map(
+    gradient: flat_buffer.Gradient, function: Callable[[tf.Tensor], tf.Tensor]
+) -> flat_buffer.Gradient:
+    """A gradient whose values are those that a function returns."""
+    if isinstance(gradient, tf.IndexedSlices):
+        return tf.IndexedSlices(
+            function(gradient.values), gradient.indices, gradient.dense_shape
+        )
+    return None if gradient is None else function(gradient)
