@@ -56,8 +56,8 @@ def load_data():
     )
 
 
-def global_batches(x, y, batch_size, epochs):
-    """Makes the batches of some epochs, of which each worker takes its part.
+def global_batches(x, y, batch_size, first_epoch):
+    """Makes batches from an epoch on, of which each worker takes its part.
 
     The order of an epoch depends on its number alone. So the order is the same
     on every worker, and the same when training goes on after a break.
@@ -76,8 +76,8 @@ def global_batches(x, y, batch_size, epochs):
     options.experimental_distribute.auto_shard_policy = (
         tf.data.experimental.AutoShardPolicy.DATA
     )
-    numbers = tf.data.Dataset.range(epochs.start, epochs.stop)
-    return numbers.flat_map(images_of).batch(batch_size).with_options(options)
+    epochs = tf.data.Dataset.counter(first_epoch)
+    return epochs.flat_map(images_of).batch(batch_size).with_options(options)
 
 
 def batch_size_and_learning_rate(num_workers, args):
@@ -111,9 +111,8 @@ def train(strategy, data, args):
         f"{num_workers} replicas, {batch_size} images per step, learning rate "
         f"{rate:g}"
     )
-    epochs = range(first_epoch, args.epochs)
     history = model.fit(
-        global_batches(x_train, y_train, batch_size, epochs),
+        global_batches(x_train, y_train, batch_size, first_epoch),
         validation_data=(x_test, y_test),
         validation_batch_size=batch_size,
         initial_epoch=first_epoch,

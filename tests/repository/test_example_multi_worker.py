@@ -155,21 +155,33 @@ def test_batch_size_and_learning_rate_of_three_workers(flags, expected):
     np.testing.assert_allclose(found, expected)
 
 
+def test_a_loss_after_the_last_epoch(mirrored, tmp_path):
+    """There is nothing left to train, and the results are still written."""
+    args = make_args(epochs=1, output_dir=str(tmp_path))
+    data = multi_worker.load_data()
+    first, again = (
+        multi_worker.train(mirrored(2), data, args)[2] for _ in range(2)
+    )
+    assert again["first_epoch"] == 1 and again["history"] == {}
+    assert again["final"] == first["final"]
+
+
 def test_replicas_see_different_images(mirrored):
     strategy = mirrored(2)
     ids = np.arange(43)
 
-    def parts_of(epochs):
-        dataset = multi_worker.global_batches(ids, ids, 8, epochs)
+    def parts_of(first_epoch, num_steps):
+        dataset = multi_worker.global_batches(ids, ids, 8, first_epoch)
+        dataset = dataset.take(num_steps)
         return [
             [part.numpy() for part in strategy.experimental_local_results(x)]
             for x, _ in strategy.experimental_distribute_dataset(dataset)
         ]
 
-    parts = parts_of(range(2))
+    parts = parts_of(0, 10)
     assert np.shape(parts) == (10, 2, 4)
     for epoch in (parts[:5], parts[5:]):
         assert len(np.unique(epoch)) == 40
     assert not np.array_equal(parts[:5], parts[5:])
     # After a break it goes on in the same order.
-    np.testing.assert_array_equal(parts_of(range(1, 2)), parts[5:])
+    np.testing.assert_array_equal(parts_of(1, 5), parts[5:])
