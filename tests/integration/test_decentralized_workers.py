@@ -6,16 +6,23 @@ import numpy as np
 import pytest
 
 N = decentralized_program.N
+# Groups of two, groups that differ in size, and entries.
+QUICK = ("one peer", "cliques", "choco")
 
 
-@pytest.fixture(scope="module")
-def workers(tmp_path_factory):
-    """What each of four workers found."""
+@pytest.fixture(
+    scope="module",
+    params=["quick", pytest.param("all", marks=pytest.mark.slow)],
+)
+def workers(request, tmp_path_factory):
+    """What each of four workers found, in few or in all of the cases."""
+    cases = {"quick": QUICK, "all": decentralized_program.CASES}[request.param]
     return multi_worker_launcher.run_workers(
         decentralized_program.__file__,
         num_workers=N,
         directory=tmp_path_factory.mktemp("decentralized"),
         timeout=500,
+        args=[*cases],
     )
 
 
@@ -29,14 +36,17 @@ def of_all(workers, *names):
     return np.concatenate(found, axis=1)
 
 
-@pytest.mark.parametrize("case", decentralized_program.CASES)
-def test_workers_are_replicas_of_one_process(case, workers, mirrored):
-    kwargs = decentralized_program.CASES[case]
-    expected = decentralized_program.train(mirrored(N), **kwargs)
-    actual = of_all(workers, "cases", case)
-    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
-    # The replicas have weights of their own.
-    assert np.abs(actual - actual[:, :1]).max() > 1e-2
+def test_workers_are_replicas_of_one_process(workers, mirrored):
+    assert {*workers[0]["cases"]} >= {*QUICK}
+    for case in workers[0]["cases"]:
+        kwargs = decentralized_program.CASES[case]
+        expected = decentralized_program.train(mirrored(N), **kwargs)
+        actual = of_all(workers, "cases", case)
+        np.testing.assert_allclose(
+            actual, expected, rtol=1e-5, atol=1e-5, err_msg=case
+        )
+        # The replicas have weights of their own.
+        assert np.abs(actual - actual[:, :1]).max() > 1e-2, case
 
 
 def test_workers_average_gradients_of_64_bits(workers, mirrored):

@@ -215,7 +215,7 @@ def wait_for_a_lost_worker(strategy):
     return None
 
 
-def main(result_path):
+def main(result_path, *cases):
     # As in `logical_devices.py`.
     tf.data.experimental.enable_debug_mode()
     strategy = tf_regtopk.MultiWorkerMirroredStrategy(timeout_seconds=60)
@@ -228,9 +228,7 @@ def main(result_path):
         eager = str(error)
     result = {
         "eager": eager,
-        "cases": {
-            name: train(strategy, **kwargs) for name, kwargs in CASES.items()
-        },
+        "cases": {case: train(strategy, **CASES[case]) for case in cases},
         "float64": train(
             strategy, dtype="float64", **CASES["clique gradients"]
         ),
@@ -250,4 +248,4 @@ def main(result_path):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
