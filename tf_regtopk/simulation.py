@@ -346,14 +346,17 @@ class SparseDescent(NamedTuple):
     def _payload_codec(
         self, k: int, size: int, dtype: tf.DType
     ) -> codecs.PayloadCodec | codecs.ScatteredCodec:
-        if not isinstance(self.topology, reduce_scatter.ReduceScatter):
+        topology = self.topology
+        if self.num_workers == 1 or not isinstance(
+            topology, reduce_scatter.ReduceScatter
+        ):
             return self.codec.payload(k, size, dtype)
         return codecs.ScatteredCodec.of(
             self.codec,
             ownership.Ownership(size, self.num_workers),
             k,
-            self.topology.capacity,
-            self.topology.keep,
+            topology.capacity,
+            topology.keep,
             dtype,
         )
 
@@ -383,16 +386,16 @@ class SparseDescent(NamedTuple):
                 sent.indices, sent.values, codec.size
             )
             return total, tf.reduce_sum(tf.abs(sent.values)), (), None
-        n, number = self.num_workers, codec.back.k
+        n, number = self.num_workers, codec.to_all.k
         # What each owner receives.
         received = tf.transpose(
-            tf.reshape(payloads, [n, n, codec.there.num_words]), [1, 0, 2]
+            tf.reshape(payloads, [n, n, codec.num_words_to_owner]), [1, 0, 2]
         )
         payloads, kept = tf.map_fn(
-            lambda of_owner: codec.reduce(of_owner[1], (t, of_owner[0])),
-            (tf.range(n), received),
+            lambda of_owner: codec.reduce(of_owner, t),
+            received,
             fn_output_signature=(
-                tf.TensorSpec([codec.num_words_back], tf.int32),
+                tf.TensorSpec([codec.num_words_to_all], tf.int32),
                 scattered.Kept(
                     tf.TensorSpec([number], tf.int32),
                     tf.TensorSpec([number], codec.dtype),
@@ -404,7 +407,7 @@ class SparseDescent(NamedTuple):
         facts = codec.facts(payloads)
         return (
             scatter_sum.sum_entries(indices, values, codec.size),
-            tf.cast(facts.sent, codec.dtype),
+            tf.cast(facts.magnitudes, codec.dtype),
             round_lib.TakenOver(kept.indices, kept.error),
             tf.cast(facts.num_accepted, codec.dtype) / (n * codec.size),
         )

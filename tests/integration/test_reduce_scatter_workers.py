@@ -33,6 +33,7 @@ def test_workers_are_replicas_of_one_process(workers, mirrored):
         exchange_program.gradients(n),
         "shift",
         topology=reduce_scatter_program.TOPOLOGIES["reduce_scatter"],
+        codec=reduce_scatter_program.CODEC,
     )
     for result in results:
         assert result["weights"] == results[0]["weights"]

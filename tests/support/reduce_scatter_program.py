@@ -12,6 +12,8 @@ TOPOLOGIES = {
     "reduce_scatter": tf_regtopk.ReduceScatter(),
     "all_gather": tf_regtopk.AllGather(),
 }
+# The owner of an entry keeps what this rounds off.
+CODEC = tf_regtopk.Codec(values="natural")
 
 
 def main(result_path):
@@ -22,7 +24,7 @@ def main(result_path):
     for name, topology in TOPOLOGIES.items():
         if name == "reduce_scatter":
             result["weights"], _ = exchange_program.train(
-                strategy, g, "shift", topology=topology
+                strategy, g, "shift", topology=topology, codec=CODEC
             )
         result["bytes"][name] = exchange_program.bytes_a_step(
             strategy, num_steps=20, num_workers=n, topology=topology

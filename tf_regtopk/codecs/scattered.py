@@ -1,13 +1,17 @@
 r"""Payloads of entries that are summed by their owners.
 
-    there   each participant sends each owner its entries of the owner's share
-    sums    an owner sums them, and keeps the largest
-    back    each owner sends the sums that it keeps to all
+    to_owner    each participant sends each owner its entries of the owner's
+                share
+    reduce      an owner sums them, and keeps the largest sums
+    to_all      each owner sends the sums that it keeps to all
 
-Both ways the lengths are fixed: `capacity` entries from a participant to an
-owner, `keep` sums from an owner. Entries that are fewer are followed by
-fillers, at positions behind the owner's share, with values that change no
-bucket of a value codec much: those of the entries, again from the first.
+Both ways the lengths are fixed. Where there are fewer entries, fillers follow,
+at positions behind the owner's share. Their values repeat those of the entries,
+so that the scale of a bucket stays about the same.
+
+TensorFlow puts the members of a collective into an order of its own: among
+workers task 10 comes before task 2. So all that is sent begins with the number
+of the owner, and nobody relies on the order of rows.
 """
 
 import dataclasses
@@ -25,8 +29,8 @@ from tf_regtopk.kernels import ownership as ownership_lib
 from tf_regtopk.kernels import ranges
 from tf_regtopk.kernels import scatter_sum
 
-# Words that an owner sends in front of the sums.
-NUM_FACTS = 2
+# Words that an owner sends in front of the sums: its number, and `Facts`.
+NUM_FACTS = 3
 _NOT_VALID = -1
 
 
@@ -36,7 +40,7 @@ class Kept(NamedTuple):
     Args:
         indices: int32 tensor `[keep]`, the entries, each once.
         error: Float tensor `[keep]`, their sums minus what all participants
-            decode; 0 where nothing is decoded.
+            decode; 0 where a sum is not sent.
         sums: Float tensor `[keep]`, their sums; the largest sum among them.
     """
 
@@ -51,11 +55,11 @@ class Facts(NamedTuple):
     Args:
         num_accepted: Float scalar, the number of entries, of all participants,
             of which the sum was kept.
-        sent: Float scalar, the sum of the magnitudes of all entries sent.
+        magnitudes: Float scalar, the sum of the magnitudes of these entries.
     """
 
     num_accepted: tf.Tensor
-    sent: tf.Tensor
+    magnitudes: tf.Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,14 +71,14 @@ class ScatteredCodec:
     Args:
         ownership: `Ownership` of J entries by N owners.
         k: Number of entries that a participant selects.
-        there: `PayloadCodec` of the `capacity` entries for an owner.
-        back: `PayloadCodec` of the `keep` sums of an owner.
+        to_owner: `PayloadCodec` of the `capacity` entries for an owner.
+        to_all: `PayloadCodec` of the `keep` sums of an owner.
     """
 
     ownership: ownership_lib.Ownership
     k: int
-    there: payload_lib.PayloadCodec
-    back: payload_lib.PayloadCodec
+    to_owner: payload_lib.PayloadCodec
+    to_all: payload_lib.PayloadCodec
 
     @classmethod
     def of(
@@ -96,16 +100,26 @@ class ScatteredCodec:
                 of k / N.
             keep: The most sums that an owner keeps, in units of k / N.
             dtype: Float dtype of the values.
+
+        Raises:
+            ValueError: If there are too many entries for int32.
         """
         share, n = ownership.share, ownership.num_owners
-        num_there = min(math.ceil(capacity * k / n), share, k)
-        num_back = min(math.ceil(keep * k / n), share, n * num_there)
+        if n * (share + 1) >= 2**31:
+            raise ValueError(
+                "`topology` must be another one than `ReduceScatter` for so "
+                "many entries, because positions behind the last must be "
+                f"int32. Received: {ownership.size} entries"
+            )
+        to_owner = min(math.ceil(min(capacity, n) * k / n), share, k)
+        most = n * to_owner
+        to_all = min(math.ceil(min(keep, most) * k / n), share, most)
         return cls(
             ownership,
             k,
             # Behind the share there is a position for each filler.
-            codec.payload(num_there, share + num_there, dtype),
-            codec.payload(num_back, share + num_back, dtype),
+            codec.payload(to_owner, share + to_owner, dtype),
+            codec.payload(to_all, share + to_all, dtype),
         )
 
     @property
@@ -116,7 +130,12 @@ class ScatteredCodec:
     @property
     def num_words(self) -> int:
         """Number of words of the payloads for all owners."""
-        return self.ownership.num_owners * self.there.num_words
+        return self.ownership.num_owners * self.num_words_to_owner
+
+    @property
+    def num_words_to_owner(self) -> int:
+        """Number of words that a participant sends to an owner."""
+        return 1 + self.to_owner.num_words
 
     @property
     def is_variable(self) -> bool:
@@ -126,7 +145,7 @@ class ScatteredCodec:
     @property
     def dtype(self) -> tf.DType:
         """Dtype of the values."""
-        return self.there.dtype
+        return self.to_owner.dtype
 
     def encode(
         self, indices: tf.Tensor, values: tf.Tensor, stream: value_codecs.Stream
@@ -142,15 +161,17 @@ class ScatteredCodec:
             stream: `(step, rank)`, scalar integers.
 
         Returns:
-            `(payloads, sent)`: an int32 tensor `[N * words]`, and the values
-            that the owners decode, `[k]`, 0 for what is left out.
+            `(payloads, sent)`: an int32 tensor `[num_words]`, the payloads
+            for all owners in turn, and the values that the owners decode,
+            `[k]`, 0 for what is left out.
         """
         step, rank = stream
-        n, capacity = self.ownership.num_owners, self.there.indices.k
+        n, capacity = self.ownership.num_owners, self.to_owner.indices.k
         owners, positions = self.ownership.of(indices)
         places, counts = ownership_lib.grouped(owners, n)
-        # Of too many the sent ones are a run that starts anywhere, and goes on
-        # from the first after the last. They are counted from the lowest.
+        # Of too many entries a run is sent that starts anywhere, and goes on
+        # with the first after the last. `number` counts the run in the order of
+        # the entries, because positions must rise.
         number = ranges.range_from(ranges.opaque_zero(indices[0]), capacity)
         start = self._start(step, rank) % tf.maximum(counts, 1)
         start = tf.where(counts > capacity, start, 0)[:, tf.newaxis]
@@ -165,43 +186,47 @@ class ScatteredCodec:
             places, tf.minimum(starts[:, tf.newaxis] + number, self.k - 1)
         )
         payloads, decoded = tf.map_fn(
-            lambda row: self.there.encode(row[0], row[1], (step, row[2])),
+            lambda row: self.to_owner.encode(
+                row[0], row[1], (step, self._stream(rank * n + row[2]))
+            ),
             (
                 self._with_fillers(tf.gather(positions, place), is_used),
                 tf.where(counts_of > 0, tf.gather(values, place), 0.0),
-                # Stochastic rounding differs from pair to pair.
-                rank * n + ranges.range_from(ranges.opaque_zero(rank), n),
+                ranges.range_from(ranges.opaque_zero(rank), n),
             ),
             fn_output_signature=(
-                tf.TensorSpec([self.there.num_words], tf.int32),
+                tf.TensorSpec([self.to_owner.num_words], tf.int32),
                 tf.TensorSpec([capacity], self.dtype),
             ),
         )
         # Fillers are added up behind the k values.
         target = tf.where(is_used, place, self.k)[..., tf.newaxis]
         sent = tf.scatter_nd(target, decoded, [self.k + 1])[: self.k]
+        numbers = ranges.range_from(ranges.opaque_zero(rank), n)
+        payloads = tf.concat([numbers[:, tf.newaxis], payloads], axis=1)
         return tf.reshape(payloads, [-1]), sent
 
     def reduce(
-        self, payloads: tf.Tensor, stream: value_codecs.Stream
+        self, payloads: tf.Tensor, step: int | tf.Tensor
     ) -> tuple[tf.Tensor, Kept]:
         """Sums the entries of an owner, and packs the largest sums.
 
         Args:
-            payloads: int32 tensor `[N, words]`, what the participants have sent
-                to this owner.
-            stream: `(step, rank)`, scalar integers, the rank of the owner.
+            payloads: int32 tensor `[N, num_words_to_owner]`, what the
+                participants have sent to this owner, in any order.
+            step: Scalar integer.
 
         Returns:
-            `(payload, kept)`: an int32 tensor `[num_words_back]`, and `Kept`.
+            `(payload, kept)`: an int32 tensor `[num_words_to_all]`, and `Kept`.
         """
-        step, rank = stream
         n, share = self.ownership.num_owners, self.ownership.share
-        positions, values, is_valid = self.there.decode(payloads)
+        owner = tf.clip_by_value(payloads[0, 0], 0, n - 1)
+        positions, values, is_valid = self.to_owner.decode(payloads[:, 1:])
+        is_valid &= payloads[:, 0] == owner
         sums = scatter_sum.sum_entries(
-            positions, values, share + self.there.indices.k
+            positions, values, share + self.to_owner.indices.k
         )[:share]
-        number = self.back.indices.k
+        number = self.to_all.indices.k
         largest = selection.select_largest(
             sums, [selection.Group(share, number)], step
         )
@@ -217,45 +242,45 @@ class ScatteredCodec:
         sums_kept = tf.gather(
             sums_kept, tf.gather(order, place % tf.maximum(num_used, 1))
         )
-        words, decoded = self.back.encode(
-            self._with_fillers(kept, is_used), sums_kept, (step, n * n + rank)
+        words, decoded = self.to_all.encode(
+            self._with_fillers(kept, is_used),
+            sums_kept,
+            (step, self._stream(n * n + owner)),
         )
         is_sent = is_used & (decoded != 0)
         is_kept = tf.scatter_nd(
             tf.where(is_used, kept, share)[:, tf.newaxis],
             tf.cast(is_sent, tf.int32),
-            [share + self.there.indices.k],
+            [share + self.to_owner.indices.k],
         )
-        is_entry = positions < share
-        num_accepted = tf.reduce_sum(
-            tf.where(is_entry, tf.gather(is_kept, positions), 0)
+        is_accepted = tf.gather(is_kept, positions) * tf.cast(
+            positions < share, tf.int32
+        )
+        num_accepted = tf.reduce_sum(is_accepted)
+        magnitudes = tf.reduce_sum(
+            tf.where(is_accepted > 0, tf.abs(values), 0.0)
         )
         facts = tf.stack(
             [
+                owner,
                 tf.where(tf.reduce_all(is_valid), num_accepted, _NOT_VALID),
-                tf.bitcast(
-                    tf.cast(
-                        tf.reduce_sum(tf.where(is_entry, tf.abs(values), 0.0)),
-                        tf.float32,
-                    ),
-                    tf.int32,
-                ),
+                tf.bitcast(tf.cast(magnitudes, tf.float32), tf.int32),
             ]
         )
         return tf.concat([facts, words], axis=0), Kept(
             # Entries behind the last are fillers. They stay different from
             # the others, because the last entry then is another owner's.
             tf.minimum(
-                self.ownership.entries(rank, kept), self.ownership.size - 1
+                self.ownership.entries(owner, kept), self.ownership.size - 1
             ),
             tf.where(is_sent, sums_kept - decoded, 0.0),
             sums_kept,
         )
 
     @property
-    def num_words_back(self) -> int:
+    def num_words_to_all(self) -> int:
         """Number of words that an owner sends to each participant."""
-        return NUM_FACTS + self.back.num_words
+        return NUM_FACTS + self.to_all.num_words
 
     def decode(
         self, payloads: tf.Tensor
@@ -263,17 +288,21 @@ class ScatteredCodec:
         """Unpacks the sums of all owners, from payloads of any contents.
 
         Args:
-            payloads: int32 tensor `[N, num_words_back]`.
+            payloads: int32 tensor `[N, num_words_to_all]`, in any order.
 
         Returns:
             `(indices, values, is_valid)`, as of `PayloadCodec.decode`, tensors
             `[N, keep]`, `[N, keep]` and `[N]`; but fillers have the value 0 and
             the index 0.
         """
-        positions, values, is_valid = self.back.decode(payloads[:, NUM_FACTS:])
-        owners = ranges.range_from(
-            ranges.opaque_zero(payloads[0, 0]), self.ownership.num_owners
+        positions, values, is_valid = self.to_all.decode(
+            payloads[:, NUM_FACTS:]
         )
+        n = self.ownership.num_owners
+        owners = tf.clip_by_value(payloads[:, 0], 0, n - 1)
+        counts = tf.scatter_nd(owners[:, tf.newaxis], tf.ones_like(owners), [n])
+        is_each_there = tf.reduce_all(counts == 1)
+        is_valid &= (payloads[:, 0] == owners) & is_each_there
         indices = self.ownership.entries(owners[:, tf.newaxis], positions)
         is_entry = (positions < self.ownership.share) & (
             indices < self.ownership.size
@@ -281,15 +310,22 @@ class ScatteredCodec:
         return (
             tf.where(is_entry, indices, 0),
             tf.where(is_entry, values, 0.0),
-            is_valid & (payloads[:, 0] != _NOT_VALID),
+            is_valid & (payloads[:, 1] != _NOT_VALID),
         )
 
     def facts(self, payloads: tf.Tensor) -> Facts:
-        """The `Facts` of payloads `[N, num_words_back]`, or of their front."""
+        """The `Facts` of payloads `[N, num_words_to_all]` or their front."""
         return Facts(
-            tf.reduce_sum(tf.cast(payloads[:, 0], tf.float32)),
-            tf.reduce_sum(tf.bitcast(payloads[:, 1], tf.float32)),
+            tf.reduce_sum(tf.cast(payloads[:, 1], tf.float32)),
+            tf.reduce_sum(tf.bitcast(payloads[:, 2], tf.float32)),
         )
+
+    def _stream(self, number: tf.Tensor) -> tf.Tensor:
+        """The number by which stochastic rounding differs from any other's.
+
+        Behind those of the replicas and of `CompressedDownlink`.
+        """
+        return number + self.ownership.num_owners + 1
 
     def _start(self, step: tf.Tensor, rank: tf.Tensor) -> tf.Tensor:
         """Non-negative int32 numbers `[N]` that look random."""

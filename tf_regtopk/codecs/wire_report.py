@@ -38,7 +38,8 @@ class WireReport:
             sets of indices can undercut.
         bits_per_value: Bits of a value, with its share of scales.
         payload_bytes: Bytes of the payload of one replica, header included; by
-            a reduce-scatter what goes to all owners and from one, both ways.
+            a reduce-scatter of its entries for all owners and, N times, of the
+            sums of one.
         sent_bytes: Bytes that each participant of the topology sends per step:
             its payload, and by a ring its part of the other gradients.
         dense_sent_bytes: Bytes that each replica sends per step without the
@@ -148,7 +149,7 @@ def report(
             dense_sent_bytes=dense_sent_bytes,
         )
     of_entries = (
-        payload_codec.there  # Those for one owner.
+        payload_codec.to_owner  # Those for one owner.
         if isinstance(payload_codec, scattered.ScatteredCodec)
         else payload_codec
     )
@@ -168,7 +169,10 @@ def report(
         bits_per_index=32
         * (num_words - of_entries.num_value_words)
         / of_entries.k,
-        entropy_bits_per_index=index_codecs.entropy_bits(k, size) / k,
+        entropy_bits_per_index=index_codecs.entropy_bits(
+            of_entries.k, of_entries.size
+        )
+        / of_entries.k,
         bits_per_value=32 * of_entries.num_value_words / of_entries.k,
         payload_bytes=num_bytes,
         sent_bytes=round(sent + reduced(dense_below_bytes)),
@@ -182,7 +186,7 @@ def payload_bytes(
 ) -> int:
     """Counts the bytes of a payload, as `WireReport` does."""
     if isinstance(payload_codec, scattered.ScatteredCodec):
-        return _payload_bytes(payload_codec, payload_codec.there.num_words)
+        return _payload_bytes(payload_codec, payload_codec.to_owner.num_words)
     return _payload_bytes(payload_codec, _words_used(payload_codec))
 
 
@@ -193,7 +197,7 @@ def _payload_bytes(
     """Bytes of a payload, with `num_words` of entries, for all or one owner."""
     num_words += header.header_words(payload_codec.dtype)
     if isinstance(payload_codec, scattered.ScatteredCodec):
-        num_words += payload_codec.num_words_back
+        num_words += 1 + payload_codec.num_words_to_all
         return 4 * payload_codec.ownership.num_owners * num_words
     if payload_codec.is_variable:
         num_words += 1  # The length is sent as well.

@@ -27,16 +27,19 @@ class ReduceScatter(topology.EntryTopology):
     no room at the sender or at the owner stay in the sender's residual error,
     and what the codec rounds off the kept sums in the residual of their owner.
 
-    Owners that keep only the largest sums leave the bias of each participant
-    unsent, which is most of what is selected if their data differ. With few
-    participants an all-gather is more accurate for the same bytes; a larger
-    `keep` brings the two together.
+    If the participants' data differ, most of what one selects is its own bias,
+    of which owners that keep only the largest sums send little. With few
+    participants an all-gather of the same bytes is more accurate. The larger
+    `keep`, the smaller the difference.
+
+    Between workers a participant sends to each owner by an all-to-all. Replicas
+    of one process gather all of it, which saves nothing: there this is to try.
 
     Args:
         capacity: Float of at least 1: the most entries from one participant to
             one owner, in units of k / N, rounded up.
         keep: Positive float: the most sums that an owner keeps, in units of
-            k / N, rounded up. With `capacity N` all sums are kept.
+            k / N, rounded up. `keep = capacity * N` keeps all sums.
 
     Example:
 

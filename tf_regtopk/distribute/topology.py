@@ -129,7 +129,8 @@ class EntryTopology(Topology):
             cluster: `Cluster`.
 
         Returns:
-            Tensor `[N, length]` of held words, in the order of the ranks.
+            Tensor `[N, length]` of held words, in an order that is TensorFlow's
+            and the same on every replica.
         """
 
 

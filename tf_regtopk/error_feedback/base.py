@@ -8,6 +8,7 @@ from typing import TypeAlias
 import tensorflow as tf
 
 from tf_regtopk import hyper_parameters
+from tf_regtopk.error_feedback import equations
 
 # Tensors of a rule's state: local or shared ones.
 Tensors: TypeAlias = tuple[tf.Tensor, ...]
@@ -34,9 +35,9 @@ class Step(NamedTuple):
         learning_rate: Scalar float tensor, the inner optimizer's; only for
             rules with `needs_learning_rate`.
         number: Scalar integer tensor, the number of steps taken before.
-        accepted: Scalar float tensor, the mean share of the entries that
-            replicas have sent and that are in the total; None before the
-            exchange, and where all are.
+        accepted: Scalar float tensor, the share of a replica's J entries that
+            are in the total, on average over the replicas; None before the
+            exchange, and where all k entries are.
     """
 
     num_replicas: int
@@ -47,7 +48,7 @@ class Step(NamedTuple):
 
     @property
     def applied_density(self) -> float | tf.Tensor:
-        """Share of the J entries of a replica that are in the total."""
+        """Share of a replica's J entries that are in the total: `accepted`."""
         return self.density if self.accepted is None else self.accepted
 
 
@@ -160,9 +161,8 @@ class ErrorFeedback(hyper_parameters.HyperParameters, abc.ABC):
 
         What a codec rounds off a sum of several replicas is kept by one of
         them, as if that had sent so much less. Called after `update`, only in
-        topologies that sum entries on the way. By default `update` is called
-        again; a rule in which that does more than to add the error says what
-        to do instead.
+        topologies that sum entries on the way. By default the error is added
+        to the residual error; a rule that keeps none says what to do.
 
         Args:
             local: As returned by `update`.
@@ -173,8 +173,19 @@ class ErrorFeedback(hyper_parameters.HyperParameters, abc.ABC):
 
         Returns:
             Tuple of tensors `[J]`.
+
+        Raises:
+            ValueError: If the rule does not say.
         """
-        return self.update(local, indices, -error, total, step)
+        del total, step
+        place = self.residual_place
+        if place is None:
+            raise ValueError(
+                "`error_feedback` must define `add_error` in a topology that "
+                f"sums entries on the way. Received: error_feedback={self}"
+            )
+        added = equations.add_sent(local[place], indices, error)
+        return (*local[:place], added, *local[place + 1 :])
 
     def aggregate(
         self, shared: Tensors, total: tf.Tensor, step: Step

@@ -71,6 +71,17 @@ class EF21(base.ErrorFeedback):
         h = equations.add_sent(local[0], indices, sent)
         return (h, *local[1:])
 
+    def add_error(
+        self,
+        local: base.Tensors,
+        indices: tf.Tensor,
+        error: tf.Tensor,
+        total: tf.Tensor,
+        step: base.Step,
+    ) -> base.Tensors:
+        del total, step
+        return (equations.add_sent(local[0], indices, -error), *local[1:])
+
     def aggregate(
         self, shared: base.Tensors, total: tf.Tensor, step: base.Step
     ) -> tuple[tf.Tensor, base.Tensors]:

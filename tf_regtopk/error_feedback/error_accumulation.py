@@ -120,19 +120,6 @@ class Accumulate(base.ErrorFeedback):
             return e, local[1]
         return e, equations.clear_sent(local[1], indices, sent)
 
-    def add_error(
-        self,
-        local: base.Tensors,
-        indices: tf.Tensor,
-        error: tf.Tensor,
-        total: tf.Tensor,
-        step: base.Step,
-    ) -> base.Tensors:
-        del total, step
-        # Nothing of this replica's momentum was sent.
-        e = equations.add_sent(local[0], indices, error)
-        return (e, *local[1:])
-
     def aggregate(
         self, shared: base.Tensors, total: tf.Tensor, step: base.Step
     ) -> tuple[tf.Tensor, base.Tensors]:

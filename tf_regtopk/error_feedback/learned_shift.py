@@ -33,8 +33,8 @@ class LearnedShift(base.ErrorFeedback):
     It keeps e and h, and the shared H; with momentum u and p as well.
 
     Args:
-        rate: Float in (0, 1], or None for the density, that is the share of the
-            entries that are in the total. In the distributed
+        rate: Float in (0, 1], or None for the density (of the entries that are
+            in the total, if owners keep a part only). In the distributed
             linear regression a quarter of the density learns too slowly, and
             four times the density diverges.
         momentum: Float m in [0, 1).

@@ -40,5 +40,16 @@ class NoFeedback(base.ErrorFeedback):
         del indices, sent, total, step
         return local
 
+    def add_error(
+        self,
+        local: base.Tensors,
+        indices: tf.Tensor,
+        error: tf.Tensor,
+        total: tf.Tensor,
+        step: base.Step,
+    ) -> base.Tensors:
+        del indices, error, total, step
+        return local
+
     def when_dense(self) -> base.ErrorFeedback:
         return self

@@ -185,11 +185,16 @@ def gather_among_workers(
         Tensor `[number of workers, replicas of a worker, length]`.
     """
     within, across = _launchers_of_worker(worker, num_workers)
+    num_replicas, length = shares.shape
+    # Each share begins with its place, because TensorFlow gathers the devices
+    # of a worker in an order of its own.
+    places = tf.range(num_replicas, dtype=shares.dtype)[:, tf.newaxis]
+    shares = tf.concat([places, shares], axis=1)
     share = shares[tf.distribute.get_replica_context()._replica_id]
     gathered = _gather(_gather(share, across), within)
-    num_replicas, length = shares.shape
-    gathered = tf.reshape(gathered, [num_replicas, num_workers, length])
-    return tf.transpose(gathered, [1, 0, 2])
+    gathered = tf.reshape(gathered, [num_replicas, num_workers, 1 + length])
+    gathered = tf.gather(gathered, tf.argsort(gathered[:, 0, 0]))
+    return tf.transpose(gathered[..., 1:], [1, 0, 2])
 
 
 def _gather(

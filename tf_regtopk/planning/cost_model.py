@@ -316,8 +316,8 @@ def _owners(job: Job, network: network_lib.Network) -> Prediction:
     there, back = (
         4 * number
         for number in (
-            payload_codec.there.num_words,
-            payload_codec.num_words_back,
+            payload_codec.num_words_to_owner,
+            payload_codec.num_words_to_all,
         )
     )
     num_workers = members(job).workers

@@ -157,7 +157,9 @@ class Sparsifier(hyper_parameters.HyperParameters, abc.ABC):
         Args:
             memory: Tuple of tensors, the memory of this step.
             indices: int32 tensor `[k]`, the entries this replica sent.
-            sent: Float tensor `[k]`, the values it sent.
+            sent: Float tensor `[k]`, the values it sent; 0 also where a value
+                is not in the sum, because a codec rounded it to 0 or an owner
+                kept others (`ReduceScatter`).
             aggregate: Float tensor `[k]`, the sum over all replicas of the
                 values sent for these entries.
             step: Scalar int64 tensor, the number of steps taken before.

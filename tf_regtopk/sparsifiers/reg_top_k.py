@@ -194,9 +194,9 @@ class RegTopK(base.Sparsifier):
         step: tf.Tensor,
     ) -> tuple[tf.Tensor, tf.Tensor]:
         del memory, step
-        if self.denominator == "current":
-            # The difference is remembered, because the denominator follows in
-            # the next step.
-            return indices, aggregate - sent
+        # With the current denominator the difference is remembered, because the
+        # denominator follows in the next step.
+        is_current = self.denominator == "current"
+        found = aggregate - sent if is_current else aggregate / sent
         not_defined = tf.constant(math.nan, sent.dtype)
-        return indices, tf.where(sent == 0, not_defined, aggregate / sent)
+        return indices, tf.where(sent == 0, not_defined, found)

@@ -223,7 +223,12 @@ def settle(
         f"{type(method.error_feedback).__name__}.update", after, local
     )
     if taken_over:
-        after = method.error_feedback.add_error(after, *taken_over, total, step)
+        after = method.error_feedback.add_error(
+            tuple(after), *taken_over, total, step
+        )
+        validation.check_local_state(
+            f"{type(method.error_feedback).__name__}.add_error", after, local
+        )
     if missing:
         after = missing.keep_state(local, after)
     return tuple(after), remembered

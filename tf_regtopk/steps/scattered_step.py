@@ -28,7 +28,6 @@ class ScatteredStep(sparse_step.SparseStep):
         moment: error_feedback.Moment,
     ) -> tuple[tf.Tensor, sparse_step.Reduced]:
         del num_used
-        rank = self._participants.rank
         num_header = header_lib.header_words(self._buffer.dtype)
         with tf.name_scope("tf_regtopk/scatter"):
             parts = tf.reshape(
@@ -37,7 +36,7 @@ class ScatteredStep(sparse_step.SparseStep):
             parts = self._topology.scatter(parts, self._participants.cluster)
         with tf.name_scope("tf_regtopk/reduce"):
             kept, *taken_over = self.reduce(
-                payload[:num_header], parts, moment.number, rank
+                payload[:num_header], parts, moment.number
             )
         with tf.name_scope("tf_regtopk/exchange"):
             payloads = self._participants.exchange(kept)
@@ -50,7 +49,6 @@ class ScatteredStep(sparse_step.SparseStep):
         header: tf.Tensor,
         parts: tf.Tensor,
         step: tf.Tensor,
-        rank: tf.Tensor,
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """Sums the entries of this owner.
 
@@ -58,15 +56,12 @@ class ScatteredStep(sparse_step.SparseStep):
             header: Held words, the header of this replica.
             parts: Held words `[N, length]`, what all replicas have sent here.
             step: Scalar integer tensor, the number of steps taken before.
-            rank: Scalar int32 tensor, the owner's.
 
         Returns:
             `(payload, indices, error)`: the held words for all, and the
             `round.TakenOver` of this owner, the indices held.
         """
-        payload, kept = self._codec.reduce(
-            words.release(parts, tf.int32), (step, rank)
-        )
+        payload, kept = self._codec.reduce(words.release(parts, tf.int32), step)
         magnitude, mark, _ = header_lib.split_header(
             words.release(header, tf.int32)[tf.newaxis], self._buffer.dtype
         )
@@ -95,7 +90,7 @@ class ScatteredStep(sparse_step.SparseStep):
     def _all_sent(
         self, all_values: tf.Tensor, reduced: sparse_step.Reduced
     ) -> tf.Tensor:
-        return tf.cast(self._facts(reduced).sent, all_values.dtype)
+        return tf.cast(self._facts(reduced).magnitudes, all_values.dtype)
 
     def _facts(self, reduced: sparse_step.Reduced) -> scattered.Facts:
         return self._codec.facts(words.release(reduced[2], tf.int32))

@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from tf_regtopk import codecs
 from tf_regtopk import error_feedback
+from tf_regtopk import selection
 from tf_regtopk.codecs import header as header_lib
 from tf_regtopk.distribute import topology
 from tf_regtopk.kernels import scatter_sum
@@ -184,6 +185,13 @@ class SparseStep:
             # Not all entries have to be looked at if entries that are not
             # finite are always selected.
             *([] if self._method.sparsifier.selects_non_finite else [a]),
+            # What was selected is looked at as well if the codec may leave
+            # some of it out.
+            *(
+                [selection.take(a, sent.indices)]
+                if isinstance(self._method.payload_codec, codecs.ScatteredCodec)
+                else []
+            ),
             sent.values,
         )
         changed = {
@@ -345,7 +353,7 @@ class SparseStep:
         return None
 
     def _all_sent(self, all_values: tf.Tensor, reduced: Reduced) -> tf.Tensor:
-        """The sum of the magnitudes of all that all replicas have sent."""
+        """The sum of the magnitudes of all entries in the total."""
         del reduced
         return tf.reduce_sum(tf.abs(all_values))
 

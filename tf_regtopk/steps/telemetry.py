@@ -17,7 +17,9 @@ and what the others receive of them, `sent`:
     age            steps since an entry was last sent: the mean, of each
                    variable, and the largest, `oldest`
 
-and what the sparsifier measures (`Sparsifier.measure`). Ages take an array of J
+and what the sparsifier measures (`Sparsifier.measure`). With a `ReduceScatter`
+`sent`, `residual` and `age` are about what was selected, of which the owners
+keep a part. Ages take an array of J
 numbers, and are asked for by themselves.
 """
 
@@ -139,7 +141,8 @@ def of_settle(
 
     Args:
         measured: Tuple, from `of_send`.
-        sent: Float scalar, the magnitudes of all that all replicas sent.
+        sent: Float scalar, the sum of the magnitudes of all entries of all
+            replicas that are in the total.
         total: Float tensor `[J]`, the sum of the entries.
     """
     left = tf.reduce_sum(tf.abs(total))

@@ -48,7 +48,7 @@ def functions_of(codec):
     """`(encode, reduce, decode)`, compiled."""
     functions = (
         lambda i, v, *stream: codec.encode(i, v, stream),
-        lambda payloads, *stream: codec.reduce(payloads, stream),
+        codec.reduce,
         codec.decode,
     )
     return tuple(map(compiled_codecs.compiled, functions))
@@ -67,15 +67,14 @@ def exchange(codec, indices, values, step=0):
         strict=True,
     )
     received = np.reshape(payloads, [n, n, -1]).swapaxes(0, 1)
+    # TensorFlow may give them in any order.
+    order = np.random.default_rng(0).permutation(n)
+    received = received[order][:, order]
     payloads, kept = zip(
-        *(
-            reduce(tf.constant(words), step, rank)
-            for words, rank in zip(received, ranks, strict=True)
-        ),
-        strict=True,
+        *(reduce(tf.constant(words), step) for words in received), strict=True
     )
     payloads = tf.stack(payloads)
-    assert payloads.shape[1] == codec.num_words_back
+    assert payloads.shape[1] == codec.num_words_to_all
     decoded, decoded_values, is_valid = decode(payloads)
     total = np.zeros(size)
     np.add.at(total, decoded, decoded_values)
@@ -106,7 +105,7 @@ def test_with_room_for_all_it_is_the_sum(size, k, n, dtype):
     assert not any(kept.error.numpy().any() for kept in found.kept)
     assert found.facts.num_accepted == n * k
     np.testing.assert_allclose(
-        found.facts.sent, np.abs(values).sum(), rtol=1e-5
+        found.facts.magnitudes, np.abs(values).sum(), rtol=1e-5
     )
 
 
@@ -124,12 +123,17 @@ def test_nothing_is_lost(values_codec, keep):
         arrived = sums_of(indices, np.where(is_accepted, found.sent, 0.0), size)
         errors = np.zeros(size)
         for kept in found.kept:
-            assert len(np.unique(kept.indices)) == codec.back.k
+            assert len(np.unique(kept.indices)) == codec.to_all.k
             np.add.at(errors, kept.indices, kept.error)
         np.testing.assert_allclose(
             found.total + errors, arrived, rtol=1e-5, atol=1e-5
         )
         assert found.facts.num_accepted == is_accepted.sum()
+        np.testing.assert_allclose(
+            found.facts.magnitudes,
+            np.abs(found.sent[is_accepted]).sum(),
+            rtol=1e-5,
+        )
         if values_codec == "float32":
             assert not errors.any()
 
@@ -160,7 +164,7 @@ def test_a_sender_leaves_out_what_has_no_room_in_turn():
     for step in range(30):
         found = exchange(codec, indices, values, step)
         is_sent = found.sent[0] != 0
-        assert is_sent.sum() == codec.there.k == k // n
+        assert is_sent.sum() == codec.to_owner.k == k // n
         counts += is_sent
     assert counts.min() > 0
 
@@ -195,26 +199,54 @@ def test_hostile_payloads():
     rng = np.random.default_rng(4)
     _, reduce, decode = functions_of(codec)
     for _ in range(20):
-        words = rng.integers(-(2**31), 2**31, [n, codec.there.num_words])
-        payload, kept = reduce(
-            tf.constant(words, tf.int32), tf.constant(0), tf.constant(1)
-        )
-        assert payload[0] == -1
+        words = rng.integers(-(2**31), 2**31, [n, codec.num_words_to_owner])
+        payload, kept = reduce(tf.constant(words, tf.int32), tf.constant(0))
+        assert 0 <= payload[0] < n and payload[1] == -1
         assert np.all((kept.indices >= 0) & (kept.indices < size))
         _, _, is_valid = decode(tf.stack([payload] * n))
         assert not is_valid.numpy().any()
-        words = rng.integers(-(2**31), 2**31, [n, codec.num_words_back])
+        words = rng.integers(-(2**31), 2**31, [n, codec.num_words_to_all])
         indices, _, _ = decode(tf.constant(words, tf.int32))
         assert np.all((indices >= 0) & (indices < size))
 
 
+def test_words_for_another_owner_are_seen():
+    size, k, n = 101, 30, 3
+    codec = codec_of(size, k, n)
+    encode, reduce, decode = functions_of(codec)
+    indices, values = random_entries(np.random.default_rng(5), size, k, n)
+    payload, _ = encode(
+        tf.constant(indices[0]),
+        tf.constant(values[0]),
+        tf.constant(0),
+        tf.constant(0),
+    )
+    rows = tf.reshape(payload, [n, -1])
+    mine, _ = reduce(tf.stack([rows[1]] * n), tf.constant(0))
+    assert mine[0] == 1 and mine[1] >= 0
+    mixed, _ = reduce(tf.stack([rows[1], rows[2], rows[1]]), tf.constant(0))
+    assert mixed[1] == -1
+    # Two owners of the same entries.
+    _, _, is_valid = decode(tf.stack([mine] * n))
+    assert not is_valid.numpy().any()
+
+
+def test_too_many_entries():
+    with pytest.raises(ValueError, match="`topology` must be another one"):
+        codec_of(2**31 - 1, 1000, 1000)
+
+
 def test_lengths():
     codec = codec_of(size=100_000, k=1000, n=8, capacity=1.5, keep=2.0)
-    assert (codec.there.k, codec.back.k) == (188, 250)
-    assert codec.num_words == 8 * codec.there.num_words
+    assert (codec.to_owner.k, codec.to_all.k) == (188, 250)
+    assert codec.num_words == 8 * (1 + codec.to_owner.num_words)
     # An owner has no more than its share, and all sums of few entries.
     codec = codec_of(size=10, k=9, n=5, capacity=4.0, keep=5.0)
-    assert (codec.there.k, codec.back.k) == (2, 2)
+    assert (codec.to_owner.k, codec.to_all.k) == (2, 2)
+    codec = codec_of(100_000, 1000, n=8, capacity=1e306, keep=1e306)
+    assert (codec.to_owner.k, codec.to_all.k) == (1000, 8000)
     codec = codec_of(size=100, k=1, n=5)
-    assert (codec.there.k, codec.back.k) == (1, 1)
-    assert scattered.NUM_FACTS + codec.back.num_words == codec.num_words_back
+    assert (codec.to_owner.k, codec.to_all.k) == (1, 1)
+    assert (
+        scattered.NUM_FACTS + codec.to_all.num_words == codec.num_words_to_all
+    )
