@@ -280,6 +280,56 @@ def test_the_average_at_the_end(mirrored):
     assert history["loss"][-1] < loss
 
 
+@pytest.mark.parametrize("rule", [tf_regtopk.EF21(), tf_regtopk.NoFeedback()])
+def test_another_optimizer_starts_with_the_average(rule, mirrored, caplog):
+    """As after a `fit` that was interrupted."""
+    strategy = mirrored(3)
+    model = fit(strategy)
+    before = local_weights(strategy, model)
+    assert gossip_reference.disagreement(before) > 1e-2
+    with strategy.scope():
+        optimizer = tf_regtopk.DecentralizedOptimizer(
+            keras.optimizers.SGD(0.0),
+            RING,
+            error_feedback=rule,
+            average_at_end=False,
+        )
+        model.compile(optimizer, loss="mse")
+    x, y = small_models.small_data(48)
+    model.fit(x, y, batch_size=12, verbose=0)
+    assert "The replicas had weights of their own" in caplog.text
+    after = local_weights(strategy, model)
+    np.testing.assert_allclose(after, [before.mean(axis=0)] * 3, atol=1e-6)
+    assert model.optimizer.replicas_agree
+
+
+def test_unwrapping_averages(mirrored):
+    strategy = mirrored(3)
+    model = fit(strategy)
+    mean = local_weights(strategy, model).mean(axis=0)
+    model = tf_regtopk.unwrap(model)
+    assert type(model.optimizer) is keras.optimizers.SGD
+    np.testing.assert_allclose(
+        local_weights(strategy, model), [mean] * 3, atol=1e-6
+    )
+
+
+def test_averaged_in_a_custom_loop(mirrored):
+    strategy = mirrored(3)
+    model = fit(strategy)
+    optimizer = model.optimizer
+    model.compiled, model.optimizer = False, None
+    with (
+        pytest.raises(ValueError, match="`model` must be compiled with a"),
+        tf_regtopk.averaged(model),
+    ):
+        pass
+    with tf_regtopk.averaged(model, optimizer):
+        weights = local_weights(strategy, model)
+        np.testing.assert_array_equal(weights, weights[[0, 0, 0]])
+    assert not optimizer.replicas_agree
+
+
 def with_batch_norm():
     return keras.Sequential(
         [
@@ -290,7 +340,7 @@ def with_batch_norm():
     )
 
 
-def test_averaged_gives_back(mirrored, tmp_path):
+def test_averaged_gives_back(mirrored, tmp_path, caplog):
     strategy = mirrored(3)
     model = fit(strategy, "adam", build_fn=with_batch_norm)
 
@@ -310,8 +360,14 @@ def test_averaged_gives_back(mirrored, tmp_path):
         assert model.optimizer.replicas_agree
         model.save(tmp_path / "average.keras")
     np.testing.assert_array_equal(all_weights(), before)
-    with pytest.raises(ValueError, match=r"must be saved in `with tf_regtop"):
-        model.save(tmp_path / "first.keras")
+    assert "THE FILE HOLDS" not in caplog.text
+    model.save(tmp_path / "first.keras")
+    assert "THE FILE HOLDS THE WEIGHTS OF ONE REPLICA" in caplog.text
+    first = keras.models.load_model(tmp_path / "first.keras")
+    np.testing.assert_array_equal(
+        np.concatenate([w.ravel() for w in first.get_weights()]), before[0]
+    )
+    assert "training goes on with a new optimizer" in caplog.text
     loaded = keras.models.load_model(tmp_path / "average.keras")
     np.testing.assert_array_equal(
         np.concatenate([w.ravel() for w in loaded.get_weights()]), inside[0]

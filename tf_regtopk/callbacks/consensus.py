@@ -10,10 +10,14 @@ import keras
 from tf_regtopk.distribute import replica_state
 from tf_regtopk.optimizers import averaging
 from tf_regtopk.optimizers import decentralized
+from tf_regtopk.optimizers import wrapper
 
 
 @contextlib.contextmanager
-def averaged(model: keras.Model) -> Iterator[None]:
+def averaged(
+    model: keras.Model,
+    optimizer: decentralized.DecentralizedOptimizer | None = None,
+) -> Iterator[None]:
     """Gives all replicas of a model the mean of their weights, for a while.
 
     For `DecentralizedOptimizer`, whose replicas have weights of their own. In
@@ -25,6 +29,8 @@ def averaged(model: keras.Model) -> Iterator[None]:
 
     Args:
         model: `keras.Model`, compiled with a `DecentralizedOptimizer`.
+        optimizer: The `DecentralizedOptimizer` of a model that is not compiled,
+            as in a custom loop.
 
     Raises:
         ValueError: If the model has another optimizer.
@@ -36,24 +42,32 @@ def averaged(model: keras.Model) -> Iterator[None]:
         model.save("average.keras")
     ```
     """
-    optimizer = _decentralized_of(model)
+    optimizers = [optimizer or _decentralized_of(model)]
+    optimizers += [
+        other
+        for other in wrapper.optimizers_of(model)
+        if isinstance(other, decentralized.DecentralizedOptimizer)
+        and other not in optimizers
+    ]
     strategy = model.distribute_strategy
     if strategy.num_replicas_in_sync == 1:
         yield
         return
     variables = [v for v in model.weights if _is_float(v)]
-    did_agree = optimizer.replicas_agree
+    did_agree = [each.replicas_agree for each in optimizers]
     parts = [replica_state.parts(v, strategy) for v in variables]
     kept = [[part.read_value() for part in of_one] for of_one in parts]
     averaging.average(variables, strategy)
-    optimizer.note_agreement(True)
+    for each in optimizers:
+        each.note_agreement(True)
     try:
         yield
     finally:
         for of_one, values in zip(parts, kept, strict=True):
             for part, value in zip(of_one, values, strict=True):
                 part.assign(value)
-        optimizer.note_agreement(did_agree)
+        for each, agreed in zip(optimizers, did_agree, strict=True):
+            each.note_agreement(agreed)
 
 
 class ConsensusDistance(keras.callbacks.Callback):
@@ -131,7 +145,9 @@ def _decentralized_of(
     model: keras.Model,
 ) -> decentralized.DecentralizedOptimizer:
     """The optimizer of a model."""
-    optimizer = model.optimizer
+    optimizer = getattr(model, "optimizer", None)
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        optimizer = optimizer.inner_optimizer
     if not isinstance(optimizer, decentralized.DecentralizedOptimizer):
         raise ValueError(
             "`model` must be compiled with a `DecentralizedOptimizer`, because "

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import itertools
+import operator
 from typing import NamedTuple
 
 import numpy as np
@@ -38,7 +39,14 @@ def differences(
     >>> differences(mixing_topologies.Complete(), 2).tolist()
     [[[-0.5, 0.5], [0.5, -0.5]]]
     """
-    matrices = topology.mixing_matrices(num_replicas)
+    matrices = np.asarray(topology.mixing_matrices(num_replicas), np.float64)
+    num_steps = len(rounds_of(topology, num_replicas))
+    if matrices.shape != (num_steps, num_replicas, num_replicas):
+        raise ValueError(
+            "`mixing_matrices` of a topology must be a matrix of all replicas "
+            f"for each step, {(num_steps, num_replicas, num_replicas)}. "
+            f"Received: the shape {matrices.shape}"
+        )
     sums = [matrices.sum(axis=axis) for axis in (1, 2)]
     if not np.allclose(sums, 1, rtol=0, atol=1e-6):
         raise ValueError(
@@ -49,6 +57,45 @@ def differences(
     taken = np.round(matrices / _UNIT) * _UNIT * off_diagonal
     own = taken.sum(axis=2)[..., np.newaxis] * np.eye(num_replicas)
     return taken - own
+
+
+def rounds_of(
+    topology: mixing.MixingTopology, num_replicas: int
+) -> tuple[mixing.Step, ...]:
+    """Returns who meets in each step, checked, in tuples of integers.
+
+    Args:
+        topology: `MixingTopology`, perhaps a user's own.
+        num_replicas: N.
+
+    Raises:
+        ValueError: If `rounds` returns something else.
+    """
+    received = topology.rounds(num_replicas)
+    try:
+        steps = tuple(
+            tuple(
+                tuple(tuple(map(operator.index, group)) for group in groups)
+                for groups in step
+            )
+            for step in received
+        )
+    except TypeError:
+        steps = ()
+    ranks = [
+        rank
+        for step in steps
+        for groups in step
+        for group in groups
+        for rank in group
+    ]
+    if not steps or not all(0 <= rank < num_replicas for rank in ranks):
+        raise ValueError(
+            "`rounds` of a topology must have for each step its rounds, for "
+            "each round its groups, and for each group its ranks, from 0 to "
+            f"{num_replicas - 1}. Received: {received!r}"
+        )
+    return steps
 
 
 class Neighbours:

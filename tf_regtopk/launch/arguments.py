@@ -77,7 +77,8 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
         action="store_true",
         help="Keeps one more process for each worker, which has imported "
         "TensorFlow and becomes the worker at the next restart. Takes about "
-        "300 MB of memory a worker, from the first backup on.",
+        "300 MB of memory a worker, from the first backup on; so it needs "
+        "--max_restarts, and Backup in the script.",
     )
     parser.add_argument(
         "--start_timeout",
@@ -129,7 +130,27 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.is_module and not pathlib.Path(args.script).is_file():
         parser.error(f"`script` must be a file. Received: {args.script}")
+    if args.standby:
+        _check_standby(parser, args)
     return args
+
+
+def _check_standby(
+    parser: argparse.ArgumentParser, args: argparse.Namespace
+) -> None:
+    """Ends the program if no standby could ever become a worker."""
+    if not args.max_restarts:
+        parser.error(
+            "`--standby` must go with `--max_restarts`, for which it waits. "
+            "Received: --max_restarts=0"
+        )
+    if args.workers and args.workers[0] < args.workers[1]:
+        least, most = args.workers
+        parser.error(
+            "`--standby` must go with a fixed number of `--workers`, because "
+            "other workers get other cores, which libraries count when they "
+            f"are imported. Received: --workers={least}:{most}"
+        )
 
 
 def _least_and_most(text: str) -> tuple[int, int]:

@@ -56,8 +56,9 @@ def main(settings: dict[str, Any], command: list[str]) -> None:
             `cores`, the numbers of the cores to run on, or None; `launcher`,
             the number of the process that this one ends with; and, where there
             are standbys, `imports_file`, the path of another file to write. A
-            standby has `imports` in place of the files, of which it is told,
-            with variables of the environment, when it is needed.
+            standby has `stands_by` in place of the files. It reads from its
+            input what to import, and, when it is needed, the files and
+            variables of the environment.
         command: Path of the script, or "-m" and the name of the module; and its
             arguments.
     """
@@ -70,8 +71,8 @@ def main(settings: dict[str, Any], command: list[str]) -> None:
     script = sys.argv[0]
     directory = "" if is_module else os.path.dirname(script)
     sys.path[0] = os.path.abspath(directory)
-    if imports := settings.get("imports"):
-        settings = _stand_by(imports)
+    if settings.get("stands_by"):
+        settings = _stand_by()
     elif "imports_file" in settings:
         sys.meta_path.insert(0, _NotesOfImports(settings["imports_file"]))
     error_file = pathlib.Path(settings["error_file"])
@@ -94,25 +95,40 @@ def main(settings: dict[str, Any], command: list[str]) -> None:
         _end(error_file, status_of(error), f"{type(error).__name__}: {first}")
 
 
-def _stand_by(imports: list[Any]) -> dict[str, Any]:
+def _stand_by() -> dict[str, Any]:
     """Waits, with modules imported, until this process becomes a worker.
-
-    Args:
-        imports: The modules, as `_NotesOfImports` notes them.
 
     Returns:
         The settings of the worker.
     """
+    imports: list[Any] = _read_line()
     _import_as_noted(imports)
+    settings: dict[str, Any] = _read_line()
+    os.environ.update(settings["environment"])
+    # For the standby of the attempt after this one.
+    _write_for_owner(settings["imports_file"], imports)
+    return settings
+
+
+def _read_line() -> Any:
+    """What the launcher has to say to a standby; ends the process without."""
     line = sys.stdin.readline()
     if not line:  # The launcher has ended, or needs no further worker.
         os._exit(0)
-    settings: dict[str, Any] = json.loads(line)
-    os.environ.update(settings["environment"])
-    # For the standby of the attempt after this one.
-    with contextlib.suppress(OSError):
-        pathlib.Path(settings["imports_file"]).write_text(json.dumps(imports))
-    return settings
+    return json.loads(line)
+
+
+def _write_for_owner(path: str | os.PathLike[str], value: Any) -> None:
+    """Writes a file that others cannot read, if possible."""
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags, 0o600)
+
+    with (
+        contextlib.suppress(OSError),
+        open(path, "w", encoding="utf-8", opener=opener) as file,
+    ):
+        json.dump(value, file)
 
 
 class _NotesOfImports:
@@ -141,8 +157,7 @@ class _NotesOfImports:
         if name in _SLOW_MODULES and name not in (n for n, *_ in self._noted):
             changes = _changes(self._before, os.environ)
             self._noted.append([name, list(sys.path), changes])
-            with contextlib.suppress(OSError):
-                self._file.write_text(json.dumps(self._noted))
+            _write_for_owner(self._file, self._noted)
 
 
 def _import_as_noted(imports: list[Any]) -> None:

@@ -34,8 +34,11 @@ class Standby:
     ) -> None:
         self._place = place
         self._popen = process.start(
-            place, command, {"imports": imports}, {}, stdin=subprocess.PIPE
+            place, command, {"stands_by": True}, {}, stdin=subprocess.PIPE
         )
+        # Not in the command, which everybody on the machine can read: a script
+        # may have put secrets into the environment.
+        self._write(imports)
 
     def fits(self, place: cluster.Place) -> bool:
         """Returns whether it waits, with the cores and GPUs of a place.
@@ -58,15 +61,17 @@ class Standby:
         Returns:
             The process, or None if it has ended.
         """
-        order = {**settings, "environment": dict(environment)}
         assert self._popen.stdin is not None
-        try:
-            with self._popen.stdin as stdin:
-                stdin.write(json.dumps(order).encode() + b"\n")
-        except OSError:
-            self.end()
-            return None
-        return self._popen
+        with contextlib.suppress(OSError), self._popen.stdin:
+            self._write({**settings, "environment": dict(environment)})
+            return self._popen
+        self.end()
+        return None
+
+    def _write(self, line: Any) -> None:
+        assert self._popen.stdin is not None
+        self._popen.stdin.write(json.dumps(line).encode() + b"\n")
+        self._popen.stdin.flush()
 
     def end(self) -> None:
         """Ends it."""
@@ -85,6 +90,7 @@ class Standbys:
     def __init__(self, command: Sequence[str]) -> None:
         self._command = command
         self._waiting: list[Standby] = []
+        self._tried_for: pathlib.Path | None = None
 
     def start_once_backed_up(
         self, places: Sequence[cluster.Place], directory: pathlib.Path
@@ -98,8 +104,9 @@ class Standbys:
             places: Those of the workers.
             directory: Folder of the attempt.
         """
-        if self._waiting or not notes.count(directory, "saved"):
+        if self._tried_for == directory or not notes.count(directory, "saved"):
             return
+        self._tried_for = directory
         for place in places:
             file = imports_file(directory, place)
             with contextlib.suppress(OSError, ValueError):

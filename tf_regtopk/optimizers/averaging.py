@@ -2,12 +2,16 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence
+import zlib
 
 import keras
 import tensorflow as tf
 
 from tf_regtopk.distribute import collectives
 from tf_regtopk.distribute import replica_state
+from tf_regtopk.distribute import strategy as strategy_lib
+
+_INT32 = 2**31 - 1
 
 
 def average(
@@ -27,6 +31,37 @@ def average(
             part.assign(tf.cast(mean, part.dtype))
 
     strategy.run(tf.function(of_replica, autograph=False))
+
+
+def are_local(strategy: tf.distribute.Strategy) -> bool:
+    """Returns whether all replicas are those of this process."""
+    return strategy_lib.worker_number(strategy)[1] == 1
+
+
+def are_alike(
+    variables: Sequence[keras.Variable], strategy: tf.distribute.Strategy
+) -> bool:
+    """Returns whether all replicas have the same values, to the bit.
+
+    To be called outside of the replicas, on all workers at the same time.
+
+    Args:
+        variables: List of variables.
+        strategy: Their `tf.distribute.Strategy`.
+    """
+    values = [
+        [part.numpy() for part in replica_state.parts(variable, strategy)]
+        for variable in variables
+    ]
+    checksums = {
+        zlib.crc32(b"".join(part.tobytes() for part in of_replica))
+        for of_replica in zip(*values, strict=True)
+    }
+    if len(checksums) > 1 or are_local(strategy):
+        return len(checksums) <= 1
+    [checksum] = checksums
+    numbers = collectives.gather_from_workers([checksum & _INT32], strategy)
+    return bool((numbers == numbers[0]).all())
 
 
 def distance_function(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Iterable
+from collections.abc import Mapping
 from collections.abc import MutableMapping
 from collections.abc import Sequence
 from typing import Any
@@ -59,8 +60,9 @@ class DecentralizedOptimizer(wrapper.OptimizerWrapper):
 
     While `fit` runs, the weights that Keras saves, evaluates or gives out are
     those of the first replica, or each replica's own. `averaged` gives all of
-    them the mean, and so does the end of `fit`. What each replica keeps cannot
-    be saved yet: a model that is saved then starts with new slots.
+    them the mean, and so does the end of `fit` (of the optimizer that the model
+    is compiled with). What each replica keeps cannot be saved yet: a model that
+    is saved then starts with new slots.
 
     Args:
         inner_optimizer: The `keras.optimizers.Optimizer` to wrap, without
@@ -75,7 +77,7 @@ class DecentralizedOptimizer(wrapper.OptimizerWrapper):
             of what is not sent or rounded away. `EF21` needs a topology that
             is the same in all steps. Defaults to `NoFeedback()`.
         consensus_step_size: Float gamma in (0, 1]. The fewer entries are sent,
-            the smaller it has to be: for Top-k of a tenth about 0.3.
+            the smaller it has to be: for Top-k of a tenth at most 0.4.
         communication_period: Integer. The replicas exchange in the first of so
             many steps; the other steps are each replica's own.
         average_at_end: Boolean. Whether all replicas have the mean of the
@@ -151,7 +153,19 @@ class DecentralizedOptimizer(wrapper.OptimizerWrapper):
         super()._build(variables)
 
     def _create_state(self, variables: Sequence[keras.Variable]) -> None:
-        self._num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
+        strategy = tf.distribute.get_strategy()
+        self._num_replicas = strategy.num_replicas_in_sync
+        # Replicas may differ, where another optimizer like this has not
+        # averaged them. All rules start with weights that are alike.
+        if self._num_replicas > 1 and not averaging.are_alike(
+            variables, strategy
+        ):
+            logger.warning(
+                "The replicas had weights of their own. '%s' starts with their "
+                "mean",
+                self.name,
+            )
+            averaging.average(variables, strategy)
         checks.check_constant(
             self.topology, self.error_feedback, self._num_replicas
         )
@@ -247,7 +261,13 @@ class DecentralizedOptimizer(wrapper.OptimizerWrapper):
         """True if all replicas are known to have the same weights."""
         if not self.built or self._num_replicas == 1:
             return True
-        return int(self._iterations.numpy()) in (0, self._agreed_at)
+        if int(self._iterations.numpy()) in (0, self._agreed_at):
+            return True
+        # Those of other workers cannot be asked, as only one worker may save.
+        strategy = keras_internals.strategy_of(self)
+        return averaging.are_local(strategy) and averaging.are_alike(
+            self._trainable_variables, strategy
+        )
 
     def note_agreement(self, agrees: bool) -> None:
         """Notes that all replicas were given the same weights, or their own.
@@ -305,11 +325,29 @@ class DecentralizedOptimizer(wrapper.OptimizerWrapper):
         if not self.built or self._num_replicas == 1:
             super().save_own_variables(store)
             return
+        # No error, because Keras has emptied the file by now.
         if not self.replicas_agree:
-            raise checks.cannot_save(self)
-        logger.warning(
+            logger.warning(
+                "THE FILE HOLDS THE WEIGHTS OF ONE REPLICA of '%s', and the "
+                "others have weights of their own. Save in `with "
+                "tf_regtopk.averaged(model):`, or after a `fit` with "
+                "`average_at_end`",
+                self.name,
+            )
+        logger.info(
             "What each replica of '%s' keeps is not saved: training will go on "
             "from the weights with a new optimizer",
+            self.name,
+        )
+        store[_NUM_REPLICAS] = np.array(self._num_replicas)
+
+    def load_own_variables(self, store: Mapping[str, np.ndarray]) -> None:
+        if _NUM_REPLICAS not in store.keys():  # noqa: SIM118
+            super().load_own_variables(store)
+            return
+        logger.warning(
+            "The file has the weights, but not what each replica of '%s' "
+            "kept: training goes on with a new optimizer",
             self.name,
         )
 
@@ -361,3 +399,5 @@ class DecentralizedOptimizer(wrapper.OptimizerWrapper):
 
 
 _LAYOUT = {"optimizer": "DecentralizedOptimizer"}
+# In a file of several replicas, in place of what they keep.
+_NUM_REPLICAS = "num_replicas"

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 import warnings
 
-import keras
 import tensorflow as tf
 
 from tf_regtopk import codecs
@@ -12,6 +11,7 @@ from tf_regtopk import error_feedback as error_feedback_lib
 from tf_regtopk import sparsifiers
 from tf_regtopk import validation
 from tf_regtopk.distribute import mixing
+from tf_regtopk.distribute import neighbours
 
 _RULES = (
     error_feedback_lib.NoFeedback(),
@@ -108,7 +108,7 @@ def check_constant(
     num_replicas: int,
 ) -> None:
     """Raises if `EF21` is to follow neighbours that change."""
-    num_steps = len(topology.rounds(num_replicas))
+    num_steps = len(neighbours.rounds_of(topology, num_replicas))
     if isinstance(error_feedback, error_feedback_lib.EF21) and num_steps > 1:
         raise ValueError(
             "`error_feedback=EF21()` must go with a topology that is the same "
@@ -127,16 +127,6 @@ def check_no_loss_scaling(optimizer: Any) -> None:
             "hears of an overflow on all others: use `mixed_bfloat16` or "
             "float32. Received: a scaled loss"
         )
-
-
-def cannot_save(optimizer: keras.optimizers.Optimizer) -> ValueError:
-    """The error of saving when replicas have weights of their own."""
-    return ValueError(
-        "A model whose replicas have weights of their own must be saved in "
-        "`with tf_regtopk.averaged(model):`, or after a `fit` with "
-        "`average_at_end`, because else a file would hold the weights of one "
-        f"replica. Received: {optimizer.name!r} between two averages"
-    )
 
 
 def cannot_resume() -> ValueError:

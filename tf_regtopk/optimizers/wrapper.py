@@ -554,7 +554,7 @@ def all_of_model(
 
 def optimizers_of(model: keras.Model) -> list[keras.optimizers.Optimizer]:
     """The optimizer of `compile`, and all others that are attributes."""
-    candidates = [model.optimizer]
+    candidates = [getattr(model, "optimizer", None)]
     for value in vars(model).values():
         if isinstance(value, dict):
             candidates.extend(value.values())

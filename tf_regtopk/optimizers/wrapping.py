@@ -6,6 +6,7 @@ import keras
 
 from tf_regtopk import keras_internals
 from tf_regtopk import sparsifiers
+from tf_regtopk.optimizers import decentralized
 from tf_regtopk.optimizers import loss_scale
 from tf_regtopk.optimizers import sparsified
 from tf_regtopk.optimizers import wrapper
@@ -66,7 +67,8 @@ def unwrap(model: keras.Model) -> keras.Model:
     that was not sent yet, are dropped.
 
     Args:
-        model: The `keras.Model`, compiled with a `SparsifiedOptimizer`. It is
+        model: The `keras.Model`, compiled with a `SparsifiedOptimizer`, or
+            with a `DecentralizedOptimizer`, whose replicas are averaged. It is
             changed.
 
     Returns:
@@ -89,6 +91,8 @@ def unwrap(model: keras.Model) -> keras.Model:
             "The optimizer of `model` must be a `SparsifiedOptimizer`. "
             f"Received: {model.optimizer!r}"
         )
+    if isinstance(optimizer, decentralized.DecentralizedOptimizer):
+        optimizer.average_weights()  # All replicas are alike from here on.
     plain = optimizer.inner_optimizer
     with keras_internals.strategy_of(plain).scope():
         optimizer.release_inner_optimizer()

@@ -64,7 +64,7 @@ class Gossip:
         self._buffer = flat_buffer.FlatBuffer.for_variables(self._variables)
         self._participants = topology_lib.Participants(choices.topology)
         size, n = self._buffer.size, self._participants.count
-        steps = choices.topology.rounds(n)
+        steps = neighbours.rounds_of(choices.topology, n)
         k = choices.sparsifier.num_selected(size)
         self._payload_codec = choices.codec.payload(k, size, self._buffer.dtype)
         self._step = gossip_step.GossipStep(

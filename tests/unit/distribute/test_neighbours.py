@@ -174,3 +174,34 @@ def test_workers_of_several_replicas_are_refused(monkeypatch):
     monkeypatch.setattr(topology_lib.Cluster, "in_scope", lambda: cluster)
     with pytest.raises(ValueError, match="2 workers of 2 replicas each"):
         neighbours.Neighbours(RING.rounds(4), neighbours.differences(RING, 4))
+
+
+@dataclasses.dataclass(frozen=True)
+class Given(tf_regtopk.MixingTopology):
+    """A topology of a user's own that returns what it is given."""
+
+    returned: object = ()
+
+    def rounds(self, num_replicas):
+        return self.returned
+
+
+@pytest.mark.parametrize(
+    "returned", [(), 3, [[[0, 1]]], [[[[0, 5]]]], [[[[-1, 0]]]], [[[[0, 0.5]]]]]
+)
+def test_rounds_of_another_form_are_refused(returned):
+    with pytest.raises(ValueError, match="`rounds` of a topology must have"):
+        neighbours.rounds_of(Given(returned), 2)
+
+
+def test_rounds_may_be_lists():
+    assert neighbours.rounds_of(Given([[[[0, np.int64(1)]]]]), 2) == (
+        (((0, 1),),),
+    )
+
+
+def test_matrices_of_another_shape_are_refused():
+    topology = Given([[[[0, 1]]]])
+    object.__setattr__(topology, "mixing_matrices", lambda n: np.eye(2))
+    with pytest.raises(ValueError, match=r"\(1, 2, 2\).*shape \(2, 2\)"):
+        neighbours.differences(topology, 2)

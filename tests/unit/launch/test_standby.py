@@ -1,6 +1,7 @@
 """Standbys of the launcher, with modules that stand in for TensorFlow."""
 
 import json
+import pathlib
 import re
 import signal
 import subprocess
@@ -10,6 +11,8 @@ import time
 import pytest
 import script_launcher
 
+from tf_regtopk.launch import arguments
+from tf_regtopk.launch import bootstrap
 from tf_regtopk.launch import cluster
 from tf_regtopk.launch import process
 from tf_regtopk.launch import shares
@@ -184,12 +187,47 @@ def test_a_standby_ends_without_an_order(tmp_path):
     popen = process.start(
         cluster.place_of(["a:1"], 0),
         [str(tmp_path / "never.py")],
-        {"imports": [["json", ["/nowhere"], {}]]},
+        {"stands_by": True},
         {},
         stdin=subprocess.PIPE,
     )
-    output, _ = popen.communicate(timeout=LIMIT)
+    output, _ = popen.communicate(
+        b'[["json", ["/nowhere"], {}]]\n', timeout=LIMIT
+    )
     assert popen.returncode == 0 and output == b""
+
+
+def test_nobody_reads_the_environment_of_a_script(tmp_path):
+    """Which may have read secrets before it imports TensorFlow."""
+    own = cluster.place_of(["a:1"], 0)
+    imports = [["json", [], {"SECRET": "hunter2"}]]
+    waiting = standby.Standby(own, ["x.py"], imports)
+    try:
+        path = pathlib.Path(f"/proc/{waiting._popen.pid}/cmdline")
+        deadline = time.monotonic() + LIMIT
+        while not (command := path.read_text()):
+            assert time.monotonic() < deadline
+        assert "bootstrap.py" in command and "hunter2" not in command
+    finally:
+        waiting.end()
+    path = tmp_path / "worker-0.imports"
+    bootstrap._NotesOfImports(str(path)).find_spec("keras")
+    assert path.stat().st_mode & 0o777 == 0o600
+    [[name, *_]] = json.loads(path.read_text())
+    assert name == "keras"
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--workers=2"], "must go with `--max_restarts`"),
+        (["--workers=1:2", "--max_restarts=1"], "a fixed number of"),
+    ],
+)
+def test_a_standby_that_could_never_serve_is_refused(options, message, capsys):
+    with pytest.raises(SystemExit):
+        arguments.parse(["--standby", *options, __file__], "")
+    assert message in capsys.readouterr().err
 
 
 def test_a_standby_fits_places_with_its_cores_and_gpus():
