@@ -166,7 +166,7 @@ class ScatteredCodec:
             `[k]`, 0 for what is left out.
         """
         step, rank = stream
-        n, capacity = self.ownership.num_owners, self.to_owner.indices.k
+        n, capacity = self.ownership.num_owners, self.to_owner.k
         owners, positions = self.ownership.of(indices)
         places, counts = ownership_lib.grouped(owners, n)
         # Of too many entries a run is sent that starts anywhere, and goes on
@@ -224,9 +224,32 @@ class ScatteredCodec:
         positions, values, is_valid = self.to_owner.decode(payloads[:, 1:])
         is_valid &= payloads[:, 0] == owner
         sums = scatter_sum.sum_entries(
-            positions, values, share + self.to_owner.indices.k
+            positions, values, share + self.to_owner.k
         )[:share]
-        number = self.to_all.indices.k
+        words, kept, is_kept = self._keep(sums, owner, step)
+        # Fillers are behind the share, where nothing is kept.
+        is_accepted = tf.gather(is_kept, tf.minimum(positions, share))
+        num_accepted = tf.reduce_sum(tf.cast(is_accepted, tf.int32))
+        magnitudes = tf.reduce_sum(tf.where(is_accepted, tf.abs(values), 0.0))
+        facts = tf.stack(
+            [
+                owner,
+                tf.where(tf.reduce_all(is_valid), num_accepted, _NOT_VALID),
+                tf.bitcast(tf.cast(magnitudes, tf.float32), tf.int32),
+            ]
+        )
+        return tf.concat([facts, words], axis=0), kept
+
+    def _keep(
+        self, sums: tf.Tensor, owner: tf.Tensor, step: int | tf.Tensor
+    ) -> tuple[tf.Tensor, Kept, tf.Tensor]:
+        """Packs the largest sums of an owner.
+
+        Returns:
+            `(words, kept, is_kept)`: int32 words, `Kept`, and a bool tensor
+            `[share + 1]`, False at its end.
+        """
+        share, number = self.ownership.share, self.to_all.k
         largest = selection.select_largest(
             sums, [selection.Group(share, number)], step
         )
@@ -242,40 +265,25 @@ class ScatteredCodec:
         sums_kept = tf.gather(
             sums_kept, tf.gather(order, place % tf.maximum(num_used, 1))
         )
+        n = self.ownership.num_owners
         words, decoded = self.to_all.encode(
             self._with_fillers(kept, is_used),
             sums_kept,
             (step, self._stream(n * n + owner)),
         )
         is_sent = is_used & (decoded != 0)
-        is_kept = tf.scatter_nd(
+        counts = tf.scatter_nd(
             tf.where(is_used, kept, share)[:, tf.newaxis],
             tf.cast(is_sent, tf.int32),
-            [share + self.to_owner.indices.k],
+            [share + 1],
         )
-        is_accepted = tf.gather(is_kept, positions) * tf.cast(
-            positions < share, tf.int32
+        # Entries behind the last are fillers. They stay different from the
+        # others, because the last entry then is another owner's.
+        indices = tf.minimum(
+            self.ownership.entries(owner, kept), self.ownership.size - 1
         )
-        num_accepted = tf.reduce_sum(is_accepted)
-        magnitudes = tf.reduce_sum(
-            tf.where(is_accepted > 0, tf.abs(values), 0.0)
-        )
-        facts = tf.stack(
-            [
-                owner,
-                tf.where(tf.reduce_all(is_valid), num_accepted, _NOT_VALID),
-                tf.bitcast(tf.cast(magnitudes, tf.float32), tf.int32),
-            ]
-        )
-        return tf.concat([facts, words], axis=0), Kept(
-            # Entries behind the last are fillers. They stay different from
-            # the others, because the last entry then is another owner's.
-            tf.minimum(
-                self.ownership.entries(owner, kept), self.ownership.size - 1
-            ),
-            tf.where(is_sent, sums_kept - decoded, 0.0),
-            sums_kept,
-        )
+        error = tf.where(is_sent, sums_kept - decoded, 0.0)
+        return words, Kept(indices, error, sums_kept), counts > 0
 
     @property
     def num_words_to_all(self) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import dataclasses
 import itertools
 import math
+import operator
 from typing import Any
 
 import keras
@@ -166,7 +167,7 @@ def _cycle(ranks: Sequence[int]) -> list[tuple[int, int]]:
 def _parts(name: str, parts: Any) -> tuple[mixing.Group, ...]:
     """Groups of ranks as tuples, in the order given."""
     try:
-        found = tuple(tuple(int(rank) for rank in part) for part in parts)
+        found = tuple(tuple(map(operator.index, part)) for part in parts)
     except TypeError:
         found = ()
     if not found or not all(found):

@@ -580,6 +580,12 @@ def _wrapper_in(
 
 
 def _no_wrapper(optimizer: keras.optimizers.Optimizer | None) -> ValueError:
+    if _wrapper_in(optimizer) is not None:
+        return ValueError(
+            "The optimizer of `model` must be a `SparsifiedOptimizer`, because "
+            "this is about the exchange of gradients, and others exchange "
+            f"weights. Received: {optimizer!r}"
+        )
     return ValueError(
         "The optimizer of `model` must be a `SparsifiedOptimizer`: wrap it "
         f"before, as by `tf_regtopk.wrap(model)`. Received: {optimizer!r}"

@@ -242,6 +242,8 @@ def test_unsuitable_numbers_of_replicas(topology, n, message):
 def test_bad_arguments():
     with pytest.raises(ValueError, match="`cliques` must be a list of lists"):
         tf_regtopk.Cliques(3)
+    with pytest.raises(ValueError, match="`cliques` must be a list of lists"):
+        tf_regtopk.Cliques([[0, 1.5]])
     with pytest.raises(ValueError, match="`classes` must be a list of lists"):
         tf_regtopk.RingPass([[0, 1], []])
     with pytest.raises(TypeError, match="`average_gradients` must be a bool"):
