@@ -99,7 +99,7 @@ def rounds_of(
 
 
 class Neighbours:
-    """Those with whom a replica exchanges vectors, in a sequence of T steps.
+    """The replicas with which one exchanges vectors, in a sequence of T steps.
 
     Within one process the replicas exchange by an all-gather, and each reads
     what its neighbours have sent. Between workers the collectives of a step
@@ -236,7 +236,7 @@ class Neighbours:
 
 
 class _Table(NamedTuple):
-    """Those whom one worker meets, in arrays of the T steps.
+    """The replicas that one worker meets, in arrays of the T steps.
 
     What arrives are rows: the worker's own vector, and then those of the others
     in its group of each round. Where the group is smaller than the largest of
@@ -289,7 +289,7 @@ def _table(steps: Sequence[mixing.Step], rank: int) -> _Table:
 
 
 def _are_first(values: Sequence[int]) -> list[bool]:
-    """Whether each value comes for the first time."""
+    """Flags of the values that come for the first time."""
     return [value not in values[:i] for i, value in enumerate(values)]
 
 

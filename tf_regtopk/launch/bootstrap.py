@@ -111,7 +111,7 @@ def _stand_by() -> dict[str, Any]:
 
 
 def _read_line() -> Any:
-    """What the launcher has to say to a standby; ends the process without."""
+    """Reads what the launcher tells a standby; ends the process without."""
     line = sys.stdin.readline()
     if not line:  # The launcher has ended, or needs no further worker.
         os._exit(0)

@@ -177,7 +177,7 @@ class GossipStep:
         state: round_lib.State,
         number: tf.Tensor,
     ) -> tf.Tensor:
-        """What is to be added to x; assigns the state after the step.
+        """Returns the move of x; assigns the state after the step.
 
         Args:
             d: Float tensor `[J]`.
