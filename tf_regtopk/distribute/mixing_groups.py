@@ -110,7 +110,7 @@ class PeriodicGlobalAveraging(mixing.MixingTopology):
         return self.topology.gradient_groups(num_replicas)
 
     def _are_means(self, num_steps: int) -> list[bool]:
-        """Flags of the steps that take the mean of all, until all begins again."""
+        """Flags of the steps of a period that take the mean of all."""
         period = math.lcm(num_steps, self.every)
         return [(t + 1) % self.every == 0 for t in range(period)]
 
