@@ -136,8 +136,35 @@ def test_methods_are_what_their_flags_say():
             0.5,
         ),
     }
-    with_signs = {f"{name}_sign" for name in expected}
-    assert {"dense", *expected} | with_signs == set(methods.METHODS)
+    with_owners = {
+        f"{name}_owners{keep}"
+        for name in ("topk", "regtopk", "shift_regtopk", "shift_masked")
+        for keep in ("", 4)
+    }
+    with_signs = {f"{name}_sign" for name in {*expected} | with_owners}
+    assert {"dense", *expected} | with_owners | with_signs == set(
+        methods.METHODS
+    )
+    # Owners take indices in a fixed length.
+    of_ten = types.SimpleNamespace(
+        **{**vars(METHOD_ARGS), "indices": "auto"}, num_workers=10
+    )
+    for method in with_owners:
+        # What arrives are `1.5 + keep` entries in place of 9.
+        name, _, keep = method.partition("_owners")
+        made = methods.make_optimizer(method, of_ten, 0.5, 0.0625, 0.75)
+        topology = tf_regtopk.ReduceScatter(1.5, float(keep or 1))
+        assert made.topology == topology
+        density = 0.0625 * 10 / (1.5 + topology.keep)
+        gathered = methods.make_optimizer(name, of_ten, 0.5, density, 0.75)
+        assert made.sparsifier == gathered.sparsifier
+        assert made.error_feedback == gathered.error_feedback
+        assert gathered.topology == tf_regtopk.AllGather()
+        made = methods.make_optimizer(
+            f"{method}_sign", of_ten, 0.5, 0.015625, 0.75
+        )
+        assert made.sparsifier == gathered.sparsifier
+        assert made.topology == topology
     for method, parts in expected.items():
         made = methods.make_optimizer(
             method, METHOD_ARGS, 0.5, density=0.25, momentum=0.75
@@ -150,7 +177,7 @@ def test_methods_are_what_their_flags_say():
             float(inner.learning_rate),
         )
         assert made.codec == tf_regtopk.Codec("golomb", "natural")
-    for method in with_signs:
+    for method in with_signs - {f"{name}_sign" for name in with_owners}:
         # Of a value of one bit four times the entries take about the bytes.
         made = methods.make_optimizer(
             method, METHOD_ARGS, 0.5, density=0.1, momentum=0.75
@@ -179,7 +206,8 @@ def test_methods_are_what_their_flags_say():
         name
         for name in {*methods.METHODS}
         - {"dgc", "shift_masked", "shift_rounded"}
-        if not name.endswith("_sign")  # They round.
+        # They round, or send another share of the entries.
+        if not name.endswith("_sign") and "_owners" not in name
     ),
 )
 def test_methods_agree_at_density_one(method):

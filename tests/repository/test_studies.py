@@ -246,6 +246,7 @@ def test_density_sweep_follows_the_reference():
         num_workers=3,
         learning_rate=0.05,
         rounds=30,
+        keep=None,
     )
     problem = linear_regression.make_problem(3, 7, 11, 5)
     features, targets, optimum = problem
@@ -262,6 +263,12 @@ def test_density_sweep_follows_the_reference():
         w = w - args.learning_rate * workers.step(gradients)
         expected.append(np.sum((w - optimum) ** 2))
     np.testing.assert_allclose(curve, np.log10(expected), rtol=1e-9)
+    # Owners that keep one sum each take other steps.
+    args.keep = 0.5
+    training = density_sweep.make_training("shift_regtopk", 0.4, args)
+    by_owners = density_sweep.train(*training, problem)
+    assert np.abs(by_owners - curve).max() > 0.01
+    assert by_owners[-1] < by_owners[0]
 
 
 @pytest.mark.slow

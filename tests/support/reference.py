@@ -75,7 +75,8 @@ class Workers:
                 self.a_prev[n, j] if self.denominator == "previous" else a[j]
             )
             difference = self.agg_prev[j] - self.w * self.a_prev[n, j]
-            if divisor != 0:
+            # A value of 0 counts as not sent.
+            if divisor != 0 and self.a_prev[n, j] != 0:
                 delta[j] = difference / divisor
         return np.abs(a) * np.tanh(np.abs(1 + delta) / self.mu)
 
