@@ -119,8 +119,18 @@ def test_equals_the_paper(twin, n, kwargs, mirrored):
     assert optimizer.iterations.numpy() == 10
 
 
-@pytest.mark.parametrize("n, topology", MATRICES.items())
-@pytest.mark.parametrize("inner", ["momentum", "adam"])
+@pytest.mark.parametrize(
+    "n, topology, inner",
+    [
+        (3, RING, "adam"),
+        (4, MATRICES[4], "momentum"),
+        *(
+            pytest.param(n, topology, inner, marks=pytest.mark.slow)
+            for n, topology in MATRICES.items()
+            for inner in ("momentum", "adam")
+        ),
+    ],
+)
 def test_fit(n, topology, inner, mirrored):
     distances = tf_regtopk.ConsensusDistance()
     model = fit(mirrored(n), inner, topology, epochs=4, callbacks=[distances])

@@ -59,7 +59,7 @@ def test_no_array_of_the_gradients_size_is_copied(sparsifier):
     assert not copies(sparse_step.send, size, *args)
     payload, _, sent, _, mark = sparse_step.send(*args)
     entries, _ = sparse_step.decode(payload[tf.newaxis], mark)
-    args = (entries, sent[:2], state, moment, has_gradient, ())
+    args = (entries, sent[:2], state, moment, has_gradient, (), ())
     assert not copies(sparse_step.settle, size, *args)
 
 

@@ -43,6 +43,9 @@ def test_trains_as_two_replicas_in_one_process_do(results, mirrored):
     for name in ("history", "evaluate"):
         assert set(actual[name]) == set(expected[name])
         for metric, value in expected[name].items():
+            if metric == "sparse_exchange_seconds":
+                assert min(actual[name][metric]) > 0
+                continue
             np.testing.assert_allclose(
                 actual[name][metric], value, **close, err_msg=metric
             )

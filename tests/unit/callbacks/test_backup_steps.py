@@ -139,12 +139,12 @@ def resume(strategy, folder, data=DATA["dataset"], extra=(), **for_compile):
 CASES = [
     # Replicas, data, steps per execution, and the step of SIGTERM.
     (0, "arrays", 1, 4),
-    (0, "of unknown length", 3, 6),
-    (2, "steps_per_epoch", 1, 1),
     (2, "dataset", 3, 3),
     *(
         pytest.param(*case, marks=pytest.mark.slow)
         for case in [
+            (0, "of unknown length", 3, 6),
+            (2, "steps_per_epoch", 1, 1),
             (0, "dataset", 3, 6),
             (0, "steps_per_epoch", 1, 6),
             (2, "arrays", 1, 6),
@@ -272,6 +272,7 @@ def test_another_number_of_replicas(mirrored, tmp_path, caplog):
     assert len(logs["loss"]) == 2
 
 
+@pytest.mark.slow
 def test_a_function_that_another_callback_makes_anew(mirrored, tmp_path):
     """As `DensityWarmup` does, wherever it is in the list."""
     stop(mirrored(0), tmp_path, 1, 4)

@@ -245,6 +245,7 @@ def test_when_a_training_is_over(statuses, expected):
     assert gathering.status_if_over([waiting, *posts]) == expected
 
 
+@pytest.mark.slow
 def test_a_machine_that_leaves_before_it_can_back_up(machines):
     """As while its script loads the data. It counts as no restart."""
     machines.write("""

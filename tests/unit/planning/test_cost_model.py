@@ -115,7 +115,7 @@ def test_owners_as_simulated(num_workers, name):
                 network_lib.WINDOW_BYTES,
                 network_lib.GATHER_TRIPS,
             )
-            for num_words in (codec.to_owner.num_words, codec.num_words_to_all)
+            for num_words in (codec.num_words_to_owner, codec.num_words_to_all)
         )
         prediction = cost_model.predict(
             job, network_lib.Network(*NETWORKS[name])
@@ -124,7 +124,7 @@ def test_owners_as_simulated(num_workers, name):
         expected = (
             (num_workers - 1)
             * 4
-            * (codec.to_owner.num_words + codec.num_words_to_all)
+            * (codec.num_words_to_owner + codec.num_words_to_all)
         )
         assert prediction.sent_bytes == pytest.approx(expected)
 
