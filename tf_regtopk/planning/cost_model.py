@@ -303,12 +303,20 @@ def _hierarchical(job: Job, network: network_lib.Network) -> Prediction:
     )
 
 
+def _most_owned(num_devices: int) -> int:
+    """The most parameters whose positions at the owners are int32."""
+    return 2**31 - 2 * num_devices
+
+
 def _owners(job: Job, network: network_lib.Network) -> Prediction:
     num_devices, k = job.num_devices, job.num_selected
     settings = reduce_scatter.ReduceScatter()
     payload_codec = codecs.ScatteredCodec.of(
         codecs.Codec(values=job.values),
-        ownership.Ownership(job.parameters, num_devices),
+        # At the limit of int32 the last entries do not matter here.
+        ownership.Ownership(
+            min(job.parameters, _most_owned(num_devices)), num_devices
+        ),
         k,
         settings.capacity,
         settings.keep,
@@ -427,6 +435,11 @@ METHODS = (
 )
 
 
+def _can_have_owners(job: Job) -> bool:
+    is_enough = job.num_devices >= LEAST_OWNERS
+    return is_enough and job.parameters <= _most_owned(job.num_devices)
+
+
 def methods(job: Job) -> list[Method]:
     """Selects the `METHODS` that a job can use."""
     several = job.devices_per_worker > 1 and job.workers > 1
@@ -434,7 +447,7 @@ def methods(job: Job) -> list[Method]:
         method
         for method in METHODS
         if (several or not method.is_by_worker)
-        and (job.num_devices >= LEAST_OWNERS or not method.has_owners)
+        and (not method.has_owners or _can_have_owners(job))
     ]
 
 
