@@ -12,6 +12,7 @@ feedback and the codec as its paper does. (RegTop-k, of which this library is an
 implementation, is `SparsifiedOptimizer` with its defaults.)
 """
 
+import bisect
 from typing import Any
 from typing import TypeAlias
 
@@ -20,6 +21,7 @@ import keras
 from tf_regtopk import codecs
 from tf_regtopk import error_feedback
 from tf_regtopk import sparsifiers
+from tf_regtopk import validation
 from tf_regtopk.optimizers import momentum as momentum_lib
 from tf_regtopk.optimizers import sparsified
 
@@ -29,6 +31,70 @@ Inner: TypeAlias = (
     | keras.optimizers.schedules.LearningRateSchedule
     | keras.optimizers.Optimizer
 )
+
+
+def recommended(
+    inner: Inner,
+    momentum: float | None = None,
+    compression: float = 300.0,
+    *,
+    factor_masking: bool = False,
+    **options: Any,
+) -> sparsified.SparsifiedOptimizer:
+    r"""The most accurate setting found for a given number of bytes.
+
+    RegTop-k with the learned shift, momentum on each replica, and one bit a
+    value: the bytes that are saved on values pay for about four times as many
+    entries. The learning rate is that of training without compression.
+
+    Args:
+        inner: The learning rate of SGD: a float or a schedule. Or a Keras
+            optimizer: the momentum of `keras.optimizers.SGD` is moved to the
+            replicas, where it acts before entries are selected; that of others,
+            such as Adam, acts after the sum, as it does without compression.
+        momentum: Float in [0, 1), the momentum on each replica. None is that of
+            `inner`, or 0.9 if `inner` is a learning rate.
+        compression: Float of at least 40. The size of a float32 gradient in
+            payloads of a replica. (N replicas receive N payloads each by an
+            all-gather, and about 2 gradients by a dense all-reduce: so all
+            bytes fall by 2 / N times this factor. `wire_report` counts both.)
+        factor_masking: Boolean. Whether the momentum of an entry that was sent
+            is cleared. For replicas whose data are alike.
+        **options: Other arguments of `SparsifiedOptimizer`, but `sparsifier`,
+            `codec` and `error_feedback`.
+
+    Returns:
+        `SparsifiedOptimizer`.
+
+    Raises:
+        ValueError: If an argument breaks its rule, if momentum is given twice,
+            or if it cannot be moved.
+
+    Example:
+
+    >>> optimizer = recommended(keras.optimizers.SGD(0.1, momentum=0.9))
+    >>> optimizer.sparsifier.density, optimizer.codec.values
+    (0.0113, 'sign')
+    >>> optimizer.error_feedback.momentum, optimizer.inner_optimizer.momentum
+    (0.9, 0.0)
+
+    Source: Karimireddy, Rebjock, Stich, Jaggi, "Error Feedback Fixes SignSGD
+    and other Gradient Compression Schemes" (2019), for the values.
+    """
+    validation.check_number(
+        "compression", compression, "at least 40", lambda c: c >= 40
+    )
+    inner, momentum = _with_momentum_moved(inner, momentum)
+    codec = codecs.Codec(values="sign")
+    return sparsified.SparsifiedOptimizer(
+        inner,
+        sparsifiers.RegTopK(_density_at(compression, codec)),
+        codec=codec,
+        error_feedback=error_feedback.LearnedShift(
+            momentum=momentum, factor_masking=factor_masking
+        ),
+        **options,
+    )
 
 
 def deep_gradient_compression(
@@ -168,6 +234,52 @@ def sparse_ternary_compression(
         ),
         **options,
     )
+
+
+def _with_momentum_moved(
+    inner: Inner, momentum: float | None
+) -> tuple[keras.optimizers.Optimizer, float]:
+    """Returns what applies the aggregate, and the momentum of each replica."""
+    if not isinstance(inner, keras.optimizers.Optimizer):
+        return keras.optimizers.SGD(
+            inner
+        ), 0.9 if momentum is None else momentum
+    of_inner = momentum_lib.momentum_of(inner)
+    if momentum is not None:
+        return _inner_optimizer(inner, has_momentum=momentum > 0), momentum
+    # A subclass may do something else with its momentum.
+    if not of_inner or type(inner) is not keras.optimizers.SGD:
+        return inner, 0.0
+    if inner.nesterov:
+        raise ValueError(
+            "`inner` must not have `nesterov=True`, because that momentum "
+            "cannot be moved to the replicas: give `keras.optimizers.SGD(0.1, "
+            f"momentum={of_inner:g})`. Received: inner={inner!r}"
+        )
+    if inner.built:
+        raise ValueError(
+            "`inner` must not be built, because its momentum is moved to the "
+            "replicas: give a new `keras.optimizers.SGD`. Received: a built one"
+        )
+    config = {**inner.get_config(), "momentum": 0.0}
+    return keras.optimizers.SGD.from_config(config), of_inner
+
+
+def _density_at(compression: float, codec: codecs.Codec) -> float:
+    """Returns the density at which payloads are so many times smaller.
+
+    Args:
+        compression: The size of a float32 gradient in payloads.
+        codec: `Codec`.
+    """
+    size = 1 << 24  # The bits of an entry hardly depend on it.
+    most_words = size / compression
+    k = bisect.bisect(
+        range(1, size),
+        most_words,
+        key=lambda k: codec.payload(k, size).num_words,
+    )
+    return float(f"{max(k, 1) / size:.3g}")
 
 
 def _inner_optimizer(

@@ -37,6 +37,17 @@ METHODS = {
             values="ternary",
         ),
     ),
+    "recommended": (
+        lambda: methods.recommended(
+            keras.optimizers.SGD(0.25, momentum=0.7), compression=40
+        ),
+        dict(
+            feedback=lambda: reference.LearnedShift(momentum=0.7),
+            density=0.136,
+            # Signs, of which so few share one magnitude.
+            values="ternary",
+        ),
+    ),
 }
 
 
@@ -46,6 +57,7 @@ METHODS = {
         "dgc, clipped",
         "ef21",
         "stc",
+        "recommended",
         pytest.param("dgc", marks=pytest.mark.slow),
     ],
 )
@@ -58,8 +70,13 @@ def test_weights_follow_the_reference(name, mirrored):
         ]
         optimizer = make()
     step = flat_gradients.step_function(strategy, optimizer, variables)
-    arguments = {**arguments, "feedback": arguments["feedback"]()}
-    workers = reference.Workers("topk", 2, SIZES, 0.2, **arguments)
+    arguments = {
+        "density": 0.2,
+        **arguments,
+        "feedback": arguments["feedback"](),
+    }
+    kind = "regtopk" if name == "recommended" else "topk"
+    workers = reference.Workers(kind, 2, SIZES, **arguments)
     weights = np.zeros(sum(SIZES))
     rng = np.random.default_rng(0)
     for t in range(10):
@@ -69,8 +86,8 @@ def test_weights_follow_the_reference(name, mirrored):
         np.testing.assert_allclose(
             flat_gradients.flat_weights(variables),
             weights,
-            # The magnitude of ternary values is computed in float32.
-            atol=1e-5 if name == "stc" else 1e-9,
+            # The magnitude of values of one bit is computed in float32.
+            atol=1e-5 if arguments.get("values") else 1e-9,
             err_msg=f"step {t}",
         )
 
@@ -102,3 +119,63 @@ def test_other_arguments_and_optimizers():
 def test_momentum_is_not_applied_twice(method, make):
     with pytest.raises(ValueError, match="`inner` must have no momentum.*Rec"):
         method(make())
+
+
+@pytest.mark.parametrize("compression", [40, 100, 300, 732, 5000])
+@pytest.mark.parametrize("size", [1_000_000, 25_557_032])
+def test_recommended_sends_the_bytes_asked_for(compression, size):
+    made = methods.recommended(0.1, compression=compression)
+    k = made.sparsifier.num_selected(size)
+    payload = made.codec.payload(k, size).num_words
+    # A density of three digits, and some words of a payload's ends.
+    assert payload == pytest.approx(size / compression, rel=0.03)
+
+
+def test_recommended_moves_momentum():
+    made = methods.recommended(0.1)
+    assert made.error_feedback == tf_regtopk.LearnedShift(momentum=0.9)
+    assert made.inner_optimizer.momentum == 0
+
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 5, 0.5)
+    inner = keras.optimizers.SGD(schedule, momentum=0.6, weight_decay=1e-4)
+    made = methods.recommended(inner, factor_masking=True)
+    assert made.error_feedback == tf_regtopk.LearnedShift(
+        momentum=0.6, factor_masking=True
+    )
+    assert made.inner_optimizer.get_config() == {
+        **inner.get_config(),
+        "momentum": 0.0,
+    }
+
+    # The momentum of Adam stays where it is.
+    inner = keras.optimizers.Adam(0.01)
+    made = methods.recommended(inner, dense_below=7)
+    assert made.error_feedback == tf_regtopk.LearnedShift()
+    assert made.inner_optimizer is inner and made.dense_below == 7
+    again = keras.optimizers.deserialize(keras.optimizers.serialize(made))
+    assert again.get_config() == made.get_config()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            [keras.optimizers.SGD(0.1, 0.5), 0.9],
+            "`inner` must have no mom.*Rec",
+        ),
+        ([keras.optimizers.Adam(), 0.9], "`inner` must have no mom.*Rec"),
+        ([keras.optimizers.SGD(0.1, 0.9, nesterov=True)], "`nesterov=True`.*R"),
+        ([0.1, 1.0], "`momentum` must be"),
+        ([0.1, 0.9, 10], "`compression` must be at least 40. Received: comp"),
+    ],
+)
+def test_recommended_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        methods.recommended(*arguments)
+
+
+def test_recommended_refuses_a_built_optimizer():
+    inner = keras.optimizers.SGD(0.1, momentum=0.9)
+    inner.build([keras.Variable([0.0])])
+    with pytest.raises(ValueError, match="`inner` must not be built.*Received"):
+        methods.recommended(inner)
