@@ -233,6 +233,7 @@ def test_command_on_cpus(tmp_path):
             "--jobs=1",
             f"--output={tmp_path / 'selftest.json'}",
         ],
+        timeout=600,
         XLA_FLAGS="",
     )
     assert result.returncode == command_lib.PASSED, result.stderr
