@@ -29,11 +29,13 @@ What there is, and for what:
 `python -m tf_regtopk.selftest` checks a machine.
 """
 
-from tf_regtopk.launch.started_as import launcher as _is_launcher
+from tf_regtopk.launch.started_as import (
+    command_without_tensorflow as _needs_no_tensorflow,
+)
 from tf_regtopk.version import __version__
 
-# The launcher would wait for TensorFlow, and keep it in memory, for nothing.
-if not _is_launcher():
+# Two commands would wait for TensorFlow, and keep it in memory, for nothing.
+if not _needs_no_tensorflow():
     from tf_regtopk import methods
     from tf_regtopk.callbacks.backup import Backup
     from tf_regtopk.callbacks.consensus import averaged

@@ -15,7 +15,6 @@ import textwrap
 from absl import app
 from absl import flags
 
-from tf_regtopk.codecs import value_codecs
 from tf_regtopk.planning import advice as advice_lib
 from tf_regtopk.planning import cost_model
 from tf_regtopk.planning import crossover
@@ -25,6 +24,7 @@ from tf_regtopk.planning import quantities
 from tf_regtopk.planning.cost_model import Job
 from tf_regtopk.planning.cost_model import predict
 from tf_regtopk.planning.network import Network
+from tf_regtopk.sizes import values as value_sizes
 
 # Without `--device` this one is assumed, and the others are tried as well.
 ASSUMED_DEVICE = "a100"
@@ -310,7 +310,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_enum(
         "values",
         "float32",
-        list(value_codecs.CODECS),
+        list(value_sizes.CODES),
         "The code of values.",
         values,
     )

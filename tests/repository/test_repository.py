@@ -69,7 +69,15 @@ PUBLIC = {
 }
 # Each layer imports only from those before it.
 LAYERS = (
-    ("keras_internals", "launch", "log", "validation", "version"),
+    (
+        "keras_internals",
+        "launch",
+        "log",
+        "sizes",
+        "training_validation",
+        "validation",
+        "version",
+    ),
     ("hyper_parameters", "kernels", "label_skew"),
     ("distribute", "selection", "sparsifiers"),
     ("codecs", "saving"),

@@ -52,6 +52,7 @@ TESTS = {
         "integration/test_payloads.py",
         "integration/test_saved_files.py",
     ],
+    "sizes": ["unit/codecs/test_index_codecs.py"],
     "steps": [
         "unit/optimizers/test_sparsified.py",
         "integration/test_custom_loop.py",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import sys
 import time
 
@@ -82,6 +83,13 @@ def make(strategy, learning_rate=0.1, dtype="float32", **kwargs):
     return optimizer, variables
 
 
+def make_step(strategy, **kwargs):
+    """A function that takes a step of an optimizer, and its variables."""
+    optimizer, variables = make(strategy, **kwargs)
+    step = flat_gradients.step_function(strategy, optimizer, variables)
+    return step, variables
+
+
 def local_weights(strategy, variables):
     """For each replica of this process its weights `[J]`."""
     parts = [
@@ -94,10 +102,16 @@ def local_weights(strategy, variables):
     ]
 
 
-def train(strategy, g=None, **kwargs):
-    """For each step and each replica of this process its weights."""
-    optimizer, variables = make(strategy, **kwargs)
-    take_step = flat_gradients.step_function(strategy, optimizer, variables)
+def train(strategy, g=None, made=None, **kwargs):
+    """For each step and each replica of this process its weights.
+
+    Args:
+        strategy: The strategy.
+        g: `[steps, replicas, J]`.
+        made: What `make_step` has returned, if it has been called.
+        **kwargs: Arguments of the optimizer.
+    """
+    take_step, variables = made or make_step(strategy, **kwargs)
     weights = []
     for step_gradients in gradients() if g is None else g:
         take_step(step_gradients)
@@ -187,10 +201,8 @@ def build_differently(strategy):
     return None
 
 
-def count_watched(strategy):
+def count_watched(strategy, take_step):
     """How many waits the watchdog has seen in steps of one exchange each."""
-    optimizer, variables = make(strategy)
-    take_step = flat_gradients.step_function(strategy, optimizer, variables)
     watchdog = strategy.watchdog
     before = int(watchdog._entered.numpy())
     for g in gradients():
@@ -199,12 +211,15 @@ def count_watched(strategy):
     return int(watchdog._entered.numpy()) - before
 
 
-def wait_for_a_lost_worker(strategy):
+def wait_for_a_lost_worker(strategy, take_step, result_path):
     """The error of the others when the last worker takes no more steps."""
-    optimizer, variables = make(strategy)
-    take_step = flat_gradients.step_function(strategy, optimizer, variables)
     if strategy.cluster_resolver.task_id == N - 1:
-        time.sleep(20)
+        # It stays until the others have ended, because its end is an error.
+        folder, deadline = pathlib.Path(result_path).parent, time.time() + 60
+        while len([*folder.glob("result_*.json")]) < N - 1:
+            if time.time() > deadline:
+                break
+            time.sleep(0.1)
         return None
     strategy.watchdog._timeout = 3.0
     try:
@@ -226,19 +241,20 @@ def main(result_path, *cases):
         )
     except RuntimeError as error:
         eager = str(error)
+    made = make_step(strategy)
     result = {
         "eager": eager,
         "cases": {case: train(strategy, **CASES[case]) for case in cases},
         "float64": train(
             strategy, dtype="float64", **CASES["clique gradients"]
         ),
-        "bad gradient": train(strategy, gradients(is_bad=True)),
+        "bad gradient": train(strategy, gradients(is_bad=True), made),
         "loop": take_many_steps(strategy),
         "fit": fit(strategy),
         "build_differently": build_differently(strategy),
-        "watched": count_watched(strategy),
+        "watched": count_watched(strategy, made[0]),
         # Last, because no collective works after it.
-        "lost": wait_for_a_lost_worker(strategy),
+        "lost": wait_for_a_lost_worker(strategy, made[0], result_path),
     }
     with open(result_path, "w") as f:
         json.dump(result, f)

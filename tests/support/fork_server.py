@@ -6,6 +6,7 @@ any process: the imports are all that has happened before.
 """
 
 import atexit
+import ctypes
 import functools
 import gc
 import importlib
@@ -22,7 +23,7 @@ import traceback
 import paths
 
 
-def process(program, args, output_path, error_path=None, **env):
+def process(program, args, output_path, error_path=None, network=None, **env):
     """A process for `run`.
 
     Args:
@@ -30,9 +31,11 @@ def process(program, args, output_path, error_path=None, **env):
         args: Its arguments.
         output_path: The file for what it writes.
         error_path: The file for what it writes to standard error, if another.
+        network: The file of the network namespace that it is to join, if any.
         **env: Environment variables to add.
     """
     return {
+        "network": network and str(network),
         "program": str(program),
         "args": [str(arg) for arg in args],
         "output_paths": [str(output_path), str(error_path or output_path)],
@@ -96,7 +99,7 @@ def _close(server):
 # ----- The server -----
 
 
-def _fork(program, args, output_paths, env):
+def _fork(program, args, output_paths, network, env):
     """Starts a process and returns its number."""
     pid = os.fork()
     if pid:
@@ -107,6 +110,8 @@ def _fork(program, args, output_paths, env):
         for stream, path in enumerate([os.devnull, *output_paths]):
             mode = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
             os.dup2(os.open(path, mode if stream else os.O_RDONLY), stream)
+        if network:
+            _join(network)
         sys.argv = [program, *args]
         if program.endswith(".py"):
             sys.path[0] = os.path.dirname(program)
@@ -126,6 +131,14 @@ def _fork(program, args, output_paths, env):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def _join(network):
+    """Makes a network namespace that of this process."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open(network) as file:
+        if libc.setns(file.fileno(), 0):
+            raise OSError(ctypes.get_errno(), f"Cannot join {network}")
 
 
 def _run(processes, timeout):

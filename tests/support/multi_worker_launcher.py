@@ -1,14 +1,8 @@
-"""Starts the workers of a cluster as processes on this machine.
-
-    python multi_worker_launcher.py SCRIPT NUM_WORKERS DIRECTORY TIMEOUT [ARGS]
-
-runs the script as `run_workers` does, and writes `DIRECTORY/results.json`.
-"""
+"""Starts the workers of a cluster as processes on this machine."""
 
 import contextlib
 import json
 import os
-import pathlib
 import shutil
 import signal
 import socket
@@ -112,7 +106,7 @@ def processes():
             process.end()
 
 
-def run_workers(script, num_workers, directory, timeout, args=()):
+def run_workers(script, num_workers, directory, timeout, args=(), network=None):
     """Runs `script` on every worker of a cluster until all have ended.
 
     Args:
@@ -121,6 +115,7 @@ def run_workers(script, num_workers, directory, timeout, args=()):
         directory: Where files can be written.
         timeout: Seconds after which all workers are ended.
         args: Further arguments of the script.
+        network: The file of a network namespace for the workers, if any.
 
     Returns:
         The results of the workers.
@@ -135,6 +130,7 @@ def run_workers(script, num_workers, directory, timeout, args=()):
                 script,
                 [results[i], *args],
                 output_paths[i],
+                network=network,
                 CUDA_VISIBLE_DEVICES="-1",
             )
             for i in numbers
@@ -168,31 +164,33 @@ def run_workers_alone(script, num_workers, directory, timeout, args=()):
     Returns:
         The results of the workers, and whether they were alone.
     """
-    command = [sys.executable, __file__, script, num_workers, directory]
+    with network_of_its_own() as network:
+        results = run_workers(
+            script, num_workers, directory, timeout, args, network
+        )
+    return results, network is not None
+
+
+@contextlib.contextmanager
+def network_of_its_own():
+    """Gives the file of a network namespace, None where there can be none.
+
+    The namespace has a loopback interface, and ends with the process here that
+    is its first.
+    """
     unshare = shutil.which("unshare")
-    is_alone = (
-        unshare is not None
-        and subprocess.run([unshare, "--net", "true"]).returncode == 0
+    if unshare is None:
+        yield None
+        return
+    # Without any device up there is no loopback interface either.
+    script = "ip link set lo up && echo ready && cat"
+    first = subprocess.Popen(
+        [unshare, "--net", "sh", "-c", script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     )
-    if is_alone:
-        command = [unshare, "--net", *command]
-    subprocess.run(
-        [*map(str, command), str(timeout), *args],
-        check=True,
-        timeout=timeout + 30,
-    )
-    return json.loads((directory / "results.json").read_text()), is_alone
-
-
-def main(script, num_workers, directory, timeout, *args):
-    """For `unshare --net`, which makes a network without any device up."""
-    subprocess.run(["ip", "link", "set", "lo", "up"], check=False)
-    directory = pathlib.Path(directory)
-    results = run_workers(
-        script, int(num_workers), directory, int(timeout), args
-    )
-    (directory / "results.json").write_text(json.dumps(results))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        is_there = first.stdout.readline() == b"ready\n"
+        yield f"/proc/{first.pid}/ns/net" if is_there else None
+    finally:
+        first.communicate()

@@ -4,7 +4,8 @@
     python resume_program.py RESULT resume DIRECTORY
 
 `RESULT` gets what `fingerprint` says of the replicas of this process, by the
-name of the run.  Without `TF_CONFIG` it is a run for each of `NUM_REPLICAS`.
+name of the run.  Without `TF_CONFIG` there is a run for each folder in
+`DIRECTORY`, whose name is its number of replicas.
 """
 
 import json
@@ -20,7 +21,6 @@ import tensorflow as tf
 
 import tf_regtopk
 
-NUM_REPLICAS = (0, 2, 3)
 STEPS_PER_EPOCH = 3
 SAVED_EPOCH, LAST_EPOCH = 2, 4
 WAYS = (
@@ -288,7 +288,8 @@ def main(result_path, action, directory, other=None):
         import logical_devices
 
         runs = {
-            str(n): logical_devices.mirrored_strategy(n) for n in NUM_REPLICAS
+            path.name: logical_devices.mirrored_strategy(int(path.name))
+            for path in directory.iterdir()
         }
     act = {"save": train_and_save, "resume": resume}[action]
     result = {}

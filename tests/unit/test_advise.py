@@ -2,16 +2,17 @@
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
 
 from absl import flags
-import fork_server
 import paths
 import planning_jobs
 import pytest
 
+import tf_regtopk
 from tf_regtopk import advise
 from tf_regtopk.planning import figure
 from tf_regtopk.planning import network as network_lib
@@ -57,22 +58,56 @@ def test_import_defines_no_flags():
     assert "step_time" not in flags.FLAGS
 
 
-def run(is_forked=True, **arguments):
-    args = [f"--{name}={value}" for name, value in arguments.items()]
-    if is_forked:
-        return fork_server.run_one("tf_regtopk.advise", args)
-    return subprocess.run(
-        [sys.executable, "-m", "tf_regtopk.advise", *args],
+def test_import_is_that_of_a_program():
+    """The command alone leaves out what it does not need."""
+    assert tf_regtopk.TopK(0.1).num_selected(100) == 10
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """The variables of processes that cannot import TensorFlow or Keras."""
+    path = tmp_path_factory.mktemp("without_tensorflow")
+    needless = ("keras", "tensorflow", "tensorflow_datasets")
+    (path / "sitecustomize.py").write_text(
+        f"import sys\nsys.modules.update(dict.fromkeys({needless}))\n"
+    )
+    searched = [str(path), str(paths.ROOT)]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(searched)}
+
+
+@pytest.fixture
+def run(environment):
+    """A function that runs the command, without TensorFlow and Keras."""
+
+    def run(**arguments):
+        args = [f"--{name}={value}" for name, value in arguments.items()]
+        return subprocess.run(
+            [sys.executable, "-m", "tf_regtopk.advise", *args],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+
+    return run
+
+
+def test_other_programs_need_tensorflow(environment):
+    """So that the tests of the command can tell whether it does."""
+    result = subprocess.run(
+        [sys.executable, "-c", "import tf_regtopk"],
+        env=environment,
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
+    assert re.search("import of (keras|tensorflow) halted", result.stderr)
 
 
-def test_command_advises_to_compress():
+def test_command_advises_to_compress(run):
     result = run(
-        is_forked=False,
         parameters="11.2e6",
         workers=4,
         bandwidth="100Mbit",
@@ -98,7 +133,7 @@ def test_command_advises_to_compress():
     assert "\nThe answer would be another with one of these " in result.stdout
 
 
-def test_command_advises_not_to():
+def test_command_advises_not_to(run):
     result = run(
         parameters="1e5",
         workers=4,
@@ -113,7 +148,7 @@ def test_command_advises_not_to():
     assert "a sparse step starts in 8.00 ms;" in " ".join(result.stdout.split())
 
 
-def test_command_knows_a_single_host(tmp_path):
+def test_command_knows_a_single_host(run, tmp_path):
     """Its GPUs exchange over NVLink; no network is asked for."""
     picture = tmp_path / "advise.png"
     result = run(
@@ -199,7 +234,7 @@ def test_plot_says_what_is_missing(monkeypatch, tmp_path):
         figure.save(tmp_path / "a.png", planning_jobs.make_job(), network)
 
 
-def test_docs_show_what_the_command_prints():
+def test_docs_show_what_the_command_prints(run):
     docs = (paths.ROOT / "docs" / "advise.md").read_text("utf-8")
     command, shown = re.findall(r"^```(?:sh)?\n(.*?)^```", docs, re.M | re.S)[
         :2
@@ -212,7 +247,7 @@ def test_docs_show_what_the_command_prints():
     assert result.stdout.endswith(shown)
 
 
-def test_command_refuses_bananas():
+def test_command_refuses_bananas(run):
     result = run(
         parameters="1e5",
         workers=4,

@@ -7,12 +7,7 @@ hold 32 such parts, of consecutive numbers from the lowest bits on.
 
 import tensorflow as tf
 
-_POWERS = (32, 16, 8, 4, 2, 1)
-
-
-def num_words(size: int, width: int) -> int:
-    """Number of words that `size` numbers of `width` bits occupy."""
-    return sum(-(-size * part // 32) for part, _ in _parts(width))
+from tf_regtopk.sizes import packing
 
 
 def pack(numbers: tf.Tensor, width: int) -> tf.Tensor:
@@ -23,7 +18,7 @@ def pack(numbers: tf.Tensor, width: int) -> tf.Tensor:
         width: Bits of a number, from 0 to 32.
 
     Returns:
-        uint32 tensor `[num_words(n, width)]`.
+        uint32 tensor `[packing.num_words(n, width)]`.
 
     Example:
 
@@ -31,9 +26,9 @@ def pack(numbers: tf.Tensor, width: int) -> tf.Tensor:
     [57]
     """
     packed = [tf.zeros([0], tf.uint32)]
-    for part, shift in _parts(width):
+    for part, shift in packing.parts(width):
         per_word = 32 // part
-        length = num_words(numbers.shape[0], part)
+        length = packing.num_words(numbers.shape[0], part)
         low = tf.bitwise.right_shift(numbers, tf.constant(shift, tf.uint32))
         low &= tf.constant((1 << part) - 1, tf.uint32)
         padding = per_word * length - numbers.shape[0]
@@ -48,7 +43,7 @@ def unpack(words: tf.Tensor, size: int, width: int) -> tf.Tensor:
     """Inverts `pack`, for words of any contents.
 
     Args:
-        words: uint32 tensor `[num_words(size, width)]`.
+        words: uint32 tensor `[packing.num_words(size, width)]`.
         size: Number of numbers.
         width: Bits of a number, from 0 to 32.
 
@@ -56,8 +51,8 @@ def unpack(words: tf.Tensor, size: int, width: int) -> tf.Tensor:
         uint32 tensor `[size]`.
     """
     numbers = tf.zeros([size], tf.uint32)
-    for part, shift in _parts(width):
-        length = num_words(size, part)
+    for part, shift in packing.parts(width):
+        length = packing.num_words(size, part)
         rows = words[:length, tf.newaxis]
         rows = tf.bitwise.right_shift(rows, _shifts(part))
         rows &= tf.constant((1 << part) - 1, tf.uint32)
@@ -65,16 +60,6 @@ def unpack(words: tf.Tensor, size: int, width: int) -> tf.Tensor:
         numbers |= tf.bitwise.left_shift(low, tf.constant(shift, tf.uint32))
         words = words[length:]
     return numbers
-
-
-def _parts(width: int) -> list[tuple[int, int]]:
-    """Splits a width into `(bits, position)` of its powers of 2, falling."""
-    parts, shift = [], 0
-    for power in _POWERS:
-        if width & power:
-            parts.append((power, shift))
-            shift += power
-    return parts
 
 
 def _shifts(part: int) -> tf.Tensor:

@@ -22,6 +22,8 @@ from tf_regtopk import hyper_parameters
 from tf_regtopk.codecs import bit_packing
 from tf_regtopk.kernels import bitmap
 from tf_regtopk.kernels import ranges
+from tf_regtopk.sizes import indices as sizes
+from tf_regtopk.sizes import packing
 
 IndexCodecName = Literal["auto", "int32", "elias_fano", "golomb", "bitmap"]
 _WORD = bitmap.WORD
@@ -133,7 +135,7 @@ class Int32(IndexCodec):
 
     @property
     def num_words(self) -> int:
-        return self.k
+        return sizes.int32(self.k, self.size)
 
     def encode(self, indices: tf.Tensor) -> tf.Tensor:
         return tf.bitcast(indices, tf.uint32)
@@ -147,7 +149,7 @@ class Bitmap(IndexCodec):
 
     @property
     def num_words(self) -> int:
-        return -(-self.size // _WORD)
+        return sizes.bitmap(self.k, self.size)
 
     def encode(self, indices: tf.Tensor) -> tf.Tensor:
         return bitmap.of_positions(indices, self.num_words)
@@ -174,18 +176,15 @@ class EliasFano(IndexCodec):
 
     @property
     def num_words(self) -> int:
-        return (
-            bit_packing.num_words(self.k, self._num_low) + self._num_high_words
-        )
+        return sizes.elias_fano(self.k, self.size)
 
     @property
     def _num_low(self) -> int:
-        return max(0, (self.size // self.k).bit_length() - 1)
+        return sizes.elias_fano_low_bits(self.k, self.size)
 
     @property
     def _num_high_words(self) -> int:
-        high_bits = self.k + ((self.size - 1) >> self._num_low)
-        return -(-high_bits // _WORD)
+        return sizes.elias_fano_high_words(self.k, self.size)
 
     def encode(self, indices: tf.Tensor) -> tf.Tensor:
         high = tf.bitwise.right_shift(indices, self._num_low)
@@ -256,7 +255,7 @@ class Golomb(IndexCodec):
 
     @property
     def _num_low_words(self) -> int:
-        return bit_packing.num_words(self.k, self._num_low)
+        return packing.num_words(self.k, self._num_low)
 
     def encode(self, indices: tf.Tensor) -> tf.Tensor:
         gaps = indices - tf.concat([[-1], indices[:-1]], axis=0) - 1
@@ -331,13 +330,8 @@ def choose(
             '"elias_fano" numbers its bits by int32. Received: indices='
             f'"elias_fano", k={k}, size={size}'
         )
-    if name != "auto":
-        return CODECS[name](k, size)
-    codecs = [codec(k, size) for codec in CODECS.values()]
-    return min(
-        (codec for codec in codecs if not codec.is_variable),
-        key=lambda codec: codec.num_words,
-    )
+    found = sizes.shortest(k, size) if name == "auto" else name
+    return CODECS[found](k, size)
 
 
 def _positions_of_bits(words: tf.Tensor, k: int) -> tuple[tf.Tensor, tf.Tensor]:
@@ -366,6 +360,6 @@ def _split_low(
     words: tf.Tensor, k: int, num_low: int
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Splits `words` into the k low parts in front, and the other words."""
-    num_words = bit_packing.num_words(k, num_low)
+    num_words = packing.num_words(k, num_low)
     low = bit_packing.unpack(words[:num_words], k, num_low)
     return tf.bitcast(low, tf.int32), words[num_words:]

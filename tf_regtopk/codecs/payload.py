@@ -12,10 +12,12 @@ from typing import Self
 import keras
 import tensorflow as tf
 
+from tf_regtopk import training_validation
 from tf_regtopk import validation
 from tf_regtopk.codecs import index_codecs
 from tf_regtopk.codecs import value_codecs
 from tf_regtopk.kernels import device_kind
+from tf_regtopk.sizes import values as value_sizes
 
 # A GPU decodes at most so many entries of all replicas at once. With more
 # entries each replica is decoded on its own, because then starting kernels
@@ -54,7 +56,7 @@ class Codec:
     indices: index_codecs.IndexCodecName | type[index_codecs.IndexCodec] = (
         "auto"
     )
-    values: value_codecs.ValueCodecName | value_codecs.ValueCodec = "float32"
+    values: value_sizes.ValueCodecName | value_codecs.ValueCodec = "float32"
 
     def __post_init__(self) -> None:
         if isinstance(self.indices, type):
@@ -179,12 +181,12 @@ class PayloadCodec:
             that every receiver decodes, `[k]`.
         """
         words = self.values.encode(values, stream)
-        validation.check_words(
+        training_validation.check_words(
             f"{type(self.values).__name__}.encode", words, self.num_value_words
         )
         sent = self._decode_values(words)
         index_words = self.indices.encode(indices)
-        validation.check_words(
+        training_validation.check_words(
             f"{type(self.indices).__name__}.encode",
             index_words,
             self.indices.num_words,
@@ -253,7 +255,7 @@ class PayloadCodec:
 
     def _decode_values(self, words: tf.Tensor) -> tf.Tensor:
         values = self.values.decode(words, self.indices.k, self.dtype)
-        validation.check_values(
+        training_validation.check_values(
             f"{type(self.values).__name__}.decode",
             values,
             self.indices.k,

@@ -15,7 +15,6 @@ of the owner, and nobody relies on the order of rows.
 """
 
 import dataclasses
-import math
 from typing import NamedTuple
 
 import tensorflow as tf
@@ -28,9 +27,8 @@ from tf_regtopk.kernels import hashing
 from tf_regtopk.kernels import ownership as ownership_lib
 from tf_regtopk.kernels import ranges
 from tf_regtopk.kernels import scatter_sum
+from tf_regtopk.sizes import payload as sizes
 
-# Words that an owner sends in front of the sums: its number, and `Facts`.
-NUM_FACTS = 3
 _NOT_VALID = -1
 
 
@@ -111,15 +109,12 @@ class ScatteredCodec:
                 "many entries, because positions behind the last must be "
                 f"int32. Received: {ownership.size} entries"
             )
-        to_owner = min(math.ceil(min(capacity, n) * k / n), share, k)
-        most = n * to_owner
-        to_all = min(math.ceil(min(keep, most) * k / n), share, most)
+        numbers = sizes.Scattered.of(ownership.size, n, k, capacity, keep)
         return cls(
             ownership,
             k,
-            # Behind the share there is a position for each filler.
-            codec.payload(to_owner, share + to_owner, dtype),
-            codec.payload(to_all, share + to_all, dtype),
+            codec.payload(numbers.to_owner, numbers.size_to_owner, dtype),
+            codec.payload(numbers.to_all, numbers.size_to_all, dtype),
         )
 
     @property
@@ -135,7 +130,7 @@ class ScatteredCodec:
     @property
     def num_words_to_owner(self) -> int:
         """Number of words that a participant sends to an owner."""
-        return 1 + self.to_owner.num_words
+        return sizes.NUM_TO_OWNER + self.to_owner.num_words
 
     @property
     def is_variable(self) -> bool:
@@ -221,7 +216,9 @@ class ScatteredCodec:
         """
         n, share = self.ownership.num_owners, self.ownership.share
         owner = tf.clip_by_value(payloads[0, 0], 0, n - 1)
-        positions, values, is_valid = self.to_owner.decode(payloads[:, 1:])
+        positions, values, is_valid = self.to_owner.decode(
+            payloads[:, sizes.NUM_TO_OWNER :]
+        )
         is_valid &= payloads[:, 0] == owner
         sums = scatter_sum.sum_entries(
             positions, values, share + self.to_owner.k
@@ -288,7 +285,7 @@ class ScatteredCodec:
     @property
     def num_words_to_all(self) -> int:
         """Number of words that an owner sends to each participant."""
-        return NUM_FACTS + self.to_all.num_words
+        return sizes.NUM_FACTS + self.to_all.num_words
 
     def decode(
         self, payloads: tf.Tensor
@@ -304,7 +301,7 @@ class ScatteredCodec:
             the index 0.
         """
         positions, values, is_valid = self.to_all.decode(
-            payloads[:, NUM_FACTS:]
+            payloads[:, sizes.NUM_FACTS :]
         )
         n = self.ownership.num_owners
         owners = tf.clip_by_value(payloads[:, 0], 0, n - 1)

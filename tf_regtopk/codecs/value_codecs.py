@@ -19,7 +19,6 @@ replica, because XLA's own generators are slow on a CPU.
 import abc
 import dataclasses
 from typing import ClassVar
-from typing import Literal
 
 import keras
 import tensorflow as tf
@@ -28,16 +27,8 @@ from tf_regtopk import hyper_parameters
 from tf_regtopk import validation
 from tf_regtopk.codecs import bit_packing
 from tf_regtopk.kernels import hashing
+from tf_regtopk.sizes import values as sizes
 
-ValueCodecName = Literal[
-    "float32",
-    "bfloat16",
-    "float16",
-    "natural",
-    "uniform",
-    "sign",
-    "ternary",
-]
 # The step and the replica, scalar integers that stochastic rounding depends on.
 Stream = tuple[int | tf.Tensor, int | tf.Tensor]
 
@@ -94,7 +85,7 @@ class _Cast(ValueCodec):
 
     def num_words(self, k: int, dtype: tf.DType) -> int:
         del dtype
-        return bit_packing.num_words(k, 8 * self.dtype.size)
+        return sizes.narrow(k)
 
     def encode(self, values: tf.Tensor, stream: Stream) -> tf.Tensor:
         del stream
@@ -132,7 +123,7 @@ class Float32(ValueCodec):
     """Plain values: 32 bits, or 64 if any variable has float64."""
 
     def num_words(self, k: int, dtype: tf.DType) -> int:
-        return k * dtype.size // 4
+        return sizes.plain(k, dtype.size)
 
     def encode(self, values: tf.Tensor, stream: Stream) -> tf.Tensor:
         del stream
@@ -171,7 +162,7 @@ class Natural(ValueCodec):
 
     def num_words(self, k: int, dtype: tf.DType) -> int:
         del dtype
-        return 1 + bit_packing.num_words(k, 8)
+        return sizes.natural(k)
 
     def encode(self, values: tf.Tensor, stream: Stream) -> tf.Tensor:
         pattern = tf.bitcast(_to_float32(values), tf.int32)
@@ -214,7 +205,7 @@ class _InBuckets(ValueCodec):
     bucket_size: int | None
 
     def _size_of_bucket(self, k: int) -> int:
-        return min(self.bucket_size or k, k)
+        return sizes.size_of_bucket(k, self.bucket_size)
 
 
 @keras.saving.register_keras_serializable(package="tf_regtopk")
@@ -251,8 +242,7 @@ class Uniform(_InBuckets):
 
     def num_words(self, k: int, dtype: tf.DType) -> int:
         del dtype
-        num_buckets = -(-k // self._size_of_bucket(k))
-        return 2 * num_buckets + bit_packing.num_words(k, self.num_bits)
+        return sizes.uniform(k, self.num_bits, self.bucket_size)
 
     def encode(self, values: tf.Tensor, stream: Stream) -> tf.Tensor:
         k = values.shape[0]
@@ -278,7 +268,7 @@ class Uniform(_InBuckets):
         )
 
     def decode(self, words: tf.Tensor, k: int, dtype: tf.DType) -> tf.Tensor:
-        num_buckets = -(-k // self._size_of_bucket(k))
+        num_buckets = sizes.num_buckets(k, self.bucket_size)
         bounds = tf.bitcast(words[: 2 * num_buckets], tf.float32)
         low, step = bounds[:num_buckets], bounds[num_buckets:]
         level = bit_packing.unpack(words[2 * num_buckets :], k, self.num_bits)
@@ -320,14 +310,14 @@ class ScaledSign(_InBuckets):
 
     def num_words(self, k: int, dtype: tf.DType) -> int:
         del dtype
-        return -(-k // self._size_of_bucket(k)) + bit_packing.num_words(k, 1)
+        return sizes.scaled_sign(k, self.bucket_size)
 
     def encode(self, values: tf.Tensor, stream: Stream) -> tf.Tensor:
         del stream
         k = values.shape[0]
         values = _to_float32(values)
         bucket_size = self._size_of_bucket(k)
-        num_buckets = -(-k // bucket_size)
+        num_buckets = sizes.num_buckets(k, bucket_size)
         padded = tf.pad(values, [[0, num_buckets * bucket_size - k]])
         counts = tf.minimum(
             tf.fill([num_buckets], bucket_size),
@@ -349,14 +339,14 @@ class ScaledSign(_InBuckets):
 
     def decode(self, words: tf.Tensor, k: int, dtype: tf.DType) -> tf.Tensor:
         bucket_size = self._size_of_bucket(k)
-        num_buckets = -(-k // bucket_size)
+        num_buckets = sizes.num_buckets(k, bucket_size)
         mean = tf.bitcast(words[:num_buckets], tf.float32)
         magnitude = _of_bucket(mean, bucket_size, k)
         is_negative = bit_packing.unpack(words[num_buckets:], k, 1) > 0
         return tf.cast(tf.where(is_negative, -magnitude, magnitude), dtype)
 
 
-CODECS: dict[str, ValueCodec] = {
+CODECS: dict[sizes.ValueCodecName, ValueCodec] = {
     "float32": Float32(),
     "bfloat16": BFloat16(),
     "float16": Float16(),

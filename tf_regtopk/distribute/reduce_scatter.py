@@ -8,6 +8,7 @@ import tensorflow as tf
 from tf_regtopk import validation
 from tf_regtopk.distribute import collectives
 from tf_regtopk.distribute import topology
+from tf_regtopk.sizes import exchanges
 
 
 @keras.saving.register_keras_serializable(package="tf_regtopk")
@@ -91,11 +92,11 @@ class ReduceScatter(topology.EntryTopology):
         return collectives.all_gather(payload)
 
     def sent_bytes(self, num_bytes: int, cluster: topology.Cluster) -> float:
-        n = cluster.num_replicas
-        return (n - 1) / n * num_bytes
+        return exchanges.to_owners(num_bytes, cluster.num_replicas)
 
     def worker_sent_bytes(
         self, num_bytes: int, cluster: topology.Cluster
     ) -> float:
-        own, n = cluster.replicas_per_worker, cluster.num_replicas
-        return own * (n - own) / n * num_bytes
+        return exchanges.to_owners_by_worker(
+            num_bytes, cluster.num_replicas, cluster.replicas_per_worker
+        )

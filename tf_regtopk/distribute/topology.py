@@ -8,8 +8,9 @@ A topology answers five questions of a step:
     what that costs       `sent_bytes`, `worker_sent_bytes`
     may lengths vary      `can_vary_length`
 
-The step, the wire report, the cost model and the checks ask the topology, so
-that another one is a class of its own.
+The step, the wire report and the checks ask the topology, so that another one
+is a class of its own. `sizes/exchanges.py` counts the bytes, because the cost
+model of `advise` needs them without TensorFlow.
 """
 
 import abc
@@ -25,6 +26,7 @@ from tf_regtopk import keras_internals
 from tf_regtopk.distribute import collectives
 from tf_regtopk.distribute import strategy as strategy_lib
 from tf_regtopk.distribute import watchdog
+from tf_regtopk.sizes import exchanges
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,8 +161,7 @@ class AllReduce(Topology):
         return collectives.all_reduce_sum(gradients)
 
     def sent_bytes(self, num_bytes: int, cluster: Cluster) -> float:
-        n = cluster.num_replicas
-        return 2 * (n - 1) / n * num_bytes
+        return exchanges.ring(num_bytes, cluster.num_replicas)
 
     def worker_sent_bytes(self, num_bytes: int, cluster: Cluster) -> float:
         # The ring leaves each worker once.
@@ -191,12 +192,12 @@ class AllGather(EntryTopology):
         return collectives.all_gather(payload, num_used)
 
     def sent_bytes(self, num_bytes: int, cluster: Cluster) -> float:
-        return (cluster.num_replicas - 1) * num_bytes
+        return exchanges.to_all(num_bytes, cluster.num_replicas)
 
     def worker_sent_bytes(self, num_bytes: int, cluster: Cluster) -> float:
-        # Each replica to each of the other workers.
-        own = cluster.replicas_per_worker
-        return own * (cluster.num_replicas - own) * num_bytes
+        return exchanges.to_all_by_worker(
+            num_bytes, cluster.num_replicas, cluster.replicas_per_worker
+        )
 
 
 @keras.saving.register_keras_serializable(package="tf_regtopk")
@@ -259,7 +260,7 @@ class Hierarchical(EntryTopology):
         return tf.reshape(gathered, [cluster.num_workers, -1])[:, :length]
 
     def sent_bytes(self, num_bytes: int, cluster: Cluster) -> float:
-        return (cluster.num_workers - 1) * num_bytes
+        return exchanges.to_all(num_bytes, cluster.num_workers)
 
     def worker_sent_bytes(self, num_bytes: int, cluster: Cluster) -> float:
         return self.sent_bytes(num_bytes, cluster)

@@ -7,6 +7,7 @@ import tensorflow as tf
 from tf_regtopk.kernels import bitmap
 from tf_regtopk.kernels import hashing
 from tf_regtopk.kernels import ranges
+from tf_regtopk.sizes import payload as sizes
 
 
 class Ownership(NamedTuple):
@@ -38,7 +39,7 @@ class Ownership(NamedTuple):
     @property
     def share(self) -> int:
         """Number of positions of each owner, `ceil(J / N)`."""
-        return -(-self.size // self.num_owners)
+        return sizes.share_of(self.size, self.num_owners)
 
     def of(self, indices: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """The owners of entries, and their positions there.

@@ -18,6 +18,7 @@ from tf_regtopk import error_feedback as error_feedback_lib
 from tf_regtopk import hyper_parameters
 from tf_regtopk import keras_internals
 from tf_regtopk import sparsifiers
+from tf_regtopk import training_validation
 from tf_regtopk import validation
 from tf_regtopk import version
 from tf_regtopk.distribute import agreement
@@ -253,7 +254,7 @@ class DecentralizedOptimizer(wrapper.OptimizerWrapper):
 
         They held NaN or infinity.
         """
-        validation.check_built(self, "zeroed_gradients")
+        training_validation.check_built(self, "zeroed_gradients")
         return [int(count) for [count] in self._zeroed.local_arrays()]
 
     @property
@@ -283,7 +284,7 @@ class DecentralizedOptimizer(wrapper.OptimizerWrapper):
         To be called outside of the replicas, on all workers at the same time.
         (`averaged` does so for a while, with all weights of a model.)
         """
-        validation.check_built(self, "average_weights")
+        training_validation.check_built(self, "average_weights")
         if self._num_replicas > 1:
             averaging.average(
                 self._trainable_variables, keras_internals.strategy_of(self)
@@ -312,7 +313,7 @@ class DecentralizedOptimizer(wrapper.OptimizerWrapper):
             ValueError: If the optimizer is not built, or there is a single
                 replica, which sends nothing.
         """
-        validation.check_built(self, "wire_report")
+        training_validation.check_built(self, "wire_report")
         if self._gossip is None:
             raise ValueError(
                 "`wire_report` must be asked of several replicas. Received: 1"

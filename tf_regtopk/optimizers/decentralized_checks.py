@@ -9,6 +9,7 @@ import tensorflow as tf
 from tf_regtopk import codecs
 from tf_regtopk import error_feedback as error_feedback_lib
 from tf_regtopk import sparsifiers
+from tf_regtopk import training_validation
 from tf_regtopk import validation
 from tf_regtopk.distribute import mixing
 from tf_regtopk.distribute import neighbours
@@ -28,7 +29,7 @@ def check_no_base_arguments(arguments: Mapping[str, Any]) -> None:
             "exchanges each replica takes steps of its own. Received: "
             f"accumulation_steps={arguments['accumulation_steps']!r}"
         )
-    validation.check_no_base_arguments(arguments)
+    training_validation.check_no_base_arguments(arguments)
 
 
 def check_inner_optimizer(inner_optimizer: Any) -> None:

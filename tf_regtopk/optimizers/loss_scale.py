@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tf_regtopk import training_validation
 from tf_regtopk import validation
 from tf_regtopk.optimizers import wrapper
 from tf_regtopk.steps import flat_buffer
@@ -121,7 +122,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         """
         if not self.built:
             if trainable_variables is None:
-                raise validation.variables_needed()
+                raise training_validation.variables_needed()
             self.build(trainable_variables)
         scale = self.dynamic_scale.value
         variables = trainable_variables or self._trainable_variables

@@ -17,6 +17,7 @@ from tf_regtopk import error_feedback as error_feedback_lib
 from tf_regtopk import hyper_parameters
 from tf_regtopk import keras_internals
 from tf_regtopk import sparsifiers
+from tf_regtopk import training_validation
 from tf_regtopk import validation
 from tf_regtopk import version
 from tf_regtopk.distribute import agreement
@@ -174,7 +175,7 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
         # Arguments of the base class get an error that says where to set them.
         **kwargs: Never,
     ) -> None:
-        validation.check_no_base_arguments(kwargs)
+        training_validation.check_no_base_arguments(kwargs)
         if sparsifier is None:
             sparsifier = sparsifiers.RegTopK()
         if codec is None:
@@ -215,7 +216,7 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
             error_feedback.when_dense()  # Says so if it cannot be.
         super().__init__(inner_optimizer, name=name)
         if clipping == "replica":
-            validation.check_no_parts(inner_optimizer)
+            training_validation.check_no_parts(inner_optimizer)
         momentum.warn_if_doubled(inner_optimizer, error_feedback)
         self.sparsifier = sparsifier
         self.codec = codec
@@ -430,7 +431,7 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
     @property
     def default_density(self) -> float:
         """The share of the entries that the sparsifier sends by itself."""
-        validation.check_built(self, "default_density")
+        training_validation.check_built(self, "default_density")
         return self._partition.default_density
 
     def set_density(self, density: float) -> None:
@@ -462,7 +463,7 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
         >>> optimizer.wire_report().num_selected, optimizer.density
         (25, 0.25)
         """
-        validation.check_built(self, "set_density")
+        training_validation.check_built(self, "set_density")
         validation.check_number(
             "density", density, "in (0, 1]", lambda d: 0 < d <= 1
         )
@@ -495,7 +496,7 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
         >>> optimizer.wire_report().payload_bytes
         56
         """
-        validation.check_built(self, "wire_report")
+        training_validation.check_built(self, "wire_report")
         return dataclasses.replace(
             self._partition.wire_report(),
             exchange=self._partition.kind,
@@ -541,7 +542,7 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
         >>> of_replica["gradient"], of_replica["sent"], of_replica["residual"]
         (5.0, 4.0, 3.0)
         """
-        validation.check_built(self, "telemetry")
+        training_validation.check_built(self, "telemetry")
         if not self.has_telemetry:
             raise ValueError(
                 "The optimizer must be created with `telemetry=True` to read "
@@ -552,7 +553,7 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
     @property
     def sparse_variables(self) -> list[str]:
         """The paths of the variables exchanged sparsely, as in `telemetry`."""
-        validation.check_built(self, "sparse_variables")
+        training_validation.check_built(self, "sparse_variables")
         return self._partition.sparse_paths()
 
     def residual_errors(self) -> list[list[np.ndarray]]:
@@ -566,7 +567,7 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
             ValueError: If the optimizer is not built, or the rule of error
                 feedback keeps no residual error.
         """
-        validation.check_built(self, "residual_errors")
+        training_validation.check_built(self, "residual_errors")
         return self._partition.residual_errors()
 
     def get_config(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import tensorflow as tf
 
 from tf_regtopk import keras_internals
-from tf_regtopk import validation
+from tf_regtopk import training_validation
 from tf_regtopk.distribute import branches
 from tf_regtopk.kernels import tracing
 from tf_regtopk.log import logger
@@ -51,11 +51,13 @@ class OptimizerWrapper(
         inner_optimizer: keras.optimizers.Optimizer,
         name: str | None = None,
     ) -> None:
-        validation.check_keras()
+        training_validation.check_keras()
         keras_internals.check_upstream()
-        validation.check_inner_optimizer(inner_optimizer, OptimizerWrapper)
-        validation.check_strategy()
-        validation.check_in_scope_of(
+        training_validation.check_inner_optimizer(
+            inner_optimizer, OptimizerWrapper
+        )
+        training_validation.check_strategy()
+        training_validation.check_in_scope_of(
             "inner_optimizer", keras_internals.strategy_of(inner_optimizer)
         )
         super().__init__(learning_rate=0.0, name=name)
@@ -128,7 +130,7 @@ class OptimizerWrapper(
         if self.built:
             return
         if tf.distribute.has_strategy():
-            validation.check_in_scope_of(
+            training_validation.check_in_scope_of(
                 "optimizer", keras_internals.strategy_of(self)
             )
         build_once_for_all_replicas(self, lambda: self._build(variables))
@@ -194,14 +196,14 @@ class OptimizerWrapper(
         grads = list(grads)
         if not grads:
             return tf.constant(True)
-        validation.check_replica_context()
-        validation.check_in_scope_of(
+        training_validation.check_replica_context()
+        training_validation.check_in_scope_of(
             "optimizer", keras_internals.strategy_of(self)
         )
-        validation.check_not_compiled_as_a_whole(
+        training_validation.check_not_compiled_as_a_whole(
             keras_internals.in_xla_context()
         )
-        validation.check_loss_scaling(self.is_scaled_locally)
+        training_validation.check_loss_scaling(self.is_scaled_locally)
         variables = self._variables_of(grads, trainable_variables)
         slots = [self._slot_of(variable) for variable in variables]
         if len(set(slots)) < len(slots):
@@ -209,7 +211,7 @@ class OptimizerWrapper(
                 "`trainable_variables` must hold each variable once. Received: "
                 f"{[variable.name for variable in variables]}"
             )
-        validation.check_gradient_shapes(grads, variables)
+        training_validation.check_gradient_shapes(grads, variables)
         if all(grad is None for grad in grads):
             self.inner_optimizer.apply(grads, variables)  # Says so.
         gradients: list[flat_buffer.Gradient] = [None] * len(
@@ -273,7 +275,7 @@ class OptimizerWrapper(
         elif self.built:
             variables = self._trainable_variables
         else:
-            raise validation.variables_needed()
+            raise training_validation.variables_needed()
         if len(grads) != len(variables):
             raise ValueError(
                 "`grads` must hold one gradient for each variable. Received: "
@@ -295,7 +297,7 @@ class OptimizerWrapper(
     def __setattr__(self, name: str, value: Any) -> None:
         # The base class sets its own before there is an inner optimizer.
         if hasattr(self, "inner_optimizer"):
-            validation.check_no_base_setting(name, value)
+            training_validation.check_no_base_setting(name, value)
         super().__setattr__(name, value)
 
     @property
@@ -365,7 +367,7 @@ class OptimizerWrapper(
     def set_weights(self, weights: Iterable[npt.ArrayLike]) -> None:
         # The base class knows only the wrapper's own.
         values = [np.asarray(weight) for weight in weights]
-        validation.check_shapes("`weights`", self.variables, values)
+        training_validation.check_shapes("`weights`", self.variables, values)
         for variable, value in zip(self.variables, values, strict=True):
             variable.assign(value)
 
@@ -408,7 +410,7 @@ class OptimizerWrapper(
                 variable.assign(arrays[str(i)])
             return
         saved, values = saved_state.from_arrays(arrays)
-        validation.check_loaded_shapes(self.variables, values)
+        training_validation.check_loaded_shapes(self.variables, values)
         self.load_state(saved)
         for variable, value in zip(self.variables, values, strict=True):
             variable.assign(value)

@@ -10,15 +10,13 @@ import dataclasses
 import functools
 from typing import Literal
 
-from tf_regtopk import codecs
-from tf_regtopk import sparsifiers
 from tf_regtopk import validation
-from tf_regtopk.codecs import value_codecs
-from tf_regtopk.distribute import reduce_scatter
-from tf_regtopk.distribute import topology
-from tf_regtopk.kernels import ownership
 from tf_regtopk.planning import devices
 from tf_regtopk.planning import network as network_lib
+from tf_regtopk.sizes import exchanges
+from tf_regtopk.sizes import payload as payload_sizes
+from tf_regtopk.sizes import selected
+from tf_regtopk.sizes import values as value_sizes
 
 FLOAT_BYTES = 4
 # F reads two floats per parameter and writes one float.
@@ -34,6 +32,9 @@ READ_ENTRY_PASSES = {"int32": 4, "auto": 25}
 SUM_PASSES = 0.5  # The sum is cleared.
 SUM_ENTRY_PASSES = 16  # An entry costs a line of the cache.
 SUM_MOST_PASSES = 0.4  # A payload costs no more than all lines of the cache.
+
+# Entries go to owners as by `ReduceScatter()`.
+OWNER_CAPACITY, OWNER_KEEP = 1.5, 1.0
 
 # Only the backward pass hides an exchange, because the forward pass has no
 # gradients. It computes two products where the forward pass computes one.
@@ -65,7 +66,7 @@ class Job:
     step_seconds: float
     device: devices.Device
     density: float = 0.001
-    values: value_codecs.ValueCodecName = "float32"
+    values: value_sizes.ValueCodecName = "float32"
     devices_per_worker: int = 1
     overlap: float = 0.0
 
@@ -95,9 +96,10 @@ class Job:
         validation.check_number(
             "overlap", self.overlap, "in [0, 1]", lambda share: 0 <= share <= 1
         )
-        # The codec and the sparsifier check their own arguments.
-        codecs.Codec(values=self.values)
-        sparsifiers.TopK(self.density)
+        validation.check_choice("values", self.values, tuple(value_sizes.CODES))
+        validation.check_number(
+            "density", self.density, "in (0, 1]", lambda d: 0 < d <= 1
+        )
 
     @property
     def num_devices(self) -> int:
@@ -107,7 +109,7 @@ class Job:
     @property
     def num_selected(self) -> int:
         """Number k of selected entries."""
-        return sparsifiers.TopK(self.density).num_selected(self.parameters)
+        return selected.num_selected(float(self.density), self.parameters)
 
     @property
     def gradient_bytes(self) -> int:
@@ -175,12 +177,12 @@ def compression_seconds(
 @functools.lru_cache(maxsize=4096)
 def _payload_bytes(
     indices: Literal["int32", "auto"],
-    values: value_codecs.ValueCodecName,
+    values: value_sizes.ValueCodecName,
     k: int,
     size: int,
 ) -> int:
     """Bytes of a payload that the library writes, without its header."""
-    return 4 * codecs.Codec(indices, values).payload(k, size).num_words
+    return 4 * payload_sizes.num_words(indices, values, k, size)
 
 
 def _link(job: Job, network: network_lib.Network) -> network_lib.Link:
@@ -221,10 +223,7 @@ def _dense(
     link = _link(job, network)
     exchange = network_lib.ring_seconds(num_members, job.gradient_bytes, link)
     exchange += local_seconds
-    cluster = topology.Cluster(num_members, num_members)
-    sent_bytes = topology.AllReduce().worker_sent_bytes(
-        job.gradient_bytes, cluster
-    )
+    sent_bytes = exchanges.ring(job.gradient_bytes, num_members)
     rest = (num_members - 1) / num_members
     processing = (rest + local_passes) * job.pass_seconds
     hidden = min(job.overlap * exchange, BACKWARD_SHARE * job.step_seconds)
@@ -257,7 +256,7 @@ def _sparse(
     job: Job,
     network: network_lib.Network,
     indices: Literal["int32", "auto"] = "auto",
-    values: value_codecs.ValueCodecName | None = None,
+    values: value_sizes.ValueCodecName | None = None,
 ) -> Prediction:
     payload = _payload_bytes(
         indices, values or job.values, job.num_selected, job.parameters
@@ -266,12 +265,12 @@ def _sparse(
     link = _link(job, network)
     if job.device.is_accelerator:
         # The ring leaves each worker once.
-        sent_bytes: float = (num_devices - 1) * payload
+        sent_bytes = exchanges.to_all(payload, num_devices)
         exchange = network_lib.ring_gather_seconds(num_devices, payload, link)
     else:
         num_workers = members(job).workers
-        sent_bytes = topology.AllGather().worker_sent_bytes(
-            payload, topology.Cluster(num_devices, num_workers)
+        sent_bytes = exchanges.to_all_by_worker(
+            payload, num_devices, num_devices // num_workers
         )
         to_each = sent_bytes / (num_workers - 1)
         exchange = network_lib.gather_seconds(num_workers, to_each, link)
@@ -285,7 +284,7 @@ def _sparse(
 
 
 def _hierarchical(job: Job, network: network_lib.Network) -> Prediction:
-    # A single device per worker is assumed, because `topology.Hierarchical`
+    # A single device per worker is assumed, because `Hierarchical`
     # sends as many bytes as an all-gather of single devices.
     sparse = _sparse(dataclasses.replace(job, devices_per_worker=1), network)
     local_seconds, local_passes = _local_sum(job, network)
@@ -310,31 +309,23 @@ def _most_owned(num_devices: int) -> int:
 
 def _owners(job: Job, network: network_lib.Network) -> Prediction:
     num_devices, k = job.num_devices, job.num_selected
-    settings = reduce_scatter.ReduceScatter()
-    payload_codec = codecs.ScatteredCodec.of(
-        codecs.Codec(values=job.values),
+    numbers = payload_sizes.Scattered.of(
         # At the limit of int32 the last entries do not matter here.
-        ownership.Ownership(
-            min(job.parameters, _most_owned(num_devices)), num_devices
-        ),
+        min(job.parameters, _most_owned(num_devices)),
+        num_devices,
         k,
-        settings.capacity,
-        settings.keep,
+        OWNER_CAPACITY,
+        OWNER_KEEP,
     )
-    there, back = (
-        4 * number
-        for number in (
-            payload_codec.num_words_to_owner,
-            payload_codec.num_words_to_all,
-        )
-    )
+    there = 4 * numbers.num_words_to_owner(job.values)
+    back = 4 * numbers.num_words_to_all(job.values)
     num_workers = members(job).workers
+    own = num_devices // num_workers
     link = _link(job, network)
-    sent_bytes = settings.worker_sent_bytes(
-        num_devices * (there + back),
-        topology.Cluster(num_devices, num_workers),
+    sent_bytes = exchanges.to_owners_by_worker(
+        num_devices * (there + back), num_devices, own
     )
-    pairs = (num_devices // num_workers) ** 2  # Of devices of two workers.
+    pairs = own**2  # Of devices of two workers.
     exchange = network_lib.gather_seconds(num_workers, pairs * there, link)
     if job.device.is_accelerator:
         exchange += network_lib.ring_gather_seconds(num_devices, back, link)
@@ -345,14 +336,14 @@ def _owners(job: Job, network: network_lib.Network) -> Prediction:
     density = k / job.parameters
     read = density * READ_ENTRY_PASSES["auto"]
     add = min(density * SUM_ENTRY_PASSES, SUM_MOST_PASSES)
-    passes = settings.capacity * (
+    passes = OWNER_CAPACITY * (
         density * WRITE_ENTRY_PASSES["auto"] + read + add
     )
     passes += (
         SELECT_PASSES + SUM_PASSES + density * SELECT_ENTRY_PASSES
     ) / num_devices
     processing = compression_seconds(job, "auto", num_payloads=0)
-    processing += (passes + settings.keep * (read + add)) * job.pass_seconds
+    processing += (passes + OWNER_KEEP * (read + add)) * job.pass_seconds
     return Prediction(
         job.step_seconds + processing + exchange,
         exchange,

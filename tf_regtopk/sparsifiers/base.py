@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_regtopk import hyper_parameters
+from tf_regtopk.sizes import selected
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +48,7 @@ class Sparsifier(hyper_parameters.HyperParameters, abc.ABC):
         Args:
             num_entries: J.
         """
-        if self.density is not None:
-            return max(1, round(self.density * num_entries))
-        # Small models need more entries than 0.1 %, because each step would
-        # change a few weights only (examples/studies/default_density.py).
-        return min(num_entries, max(1000, round(0.001 * num_entries)))
+        return selected.num_selected(self.density, num_entries)
 
     def density_of(self, num_entries: int) -> float:
         """Returns the share of J = `num_entries` entries that is sent."""

@@ -19,7 +19,7 @@ from tf_regtopk import codecs
 from tf_regtopk import error_feedback as error_feedback_lib
 from tf_regtopk import selection
 from tf_regtopk import sparsifiers
-from tf_regtopk import validation
+from tf_regtopk import training_validation
 from tf_regtopk.steps import missing as missing_lib
 
 
@@ -129,12 +129,12 @@ def send(
     accumulated, local = method.error_feedback.accumulate(
         state.local, state.shared, gradient, step
     )
-    validation.check_local_state(
+    training_validation.check_local_state(
         f"{type(method.error_feedback).__name__}.accumulate", local, state.local
     )
     a = missing.clear(accumulated) if missing else accumulated
     scores = method.sparsifier.score(a, state.memory, step.number)
-    validation.check_scores(scores, a)
+    training_validation.check_scores(scores, a)
     indices = selection.select_largest(scores, method.groups, step.number)
     a = method.sparsifier.restore(a, scores, state.memory, indices)
     # A rule that keeps a keeps the restored one, because XLA may have written
@@ -215,18 +215,18 @@ def settle(
         selection.take(total, indices),
         step.number,
     )
-    validation.check_memory(
+    training_validation.check_memory(
         f"{type(method.sparsifier).__name__}.remember", remembered, memory
     )
     after = method.error_feedback.update(local, indices, values, total, step)
-    validation.check_local_state(
+    training_validation.check_local_state(
         f"{type(method.error_feedback).__name__}.update", after, local
     )
     if taken_over:
         after = method.error_feedback.add_error(
             tuple(after), *taken_over, total, step
         )
-        validation.check_local_state(
+        training_validation.check_local_state(
             f"{type(method.error_feedback).__name__}.add_error", after, local
         )
     if missing:

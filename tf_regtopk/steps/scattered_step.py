@@ -9,6 +9,7 @@ from tf_regtopk.codecs import scattered
 from tf_regtopk.distribute import reduce_scatter
 from tf_regtopk.kernels import tracing
 from tf_regtopk.kernels import words
+from tf_regtopk.sizes import payload as sizes
 from tf_regtopk.steps import finiteness
 from tf_regtopk.steps import round as round_lib
 from tf_regtopk.steps import sparse_step
@@ -40,7 +41,7 @@ class ScatteredStep(sparse_step.SparseStep):
             )
         with tf.name_scope("tf_regtopk/exchange"):
             payloads = self._participants.exchange(kept)
-        facts = payloads[:, num_header : num_header + scattered.NUM_FACTS]
+        facts = payloads[:, num_header : num_header + sizes.NUM_FACTS]
         return payloads, (*taken_over, facts)
 
     @tracing.compiled

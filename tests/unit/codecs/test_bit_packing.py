@@ -7,6 +7,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_regtopk.codecs import bit_packing
+from tf_regtopk.sizes import packing
 
 
 @settings(max_examples=60, deadline=None)
@@ -15,7 +16,7 @@ def test_packed_numbers_come_back(width, size, seed):
     rng = np.random.default_rng(seed)
     numbers = rng.integers(0, 2**width, size, dtype=np.uint64).astype("u4")
     words = bit_packing.pack(tf.constant(numbers), width)
-    assert words.shape == [bit_packing.num_words(size, width)]
+    assert words.shape == [packing.num_words(size, width)]
     # Without gaps, but for less than a word for each power of two in the width.
     assert 32 * words.shape[0] < size * width + 32 * max(1, width.bit_count())
     np.testing.assert_array_equal(

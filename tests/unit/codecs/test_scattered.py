@@ -10,8 +10,8 @@ import tensorflow as tf
 
 import tf_regtopk
 from tf_regtopk import codecs
-from tf_regtopk.codecs import scattered
 from tf_regtopk.kernels import ownership
+from tf_regtopk.sizes import payload as sizes
 
 Exchange = collections.namedtuple(
     "Exchange", ["sent", "total", "kept", "facts", "is_valid"]
@@ -247,6 +247,4 @@ def test_lengths():
     assert (codec.to_owner.k, codec.to_all.k) == (1000, 8000)
     codec = codec_of(size=100, k=1, n=5)
     assert (codec.to_owner.k, codec.to_all.k) == (1, 1)
-    assert (
-        scattered.NUM_FACTS + codec.to_all.num_words == codec.num_words_to_all
-    )
+    assert sizes.NUM_FACTS + codec.to_all.num_words == codec.num_words_to_all
