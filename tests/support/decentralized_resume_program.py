@@ -118,31 +118,66 @@ def fit_until_stopped(model, folder, every_steps=EVERY_STEPS):
     raise AssertionError("The run was to be stopped")
 
 
+def back_up(model, folder, num_epochs=1):
+    """What `fit` calls, of replicas that have random numbers of their own."""
+    backup = tf_regtopk.Backup(folder)
+    assert backup.restore(model) == 0
+    backup.set_model(model)
+    backup.on_train_begin()
+    for epoch in range(num_epochs):
+        backup.on_epoch_begin(epoch)
+        change(model, epoch)
+        backup.on_epoch_end(epoch)
+
+
+def change(model, seed):
+    """As if the replicas had been trained, which takes longer."""
+    rng = np.random.default_rng(seed)
+    strategy, optimizer = model.distribute_strategy, model.optimizer
+    for variable in [*model.variables, *optimizer.variables]:
+        parts = strategy.experimental_local_results(variable.value)
+        common = rng.integers(1, 99, variable.shape)
+        for part in parts:
+            is_float = part.dtype.is_floating
+            part.assign(rng.random(part.shape) if is_float else common)
+    state = optimizer.save_state()
+    num_variables = len(optimizer.variables)
+    for arrays in state.replicas.values():
+        for i in range(num_variables, len(arrays)):
+            values = 99 * rng.random(arrays[i].shape)
+            arrays[i] = values.astype(arrays[i].dtype)
+    optimizer.load_state(state)
+
+
 def resume(model, folder):
     """Goes on to the end. Returns the logs."""
     backup = tf_regtopk.Backup(folder)
     return fit(model, [backup], backup.restore(model))
 
 
-def kept(model):
-    """For each replica of this process all that it goes on from.
+def named_variables(model):
+    return {
+        f"{name} {i}": variable
+        for name, of_one in (("model", model), ("optimizer", model.optimizer))
+        for i, variable in enumerate(of_one.variables)
+    }
 
-    By names: the model's and the optimizer's variables by numbers, and what is
-    in no Keras variable.
+
+def kept(model):
+    """For each replica of this process all that it goes on from, by names.
+
+    "kept" is all that is in no Keras variable.
     """
     strategy, optimizer = model.distribute_strategy, model.optimizer
-    found = [{} for _ in optimizer.save_state().replicas]
-    for name, variables in (
-        ("model", model.variables),
-        ("optimizer", optimizer.variables),
-    ):
-        for i, variable in enumerate(variables):
-            parts = strategy.experimental_local_results(variable.value)
-            for of_replica, part in zip(found, parts, strict=True):
-                of_replica[f"{name} {i}"] = part.numpy().tolist()
     states = optimizer.save_state().replicas.values()
-    for of_replica, arrays in zip(found, states, strict=True):
-        of_replica["kept"] = [np.asarray(a).tolist() for a in arrays]
+    found = [
+        {"kept": [np.asarray(array).tolist() for array in arrays]}
+        for arrays in states
+    ]
+    for name, variable in named_variables(model).items():
+        parts = strategy.experimental_local_results(variable.value)
+        for of_replica, part in zip(found, parts, strict=True):
+            of_replica[name] = part.numpy().tolist()
     return found
 
 
