@@ -132,9 +132,11 @@ class DecentralizedSaving(wrapper.OptimizerWrapper):
                 [*variables, *others]
                 for variables, others in zip(of_replicas, kept, strict=True)
             ]
+        # A single replica's weights are those of the file.
+        moment = self.moment if self.has_own_weights else self._moment_of_one()
         return saved_state.SavedState(
             self._layout(),
-            self.moment,
+            moment,
             self._num_replicas,
             dict(zip(self._zeroed.replicas, kept, strict=True)),
         )
@@ -166,8 +168,8 @@ class DecentralizedSaving(wrapper.OptimizerWrapper):
             self._assign_kept(kept)
         else:
             logger.warning(
-                "'%s' was saved by %d replicas and is loaded by %d: all start "
-                "from the mean of the weights and of the optimizer's "
+                "The number of replicas of '%s' was %d and is %d now: all "
+                "start from the mean of the weights and of the optimizer's "
                 "variables; what neighbours have told each other is dropped",
                 self.name,
                 saved.num_replicas,
@@ -178,8 +180,8 @@ class DecentralizedSaving(wrapper.OptimizerWrapper):
         if max(saved.num_replicas, self._num_replicas) > 1:
             self._noted_at = saved.moment["step"]
             self._noted_weights = saved.moment["weights"]
-        # Of the same number nobody knows, and it is found out when needed.
-        self.note_agreement(not is_same)
+        # Otherwise nobody knows yet, and it is found out when needed.
+        self.note_agreement(not is_same and saved.num_replicas > 1)
 
     def _kept_arrays(self) -> list[list[np.ndarray]]:
         """For each replica of this process what is in no Keras variable."""
@@ -224,14 +226,19 @@ class DecentralizedSaving(wrapper.OptimizerWrapper):
         Of several replicas "weights" is of those noted at this step, or 0.
         """
         step = int(self._iterations.numpy())
-        weights = 0
         if self._noted_at == step:
-            weights = self._noted_weights
-        elif self._num_replicas == 1:
-            weights = saved_state.checksum(
+            return {"step": step, "weights": self._noted_weights}
+        if self._num_replicas == 1:
+            return self._moment_of_one()
+        return {"step": step, "weights": 0}
+
+    def _moment_of_one(self) -> dict[str, Any]:
+        return {
+            "step": int(self._iterations.numpy()),
+            "weights": saved_state.checksum(
                 variable.numpy() for variable in self._trainable_variables
-            )
-        return {"step": step, "weights": weights}
+            ),
+        }
 
     def _layout(self) -> dict[str, Any]:
         """Returns the facts in which a saved state must agree to fit."""
