@@ -202,6 +202,16 @@ def test_a_checkpoint_of_several_replicas_is_refused(mirrored, tmp_path):
         checkpoint.save(tmp_path / "checkpoint")
 
 
+def test_save_weights_says_that_it_saves_one(mirrored, tmp_path, caplog):
+    model = program.make_model(mirrored(2))
+    program.change(model, 0)
+    with tf_regtopk.averaged(model):
+        model.save_weights(tmp_path / "average.weights.h5")
+    assert not caplog.text
+    model.save_weights(tmp_path / "first.weights.h5")
+    assert "THE FILE HOLDS THE WEIGHTS OF ONE REPLICA" in caplog.text
+
+
 def test_zeroed_gradients_are_counted_on(mirrored, tmp_path):
     strategy = mirrored(2)
     model = program.make_model(strategy)
