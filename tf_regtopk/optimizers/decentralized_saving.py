@@ -270,7 +270,11 @@ class DecentralizedSaving(wrapper.OptimizerWrapper):
                 {n: value for n, value in one.items() if n not in _RECORDS}
                 for one in (own, layout)
             )
-        saved_state.check_layout(layout, own, "state of the replicas")
+        saved_state.check_layout(
+            layout,
+            own,
+            "What replicas kept must be of a `DecentralizedOptimizer` with",
+        )
 
 
 _RECORDS = ("error_feedback", "topology")

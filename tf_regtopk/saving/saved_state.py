@@ -273,7 +273,7 @@ def canonical_names(names: Sequence[str]) -> list[str]:
 def check_layout(
     saved: dict[str, Any],
     layout: dict[str, Any],
-    name: str = "residual errors",
+    rule: str = "The saved residual errors must be of an optimizer with",
 ) -> None:
     """Raises unless a saved layout equals that of the loading optimizer."""
     for key in sorted({*layout, *saved}):
@@ -283,8 +283,7 @@ def check_layout(
             if key == DENSE_VARIABLES:
                 advice = ". (`dense_below` says which variables these are)"
             raise ValueError(
-                f"The saved {name} must be of an optimizer with "
-                f"{key}={expected}. Received: {key}={received}{advice}"
+                f"{rule} {key}={expected}. Received: {key}={received}{advice}"
             )
 
 
