@@ -179,6 +179,25 @@ def test_another_rule_is_refused(rule, mirrored, tmp_path):
     assert program.kept(model) == before
 
 
+def test_the_file_of_another_optimizer_is_refused(tmp_path):
+    models = []
+    for make in (
+        lambda: tf_regtopk.SparsifiedOptimizer(keras.optimizers.SGD(0.1)),
+        lambda: tf_regtopk.DecentralizedOptimizer(keras.optimizers.SGD(0.1)),
+    ):
+        models.append(
+            keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+        )
+        models[-1].compile(make(), "mse")
+        models[-1].optimizer.build(models[-1].trainable_variables)
+    sparsified, decentralized = models
+    sparsified.save_weights(tmp_path / "m.weights.h5")
+    with pytest.raises(
+        ValueError, match="with optimizer=DecentralizedOptimizer"
+    ):
+        decentralized.load_weights(tmp_path / "m.weights.h5")
+
+
 def test_other_neighbours_are_refused_where_they_are_summed_up(
     mirrored, tmp_path, monkeypatch
 ):
@@ -211,7 +230,7 @@ def test_save_weights_says_that_it_saves_one(mirrored, tmp_path, caplog):
     program.change(model, 0)
     with tf_regtopk.averaged(model):
         model.save_weights(tmp_path / "average.weights.h5")
-    assert not caplog.text
+    assert "THE FILE HOLDS" not in caplog.text
     model.save_weights(tmp_path / "first.weights.h5")
     assert "THE FILE HOLDS THE WEIGHTS OF ONE REPLICA" in caplog.text
 

@@ -258,23 +258,33 @@ class DecentralizedSaving(wrapper.OptimizerWrapper):
         }
 
     def _check_layout(self, layout: dict[str, Any], is_same: bool) -> None:
+        rule = "What replicas kept must be of a `DecentralizedOptimizer` with"
         own = self._layout()
-        layout = {
+        # First, because of another optimizer all differs.
+        _check_layout_of(["optimizer"], layout, own, rule)
+        names = [n for n in (*own, *layout) if n not in _RECORDS]
+        if is_same and self._gossip is not None:
+            names += _RECORDS
+        completed = {
             name: saved_config.complete(value, getattr(self, name))
-            if name in own and name in _RECORDS
+            if name in _RECORDS
             else value
             for name, value in layout.items()
         }
-        if not is_same:  # Nothing of the gossip is loaded.
-            own, layout = (
-                {n: value for n, value in one.items() if n not in _RECORDS}
-                for one in (own, layout)
-            )
-        saved_state.check_layout(
-            layout,
-            own,
-            "What replicas kept must be of a `DecentralizedOptimizer` with",
-        )
+        _check_layout_of(names, completed, own, rule)
 
 
 _RECORDS = ("error_feedback", "topology")
+
+
+def _check_layout_of(
+    names: Sequence[str],
+    saved: dict[str, Any],
+    own: dict[str, Any],
+    rule: str,
+) -> None:
+    saved_state.check_layout(
+        {name: saved.get(name) for name in names},
+        {name: own.get(name) for name in names},
+        rule,
+    )
