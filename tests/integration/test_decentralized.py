@@ -409,15 +409,6 @@ def test_the_average_is_evaluated(mirrored):
         assert history[f"average_{name}"][-1] == pytest.approx(value)
 
 
-def test_what_cannot_be_saved_says_so(mirrored, tmp_path):
-    model = fit(mirrored(2))
-    checkpoint = tf.train.Checkpoint(model=model)
-    with pytest.raises(ValueError, match="cannot save what each replica"):
-        checkpoint.save(tmp_path / "checkpoint")
-    with pytest.raises(ValueError, match="cannot save what each replica"):
-        tf_regtopk.Backup(tmp_path / "backup").restore(model)
-
-
 @pytest.mark.parametrize("way", ["keras", "checkpoint"])
 def test_a_single_replica_saves_all(way, tmp_path):
     """It is the inner optimizer alone, and goes on to the bit."""

@@ -289,6 +289,38 @@ def test_nothing_is_left_after_sigterm(needs_network, tmp_path):
 
 
 # As after a signal between the start of a process and its being known.
+@pytest.mark.slow
+def test_bytes_of_decentralised_replicas(needs_network, tmp_path):
+    """`wire_report` says what neighbours send, within a few per cent."""
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            *("-m", "benchmarks.cluster.gossip_bytes"),
+            *("--steps=8", f"--output_dir={tmp_path}"),
+        ],
+        cwd=paths.ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        _, errors = process.communicate(timeout=900)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 0, errors[-3000:]
+    assert not namespaces.leftovers(process.pid)
+    results = json.loads((tmp_path / "summary.json").read_text("utf-8"))
+    results = results["results"]
+    for name in ("one-peer, 8 bits", "ring", "cliques"):
+        found = results[name]
+        ratio = found["counted_bytes"] / found["reported_bytes"]
+        assert 1 <= ratio < 1.05, name
+    # A byte for each number, to one neighbour; four bytes, to two.
+    reported = {name: r["reported_bytes"] for name, r in results.items()}
+    assert 7.9 < reported["ring"] / reported["one-peer, 8 bits"] < 8.1
+
+
 LOSES_TRACK = """
 import os, subprocess
 from benchmarks.cluster import namespaces

@@ -11,6 +11,7 @@ import numpy as np
 from tf_regtopk import validation
 from tf_regtopk.callbacks import backup_contents
 from tf_regtopk.callbacks import backup_files
+from tf_regtopk.callbacks import backup_replicas
 from tf_regtopk.callbacks import load_scope
 from tf_regtopk.callbacks import sigterm
 from tf_regtopk.callbacks import skipped_steps
@@ -18,7 +19,6 @@ from tf_regtopk.distribute import collectives
 from tf_regtopk.launch import notes
 from tf_regtopk.log import logger
 from tf_regtopk.optimizers import wrapper
-from tf_regtopk.saving import saved_state
 
 
 class Backup(keras.callbacks.Callback):
@@ -32,8 +32,10 @@ class Backup(keras.callbacks.Callback):
     of workers or replicas can go on, if it can read the files of all. A file
     gets its name once it is complete, and the backup before stays: training
     goes on from there where the newest file is damaged. Replicas whose weights
-    have drifted apart end the training with an error. Callbacks that change or
-    record the training at the end of an epoch come before this one.
+    have drifted apart end the training with an error. (Those of
+    `DecentralizedOptimizer` have weights of their own, and each replica's are
+    saved.) Callbacks that change or record the training at the end of an epoch
+    come before this one.
 
     SIGTERM, by which Slurm, Kubernetes and others announce that they take a
     machine away, ends `fit` after a backup in the middle of the epoch: if one
@@ -253,7 +255,7 @@ class Backup(keras.callbacks.Callback):
 
     def _back_up(self, position: backup_files.Position) -> None:
         """Saves the model, and removes backups that are needed no more."""
-        _check_replicas_agree(self.model)
+        backup_replicas.check(self.model)
         begun, strategy = None, self.model.distribute_strategy
         if position.step:
             begun = backup_contents.epoch_state(
@@ -324,34 +326,4 @@ def _check_workers_agree(model: keras.Model) -> None:
             "The workers' backups must be of the same run. Received: steps "
             f"{of_all[:, : len(moments)].tolist()} and weights with the "
             f"checksums {of_all[:, len(moments) :].tolist()}"
-        )
-
-
-def _check_replicas_agree(model: keras.Model) -> None:
-    """Raises on all workers unless all replicas have the same weights.
-
-    Between two steps they have, because they apply the same sums.
-    """
-    strategy = model.distribute_strategy
-    of_variables = [
-        strategy.experimental_local_results(variable.value)
-        for variable in model.trainable_variables
-    ]
-    # An int32 takes 31 of a checksum's bits.
-    of_local = [
-        saved_state.checksum(v.numpy() for v in of_replica) >> 1
-        for of_replica in zip(*of_variables, strict=True)
-    ]
-    gathered = collectives.gather_from_workers(of_local, strategy)
-    checksums = [
-        int(of_worker[replica % len(of_local)])
-        for replica, of_worker in enumerate(gathered)
-    ]
-    if len(set(checksums)) > 1:
-        raise RuntimeError(
-            "All replicas must have the same weights after an epoch, and after "
-            "each of its steps, and nothing is backed up. Go back to the "
-            "backup before, and look for what sets weights on one worker only, "
-            "or for workers of different versions or processors. Received: "
-            f"weights with the checksums {checksums}"
         )

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tf_regtopk.callbacks import backup_replicas
 from tf_regtopk.saving import saved_state
 
 _REST, _EPOCH = "tf_regtopk", "tf_regtopk_epoch"
@@ -60,8 +61,10 @@ def metrics_variables(model: keras.Model) -> list[tuple[tf.Variable, ...]]:
 
 def save(model: keras.Model, path: str, epoch: EpochState | None) -> None:
     """Saves a model, its random states, a checksum, and the epoch's state."""
-    model.save_weights(path)
+    with backup_replicas.saved_apart(model):
+        model.save_weights(path)
     save_rest(model, path)
+    backup_replicas.save(model, path)
     if epoch:
         with h5py.File(path, "a") as file:
             _save_epoch(file.create_group(_EPOCH), epoch)
@@ -73,9 +76,11 @@ def load(model: keras.Model, path: str) -> EpochState | None:
     Raises:
         ValueError: If the file does not fit, or is not as it was written.
     """
-    model.load_weights(path)
+    with backup_replicas.saved_apart(model):
+        model.load_weights(path)
     with h5py.File(path, "r") as file:
         _load_rest(model, file[_REST], path)
+        backup_replicas.load(model, file)
         return _load_epoch(file[_EPOCH], path) if _EPOCH in file else None
 
 

@@ -2,15 +2,12 @@
 
 from collections.abc import Callable
 from collections.abc import Iterable
-from collections.abc import Mapping
-from collections.abc import MutableMapping
 from collections.abc import Sequence
 from typing import Any
 from typing import ClassVar
 from typing import Never
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from tf_regtopk import codecs
@@ -30,16 +27,15 @@ from tf_regtopk.kernels import tracing
 from tf_regtopk.log import logger
 from tf_regtopk.optimizers import averaging
 from tf_regtopk.optimizers import decentralized_checks as checks
-from tf_regtopk.optimizers import wrapper
+from tf_regtopk.optimizers import decentralized_saving
 from tf_regtopk.saving import saved_config
-from tf_regtopk.saving import saved_state
 from tf_regtopk.steps import flat_buffer
 from tf_regtopk.steps import gossip
 from tf_regtopk.steps import own_gradients
 
 
 @keras.saving.register_keras_serializable(package="tf_regtopk")
-class DecentralizedOptimizer(wrapper.OptimizerWrapper):
+class DecentralizedOptimizer(decentralized_saving.DecentralizedSaving):
     r"""Wraps a Keras optimizer so that each replica has weights of its own.
 
     Each step replica i averages its weights with those of its neighbours only,
@@ -62,8 +58,8 @@ class DecentralizedOptimizer(wrapper.OptimizerWrapper):
     While `fit` runs, the weights that Keras saves, evaluates or gives out are
     those of the first replica, or each replica's own. `averaged` gives all of
     them the mean, and so does the end of `fit` (of the optimizer that the model
-    is compiled with). What each replica keeps cannot be saved yet: a model that
-    is saved then starts with new slots.
+    is compiled with). `Backup` saves what each replica keeps, so that `fit` can
+    be resumed to the bit; a model that Keras saves starts with new slots.
 
     Args:
         inner_optimizer: The `keras.optimizers.Optimizer` to wrap, without
@@ -174,7 +170,7 @@ class DecentralizedOptimizer(wrapper.OptimizerWrapper):
             lambda: tf.constant(0, tf.int64)
         )
         # A single replica has nobody to exchange with.
-        self._gossip: gossip.Gossip | None = None
+        self._gossip = None
         if self._num_replicas > 1:
             self._gossip = gossip.Gossip(
                 variables,
@@ -320,65 +316,6 @@ class DecentralizedOptimizer(wrapper.OptimizerWrapper):
             )
         return self._gossip.wire_report(self.communication_period)
 
-    def save_own_variables(
-        self, store: MutableMapping[str, np.ndarray]
-    ) -> None:
-        if not self.built or self._num_replicas == 1:
-            super().save_own_variables(store)
-            return
-        # No error, because Keras has emptied the file by now.
-        if not self.replicas_agree:
-            logger.warning(
-                "THE FILE HOLDS THE WEIGHTS OF ONE REPLICA of '%s', and the "
-                "others have weights of their own. Save in `with "
-                "tf_regtopk.averaged(model):`, or after a `fit` with "
-                "`average_at_end`",
-                self.name,
-            )
-        logger.info(
-            "What each replica of '%s' keeps is not saved: training will go on "
-            "from the weights with a new optimizer",
-            self.name,
-        )
-        store[_NUM_REPLICAS] = np.array(self._num_replicas)
-
-    def load_own_variables(self, store: Mapping[str, np.ndarray]) -> None:
-        if _NUM_REPLICAS not in store.keys():  # noqa: SIM118
-            super().load_own_variables(store)
-            return
-        logger.warning(
-            "The file has the weights, but not what each replica of '%s' "
-            "kept: training goes on with a new optimizer",
-            self.name,
-        )
-
-    def save_state(self) -> saved_state.SavedState:
-        """The state of a single replica, which has none."""
-        if self._num_replicas > 1:
-            raise checks.cannot_resume()
-        return saved_state.SavedState(_LAYOUT, self.moment, 1, {0: []})
-
-    def load_state(self, saved: saved_state.SavedState) -> None:
-        """Loads a `SavedState`, or raises and changes nothing."""
-        saved_state.check_layout(saved.layout, _LAYOUT)
-        self._clear_state()
-
-    def _clear_state(self) -> None:
-        if self._gossip is not None:
-            self._gossip.clear()
-
-    @property
-    def moment(self) -> dict[str, Any]:
-        """Tells steps and runs apart."""
-        if self._num_replicas > 1:
-            raise checks.cannot_resume()
-        return {
-            "step": int(self._iterations.numpy()),
-            "weights": saved_state.checksum(
-                variable.numpy() for variable in self._trainable_variables
-            ),
-        }
-
     def get_config(self) -> dict[str, Any]:
         parts = {
             "topology": self.topology,
@@ -397,8 +334,3 @@ class DecentralizedOptimizer(wrapper.OptimizerWrapper):
             "communication_period": self.communication_period,
             "average_at_end": self.average_at_end,
         }
-
-
-_LAYOUT = {"optimizer": "DecentralizedOptimizer"}
-# In a file of several replicas, in place of what they keep.
-_NUM_REPLICAS = "num_replicas"

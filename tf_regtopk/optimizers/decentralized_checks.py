@@ -130,11 +130,11 @@ def check_no_loss_scaling(optimizer: Any) -> None:
         )
 
 
-def cannot_resume() -> ValueError:
-    """The error of saving all that each replica keeps."""
+def cannot_checkpoint() -> ValueError:
+    """The error of a checkpoint, whose variables have one value each."""
     return ValueError(
-        "`DecentralizedOptimizer` cannot save what each replica keeps, as "
-        "`Backup` and `tf.train.Checkpoint` are to do. Save the model in `with "
-        "tf_regtopk.averaged(model):` by `model.save` instead. Received: "
-        "several replicas"
+        "`tf.train.Checkpoint` cannot save what each replica of a "
+        "`DecentralizedOptimizer` keeps. Train with `tf_regtopk.Backup` to "
+        "resume, or save the model in `with tf_regtopk.averaged(model):` by "
+        "`model.save`. Received: several replicas"
     )

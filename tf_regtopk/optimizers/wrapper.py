@@ -77,6 +77,10 @@ class OptimizerWrapper(
     def save_state(self) -> saved_state.SavedState:
         """Returns the aggregation's state, a `saved_state.SavedState`."""
 
+    def state_for_checkpoint(self) -> saved_state.SavedState:
+        """The state that `tf.train.Checkpoint` saves beside the variables."""
+        return self.save_state()
+
     @abc.abstractmethod
     def load_state(self, saved: saved_state.SavedState) -> None:
         """Loads a `saved_state.SavedState`, or raises and changes nothing."""
@@ -462,7 +466,7 @@ class _CheckpointedState(tf.train.experimental.PythonState):
         self._wrapper = wrapper
 
     def serialize(self) -> bytes:
-        saved = self._wrapper.save_state()
+        saved = self._wrapper.state_for_checkpoint()
         worker_files.warn_if_alone(saved)
         return saved_state.to_bytes(
             saved, [counter.numpy() for counter in self._wrapper.counters]

@@ -270,7 +270,11 @@ def canonical_names(names: Sequence[str]) -> list[str]:
     return [word.sub(renumber, name) for name in names]
 
 
-def check_layout(saved: dict[str, Any], layout: dict[str, Any]) -> None:
+def check_layout(
+    saved: dict[str, Any],
+    layout: dict[str, Any],
+    rule: str = "The saved residual errors must be of an optimizer with",
+) -> None:
     """Raises unless a saved layout equals that of the loading optimizer."""
     for key in sorted({*layout, *saved}):
         expected, received = layout.get(key), saved.get(key)
@@ -279,8 +283,7 @@ def check_layout(saved: dict[str, Any], layout: dict[str, Any]) -> None:
             if key == DENSE_VARIABLES:
                 advice = ". (`dense_below` says which variables these are)"
             raise ValueError(
-                "The saved residual errors must be of an optimizer with "
-                f"{key}={expected}. Received: {key}={received}{advice}"
+                f"{rule} {key}={expected}. Received: {key}={received}{advice}"
             )
 
 

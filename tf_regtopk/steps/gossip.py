@@ -131,6 +131,18 @@ class Gossip:
             for gradient, mean in zip(gradients, averaged, strict=True)
         ]
 
+    def save(self) -> list[list[np.ndarray]]:
+        """For each replica of this process the arrays that it keeps."""
+        return self._state.local_arrays()
+
+    def load(self, values: Sequence[Sequence[np.ndarray]]) -> None:
+        """Inverts `save`.
+
+        Args:
+            values: What `save` returns.
+        """
+        self._state.assign_local(values)
+
     def clear(self) -> None:
         """Starts as if new, with the weights that the variables have."""
         arrays = [*itertools.chain(*self._state.initial_arrays())]
