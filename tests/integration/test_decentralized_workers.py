@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 N = decentralized_program.N
-# Groups of two, groups that differ in size, and entries.
-QUICK = ("one peer", "cliques", "choco")
+# Groups of two, groups that differ in size, cycles, and entries.
+QUICK = ("one peer", "cliques", "directed", "choco")
 
 
 @pytest.fixture(

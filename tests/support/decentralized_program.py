@@ -33,7 +33,8 @@ CASES = {
         topology=tf_regtopk.Cliques(PAIRS, average_gradients=True)
     ),
     "periodic": dict(topology=tf_regtopk.PeriodicGlobalAveraging(RING, 3)),
-    # A class of three has an idle replica in each of its rounds.
+    "directed": dict(topology=tf_regtopk.OnePeerExponential(directed=True)),
+    # One replica is idle in the steps that are no means of all.
     "ring pass": dict(
         topology=tf_regtopk.PeriodicGlobalAveraging(
             tf_regtopk.RingPass([[0, 1, 2], [3]]), 2
