@@ -18,7 +18,7 @@ What there is, and for what:
       ReduceScatter,          Topology
       AllReduce
     DecentralizedOptimizer,   replicas with weights of their own; base class
-      Ring, averaged, ...     MixingTopology
+      Ring, averaged, ...     MixingTopology, MixingRule
     methods                   published methods, with all of their parts
     MultiWorkerMirroredStrategy  for `fit` on several hosts
     Monitor, DensityWarmup    callbacks: numbers in the logs, more entries first
@@ -39,6 +39,7 @@ if not _is_launcher():
     from tf_regtopk.callbacks.consensus import averaged
     from tf_regtopk.callbacks.consensus import ConsensusDistance
     from tf_regtopk.callbacks.consensus import EvaluateAverage
+    from tf_regtopk.callbacks.consensus import tracked
     from tf_regtopk.callbacks.density_warmup import DensityWarmup
     from tf_regtopk.callbacks.load_scope import load_scope
     from tf_regtopk.callbacks.monitor import Monitor
@@ -56,6 +57,10 @@ if not _is_launcher():
     from tf_regtopk.distribute.mixing_groups import Cliques
     from tf_regtopk.distribute.mixing_groups import PeriodicGlobalAveraging
     from tf_regtopk.distribute.mixing_groups import RingPass
+    from tf_regtopk.distribute.mixing_rules import AverageTracker
+    from tf_regtopk.distribute.mixing_rules import LinearGossip
+    from tf_regtopk.distribute.mixing_rules import MixingRule
+    from tf_regtopk.distribute.mixing_rules import NonlinearGossip
     from tf_regtopk.distribute.mixing_topologies import Complete
     from tf_regtopk.distribute.mixing_topologies import Exponential
     from tf_regtopk.distribute.mixing_topologies import Grid
@@ -93,6 +98,7 @@ __all__ = [
     "Accumulate",
     "AllGather",
     "AllReduce",
+    "AverageTracker",
     "BFloat16",
     "Backup",
     "Cliques",
@@ -114,12 +120,15 @@ __all__ = [
     "Hierarchical",
     "IndexCodec",
     "LearnedShift",
+    "LinearGossip",
     "LossScaleOptimizer",
+    "MixingRule",
     "MixingTopology",
     "Monitor",
     "MultiWorkerMirroredStrategy",
     "Natural",
     "NoFeedback",
+    "NonlinearGossip",
     "OnePeerExponential",
     "PeriodicGlobalAveraging",
     "RandomK",
@@ -140,6 +149,7 @@ __all__ = [
     "averaged",
     "load_scope",
     "methods",
+    "tracked",
     "unwrap",
     "worker_path",
     "wrap",

@@ -217,9 +217,10 @@ def _skew(counts: np.ndarray, of_clique: np.ndarray) -> np.ndarray:
 def _counts(histograms: npt.ArrayLike) -> np.ndarray:
     """Histograms as an array, checked."""
     counts = _rows("histograms", histograms, _HISTOGRAMS)
-    for are_wrong, what in (
-        ((counts < 0).any(axis=1), "negative numbers"),
-        (counts.sum(axis=1) == 0, "no samples"),
+    are_negative = np.any(counts < 0, axis=1)
+    for what, are_wrong in (
+        ("negative numbers", are_negative),
+        ("no samples", ~np.any(counts, axis=1)),
     ):
         if are_wrong.any():
             raise _wrong_rows("histograms", _HISTOGRAMS, what, are_wrong)

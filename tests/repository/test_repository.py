@@ -12,6 +12,11 @@ import pytest
 import tf_regtopk
 
 PUBLIC = {
+    "AverageTracker",
+    "LinearGossip",
+    "MixingRule",
+    "NonlinearGossip",
+    "tracked",
     "ConsensusDistance",
     "EvaluateAverage",
     "averaged",

@@ -56,6 +56,14 @@ CASES = {
         error_feedback=tf_regtopk.Accumulate(),
     ),
     "period": dict(topology=RING, communication_period=2),
+    "nonlinear": dict(
+        topology=RING, mixing_rule=tf_regtopk.NonlinearGossip(0.5, 0.5)
+    ),
+    "tracker": dict(
+        topology=RING,
+        mixing_rule=tf_regtopk.AverageTracker(),
+        communication_period=2,
+    ),
 }
 
 
@@ -68,7 +76,7 @@ def gradients(is_bad=False):
     return g / N
 
 
-def make(strategy, learning_rate=0.1, dtype="float32", **kwargs):
+def make(strategy, learning_rate=0.1, dtype="float32", momentum=0.9, **kwargs):
     """An optimizer, built, and its variables, random numbers."""
     rng = np.random.default_rng(4)
     with strategy.scope():
@@ -77,7 +85,7 @@ def make(strategy, learning_rate=0.1, dtype="float32", **kwargs):
             for shape in SHAPES
         ]
         optimizer = tf_regtopk.DecentralizedOptimizer(
-            keras.optimizers.SGD(learning_rate, momentum=0.9), **kwargs
+            keras.optimizers.SGD(learning_rate, momentum=momentum), **kwargs
         )
         optimizer.build(variables)
     return optimizer, variables
@@ -102,6 +110,9 @@ def train(strategy, g=None, **kwargs):
     weights = []
     for step_gradients in gradients() if g is None else g:
         take_step(step_gradients)
+        weights.append([w.tolist() for w in local_weights(strategy, variables)])
+    if optimizer.mixing_rule.tracks_average:
+        optimizer.use_tracked_average()
         weights.append([w.tolist() for w in local_weights(strategy, variables)])
     return weights
 

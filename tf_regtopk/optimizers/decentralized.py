@@ -23,6 +23,7 @@ from tf_regtopk import version
 from tf_regtopk.distribute import agreement
 from tf_regtopk.distribute import branches
 from tf_regtopk.distribute import mixing
+from tf_regtopk.distribute import mixing_rules
 from tf_regtopk.distribute import mixing_topologies
 from tf_regtopk.distribute import replica_state
 from tf_regtopk.kernels import tracing
@@ -47,7 +48,7 @@ class DecentralizedOptimizer(wrapper.OptimizerWrapper):
 
         a_i    = accumulate(state_i, x_i)
         sent_i = decode(encode(s_i * a_i))          s_i: the entries selected
-        d_i    = sum over j of (W - I)_ij sent_j    exchange with neighbours
+        d_i    = sum over j of (W - I)_ij sent_j    `mixing_rule`, by default
         x_i    = x_i + gamma aggregate(state_i, d_i)
         inner optimizer's update of x_i with the gradient of replica i
 
@@ -76,6 +77,9 @@ class DecentralizedOptimizer(wrapper.OptimizerWrapper):
         error_feedback: `NoFeedback()`, `EF21()` or `Accumulate()`, what becomes
             of what is not sent or rounded away. `EF21` needs a topology that
             is the same in all steps. Defaults to `NoFeedback()`.
+        mixing_rule: `NonlinearGossip(...)`, `AverageTracker()` or another
+            `MixingRule`: what a replica makes of what its neighbours have
+            sent. Defaults to `LinearGossip()`.
         consensus_step_size: Float gamma in (0, 1]. The fewer entries are sent,
             the smaller it has to be: for Top-k of a tenth at most 0.4.
         communication_period: Integer. The replicas exchange in the first of so
@@ -108,6 +112,7 @@ class DecentralizedOptimizer(wrapper.OptimizerWrapper):
         sparsifier: sparsifiers.Sparsifier | None = None,
         codec: codecs.Codec | None = None,
         error_feedback: error_feedback_lib.ErrorFeedback | None = None,
+        mixing_rule: mixing_rules.MixingRule | None = None,
         consensus_step_size: float = 1.0,
         communication_period: int = 1,
         average_at_end: bool = True,
@@ -124,7 +129,10 @@ class DecentralizedOptimizer(wrapper.OptimizerWrapper):
             codec = codecs.Codec()
         if error_feedback is None:
             error_feedback = error_feedback_lib.NoFeedback()
+        if mixing_rule is None:
+            mixing_rule = mixing_rules.LinearGossip()
         checks.check_parts(topology, sparsifier, codec, error_feedback)
+        checks.check_mixing_rule(mixing_rule, sparsifier, codec, error_feedback)
         checks.check_inner_optimizer(inner_optimizer)
         validation.check_number(
             "consensus_step_size",
@@ -141,6 +149,7 @@ class DecentralizedOptimizer(wrapper.OptimizerWrapper):
         self.sparsifier = sparsifier
         self.codec = codec
         self.error_feedback = error_feedback
+        self.mixing_rule = mixing_rule
         self.consensus_step_size = float(consensus_step_size)
         self.communication_period = int(communication_period)
         self.average_at_end = average_at_end
@@ -169,6 +178,9 @@ class DecentralizedOptimizer(wrapper.OptimizerWrapper):
         checks.check_constant(
             self.topology, self.error_feedback, self._num_replicas
         )
+        checks.check_symmetric(
+            self.topology, self.mixing_rule, self._num_replicas
+        )
         self._zeroed = replica_state.ReplicaState(
             lambda: tf.constant(0, tf.int64)
         )
@@ -182,6 +194,7 @@ class DecentralizedOptimizer(wrapper.OptimizerWrapper):
                     self.sparsifier,
                     self.codec,
                     self.error_feedback,
+                    self.mixing_rule,
                     self.consensus_step_size,
                 ),
             )
@@ -290,6 +303,24 @@ class DecentralizedOptimizer(wrapper.OptimizerWrapper):
             )
         self.note_agreement(True)
 
+    def use_tracked_average(self) -> None:
+        """Gives each replica what it has tracked of the mean of the weights.
+
+        With `mixing_rule=AverageTracker()`, outside of the replicas. (`tracked`
+        does so for a while.) Nothing is sent.
+
+        Raises:
+            ValueError: If the optimizer is not built, or has another rule.
+        """
+        validation.check_built(self, "use_tracked_average")
+        checks.check_tracks(self.mixing_rule)
+        if self._gossip is not None:
+            strategy = keras_internals.strategy_of(self)
+            strategy.run(
+                tf.function(self._gossip.use_tracked_average, autograph=False)
+            )
+        self.note_agreement(False)
+
     def finalize_variable_values(
         self, var_list: Sequence[keras.Variable]
     ) -> None:
@@ -384,6 +415,7 @@ class DecentralizedOptimizer(wrapper.OptimizerWrapper):
             "sparsifier": self.sparsifier,
             "codec": self.codec,
             "error_feedback": self.error_feedback,
+            "mixing_rule": self.mixing_rule,
         }
         hyper_parameters.warn_if_unregistered(*parts.values())
         return {
