@@ -43,6 +43,7 @@ if not _is_launcher():
     from tf_regtopk.callbacks.density_warmup import DensityWarmup
     from tf_regtopk.callbacks.load_scope import load_scope
     from tf_regtopk.callbacks.monitor import Monitor
+    from tf_regtopk.callbacks.skew_scout import SkewScout
     from tf_regtopk.codecs.index_codecs import IndexCodec
     from tf_regtopk.codecs.payload import Codec
     from tf_regtopk.codecs.value_codecs import BFloat16
@@ -137,6 +138,7 @@ __all__ = [
     "Ring",
     "RingPass",
     "ScaledSign",
+    "SkewScout",
     "SparsifiedOptimizer",
     "Sparsifier",
     "TopK",

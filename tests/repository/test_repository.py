@@ -16,6 +16,7 @@ PUBLIC = {
     "LinearGossip",
     "MixingRule",
     "NonlinearGossip",
+    "SkewScout",
     "tracked",
     "ConsensusDistance",
     "EvaluateAverage",

@@ -9,7 +9,6 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tf_regtopk.distribute import replica_state
 from tf_regtopk.optimizers import averaging
 from tf_regtopk.optimizers import decentralized
 from tf_regtopk.optimizers import wrapper
@@ -113,7 +112,7 @@ class ConsensusDistance(keras.callbacks.Callback):
         self._distance: Callable[[], float] | None = None
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        _decentralized_of(self.model)
+        decentralized_of(self.model)
         self._distance = averaging.distance_function(
             self.model.trainable_variables, self.model.distribute_strategy
         )
@@ -151,7 +150,7 @@ class EvaluateAverage(keras.callbacks.Callback):
         self._arguments = {"verbose": 0, **kwargs, "x": x, "y": y}
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        _decentralized_of(self.model)
+        decentralized_of(self.model)
 
     def on_epoch_end(
         self, epoch: int, logs: dict[str, Any] | None = None
@@ -170,14 +169,10 @@ def _weights_kept(
 ) -> Iterator[None]:
     """Gives back at the end what each replica had."""
     did_agree = [each.replicas_agree for each in optimizers]
-    parts = [replica_state.parts(v, strategy) for v in variables]
-    kept = [[part.read_value() for part in of_one] for of_one in parts]
     try:
-        yield
+        with averaging.weights_kept(variables, strategy):
+            yield
     finally:
-        for of_one, values in zip(parts, kept, strict=True):
-            for part, value in zip(of_one, values, strict=True):
-                part.assign(value)
         for each, agreed in zip(optimizers, did_agree, strict=True):
             each.note_agreement(agreed)
 
@@ -187,7 +182,7 @@ def _all_decentralized(
     optimizer: decentralized.DecentralizedOptimizer | None,
 ) -> list[decentralized.DecentralizedOptimizer]:
     """The optimizer given or compiled, and others that are attributes."""
-    optimizers = [optimizer or _decentralized_of(model)]
+    optimizers = [optimizer or decentralized_of(model)]
     return optimizers + [
         other
         for other in wrapper.optimizers_of(model)
@@ -196,10 +191,14 @@ def _all_decentralized(
     ]
 
 
-def _decentralized_of(
+def decentralized_of(
     model: keras.Model,
 ) -> decentralized.DecentralizedOptimizer:
-    """The optimizer of a model."""
+    """Returns the optimizer of a model, or raises.
+
+    Args:
+        model: `keras.Model`.
+    """
     optimizer = getattr(model, "optimizer", None)
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         optimizer = optimizer.inner_optimizer

@@ -30,6 +30,7 @@ from tf_regtopk.kernels import tracing
 from tf_regtopk.log import logger
 from tf_regtopk.optimizers import averaging
 from tf_regtopk.optimizers import decentralized_checks as checks
+from tf_regtopk.optimizers import exchange_schedule
 from tf_regtopk.optimizers import wrapper
 from tf_regtopk.saving import saved_config
 from tf_regtopk.saving import saved_state
@@ -83,7 +84,9 @@ class DecentralizedOptimizer(wrapper.OptimizerWrapper):
         consensus_step_size: Float gamma in (0, 1]. The fewer entries are sent,
             the smaller it has to be: for Top-k of a tenth at most 0.4.
         communication_period: Integer. The replicas exchange in the first of so
-            many steps; the other steps are each replica's own.
+            many steps; the other steps are each replica's own. May be set
+            during training, as `SkewScout` does: outside of the replicas, on
+            all workers to the same number.
         average_at_end: Boolean. Whether all replicas have the mean of the
             weights at the end of `fit`.
         name: String. The name of the optimizer.
@@ -151,7 +154,9 @@ class DecentralizedOptimizer(wrapper.OptimizerWrapper):
         self.error_feedback = error_feedback
         self.mixing_rule = mixing_rule
         self.consensus_step_size = float(consensus_step_size)
-        self.communication_period = int(communication_period)
+        self._schedule = exchange_schedule.ExchangeSchedule(
+            int(communication_period)
+        )
         self.average_at_end = average_at_end
         # The step after which all replicas were given the same weights.
         self._agreed_at: int | None = None
@@ -162,6 +167,7 @@ class DecentralizedOptimizer(wrapper.OptimizerWrapper):
         super()._build(variables)
 
     def _create_state(self, variables: Sequence[keras.Variable]) -> None:
+        self._schedule.build(self.add_variable)
         strategy = tf.distribute.get_strategy()
         self._num_replicas = strategy.num_replicas_in_sync
         # Replicas may differ, where another optimizer like this has not
@@ -243,22 +249,31 @@ class DecentralizedOptimizer(wrapper.OptimizerWrapper):
         zeroed.assign_add(tf.cast(~is_finite, zeroed.dtype))
         if self._gossip is not None:
             own = self._gossip.average_gradients(own, number)
-            self._mix(number)
+            self._mix()
         apply(own)
         return tf.constant(True)
 
-    def _mix(self, number: tf.Tensor) -> None:
+    def _mix(self) -> None:
         """Exchanges weights with neighbours, if it is time to."""
         assert self._gossip is not None
-        period = self.communication_period
-        if period == 1:
-            self._gossip.mix(number)
-            return
-        with tf.device("CPU:0"):
-            is_time = tf.equal(number % period, 0)
+        is_time, number = self._schedule.take_turn()
         branches.call_on_all_replicas(
-            is_time, self._gossip.mix, lambda _: None, (number // period,)
+            is_time, self._gossip.mix, lambda _: None, (number,)
         )
+
+    @property
+    def counters(self) -> list[keras.Variable]:
+        return [*super().counters, *self._schedule.variables]
+
+    @property
+    def communication_period(self) -> int:
+        """In the first of how many steps the replicas exchange."""
+        return self._schedule.period
+
+    @communication_period.setter
+    def communication_period(self, period: int) -> None:
+        validation.check_integer("communication_period", period, 1)
+        self._schedule.set_period(int(period))
 
     @property
     def zeroed_gradients(self) -> list[int]:
@@ -425,7 +440,8 @@ class DecentralizedOptimizer(wrapper.OptimizerWrapper):
                 for name, part in parts.items()
             },
             "consensus_step_size": self.consensus_step_size,
-            "communication_period": self.communication_period,
+            # The variables have what it has become since.
+            "communication_period": self._schedule.first_period,
             "average_at_end": self.average_at_end,
         }
 
