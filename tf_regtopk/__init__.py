@@ -83,6 +83,7 @@ if not _is_launcher():
     from tf_regtopk.error_feedback.learned_shift import LearnedShift
     from tf_regtopk.error_feedback.no_feedback import NoFeedback
     from tf_regtopk.optimizers.decentralized import DecentralizedOptimizer
+    from tf_regtopk.optimizers.layer_mask import LayerMask
     from tf_regtopk.optimizers.loss_scale import LossScaleOptimizer
     from tf_regtopk.optimizers.sparsified import SparsifiedOptimizer
     from tf_regtopk.optimizers.wrapping import unwrap
@@ -120,6 +121,7 @@ __all__ = [
     "Grid",
     "Hierarchical",
     "IndexCodec",
+    "LayerMask",
     "LearnedShift",
     "LinearGossip",
     "LossScaleOptimizer",

@@ -13,6 +13,7 @@ import tf_regtopk
 
 PUBLIC = {
     "AverageTracker",
+    "LayerMask",
     "LinearGossip",
     "MixingRule",
     "NonlinearGossip",

@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 import tf_regtopk
+from tf_regtopk.optimizers import travelling
 
 N = 4
 SHAPES = [(3, 5), (7,), (4, 2)]
@@ -146,6 +147,22 @@ def take_many_steps(strategy, num_steps=7):
     ]
 
 
+def travel(strategy):
+    """What each of three variables is while the weights travel, and after."""
+    optimizer, variables = make(strategy)
+    first = strategy.cluster_resolver.task_id
+    for variable in variables:
+        for part in strategy.experimental_local_results(variable.value):
+            part.assign(tf.fill(part.shape, 10.0 * first))
+    on_the_way = travelling.Travel(variables, strategy)
+    found = []
+    for _ in range(3):
+        with on_the_way.away():
+            found.append([float(v.numpy().mean()) for v in variables])
+        found.append([float(v.numpy().mean()) for v in variables])
+    return found
+
+
 def is_cluster():
     return "TF_CONFIG" in os.environ
 
@@ -167,6 +184,7 @@ def fit(strategy):
         model.compile(
             tf_regtopk.DecentralizedOptimizer(keras.optimizers.Adam(0.05)),
             loss="mse",
+            metrics=["mse"],
         )
     history = model.fit(
         tf.data.Dataset.from_tensor_slices((x, y)).batch(16),
@@ -174,6 +192,11 @@ def fit(strategy):
         verbose=0,
         callbacks=[
             tf_regtopk.ConsensusDistance(),
+            tf_regtopk.SkewScout(
+                tf.data.Dataset.from_tensor_slices((x, y)).batch(16),
+                metric="mse",
+                periods=[1, 2],
+            ),
             tf_regtopk.EvaluateAverage(
                 tf.data.Dataset.from_tensor_slices((x, y)).batch(16)
             ),
@@ -246,6 +269,7 @@ def main(result_path, *cases):
         ),
         "bad gradient": train(strategy, gradients(is_bad=True)),
         "loop": take_many_steps(strategy),
+        "travel": travel(strategy),
         "fit": fit(strategy),
         "build_differently": build_differently(strategy),
         "watched": count_watched(strategy),

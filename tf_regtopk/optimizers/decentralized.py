@@ -31,6 +31,7 @@ from tf_regtopk.log import logger
 from tf_regtopk.optimizers import averaging
 from tf_regtopk.optimizers import decentralized_checks as checks
 from tf_regtopk.optimizers import exchange_schedule
+from tf_regtopk.optimizers import layer_mask as layer_mask_lib
 from tf_regtopk.optimizers import wrapper
 from tf_regtopk.saving import saved_config
 from tf_regtopk.saving import saved_state
@@ -87,6 +88,8 @@ class DecentralizedOptimizer(wrapper.OptimizerWrapper):
             many steps; the other steps are each replica's own. May be set
             during training, as `SkewScout` does: outside of the replicas, on
             all workers to the same number.
+        layer_mask: `LayerMask`, the layers that only some of the replicas
+            train, or None.
         average_at_end: Boolean. Whether all replicas have the mean of the
             weights at the end of `fit`.
         name: String. The name of the optimizer.
@@ -118,6 +121,7 @@ class DecentralizedOptimizer(wrapper.OptimizerWrapper):
         mixing_rule: mixing_rules.MixingRule | None = None,
         consensus_step_size: float = 1.0,
         communication_period: int = 1,
+        layer_mask: layer_mask_lib.LayerMask | None = None,
         average_at_end: bool = True,
         name: str | None = None,
         # Arguments of the base class get an error that says where to set them.
@@ -146,6 +150,7 @@ class DecentralizedOptimizer(wrapper.OptimizerWrapper):
         validation.check_integer(
             "communication_period", communication_period, 1
         )
+        checks.check_layer_mask(layer_mask)
         validation.check_boolean("average_at_end", average_at_end)
         super().__init__(inner_optimizer, name=name)
         self.topology = topology
@@ -157,6 +162,7 @@ class DecentralizedOptimizer(wrapper.OptimizerWrapper):
         self._schedule = exchange_schedule.ExchangeSchedule(
             int(communication_period)
         )
+        self.layer_mask = layer_mask
         self.average_at_end = average_at_end
         # The step after which all replicas were given the same weights.
         self._agreed_at: int | None = None
@@ -187,6 +193,12 @@ class DecentralizedOptimizer(wrapper.OptimizerWrapper):
         checks.check_symmetric(
             self.topology, self.mixing_rule, self._num_replicas
         )
+        self._masking: layer_mask_lib.Masking | None = None
+        if self.layer_mask is not None:
+            checks.check_no_gradient_groups(self.topology, self._num_replicas)
+            self._masking = layer_mask_lib.Masking(
+                self.layer_mask, variables, self._num_replicas
+            )
         self._zeroed = replica_state.ReplicaState(
             lambda: tf.constant(0, tf.int64)
         )
@@ -250,7 +262,12 @@ class DecentralizedOptimizer(wrapper.OptimizerWrapper):
         if self._gossip is not None:
             own = self._gossip.average_gradients(own, number)
             self._mix()
-        apply(own)
+        if self._masking is None:
+            apply(own)
+        else:
+            kept = self._masking.weights()
+            apply(self._masking.gradients(own))
+            self._masking.restore(kept)
         return tf.constant(True)
 
     def _mix(self) -> None:
@@ -431,6 +448,7 @@ class DecentralizedOptimizer(wrapper.OptimizerWrapper):
             "codec": self.codec,
             "error_feedback": self.error_feedback,
             "mixing_rule": self.mixing_rule,
+            "layer_mask": self.layer_mask,
         }
         hyper_parameters.warn_if_unregistered(*parts.values())
         return {

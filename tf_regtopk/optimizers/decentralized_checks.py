@@ -14,6 +14,7 @@ from tf_regtopk import validation
 from tf_regtopk.distribute import mixing
 from tf_regtopk.distribute import mixing_rules
 from tf_regtopk.distribute import neighbours
+from tf_regtopk.optimizers import layer_mask as layer_mask_lib
 
 _RULES = (
     error_feedback_lib.NoFeedback(),
@@ -176,6 +177,29 @@ def check_constant(
             "in all steps, such as `Ring()`, because it adds up what the same "
             "neighbours have sent. Use `Accumulate()` for others. Received: "
             f"topology={topology!r}, of {num_steps} different steps"
+        )
+
+
+def check_layer_mask(layer_mask: Any) -> None:
+    """Raises unless it is None or a `LayerMask`."""
+    if layer_mask is not None:
+        validation.check_instance(
+            "layer_mask",
+            layer_mask,
+            layer_mask_lib.LayerMask,
+            'LayerMask([["dense"], []])',
+        )
+
+
+def check_no_gradient_groups(
+    topology: mixing.MixingTopology, num_replicas: int
+) -> None:
+    """Raises if replicas are to take gradients of layers they do not train."""
+    if topology.gradient_groups(num_replicas):
+        raise ValueError(
+            "`layer_mask` must go with a topology that averages weights only, "
+            "because the mean of gradients would count zeros of replicas that "
+            f"do not train a layer. Received: topology={topology!r}"
         )
 
 
