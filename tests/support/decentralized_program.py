@@ -149,7 +149,7 @@ def take_many_steps(strategy, num_steps=7):
 
 def travel(strategy):
     """What each of three variables is while the weights travel, and after."""
-    optimizer, variables = make(strategy)
+    _, variables = make(strategy)
     first = strategy.cluster_resolver.task_id
     for variable in variables:
         for part in strategy.experimental_local_results(variable.value):

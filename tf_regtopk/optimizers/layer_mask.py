@@ -88,7 +88,7 @@ class LayerMask(hyper_parameters.HyperParameters):
                 for of_replica in self.frozen
             ]
         )
-        idle = [paths[i] for i in np.flatnonzero(~trains.any(axis=0))]
+        idle = [paths[i] for i in np.flatnonzero(~trains.any(axis=0)).tolist()]
         if idle:
             raise ValueError(
                 "`layer_mask` must let some replica train each variable (set "
@@ -178,16 +178,16 @@ def _is_in(name: str, path: str) -> bool:
 
 def _names(frozen: Any) -> tuple[tuple[str, ...], ...]:
     """Lists of strings as tuples."""
-    is_list = isinstance(frozen, Sequence) and not isinstance(frozen, str)
-    names = [*frozen] if is_list else [None]
-    for part in names:
-        if (
-            not isinstance(part, Sequence)
-            or isinstance(part, str)
-            or not all(isinstance(name, str) and name for name in part)
-        ):
-            raise ValueError(
-                "`frozen` must be a list of lists of names of layers such as "
-                f'`[["dense"], []]`. Received: frozen={frozen!r}'
-            )
-    return tuple(map(tuple, names))
+    if not _is_list(frozen) or not all(
+        _is_list(part) and all(isinstance(n, str) and n for n in part)
+        for part in frozen
+    ):
+        raise ValueError(
+            "`frozen` must be a list of lists of names of layers such as "
+            f'`[["dense"], []]`. Received: frozen={frozen!r}'
+        )
+    return tuple(tuple(part) for part in frozen)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
