@@ -18,7 +18,7 @@ What there is, and for what:
       ReduceScatter,          Topology
       AllReduce
     DecentralizedOptimizer,   replicas with weights of their own; base class
-      Ring, averaged, ...     MixingTopology
+      Ring, averaged, ...     MixingTopology, MixingRule
     methods                   published methods, with all of their parts
     MultiWorkerMirroredStrategy  for `fit` on several hosts
     Monitor, DensityWarmup    callbacks: numbers in the logs, more entries first
@@ -41,9 +41,11 @@ if not _needs_no_tensorflow():
     from tf_regtopk.callbacks.consensus import averaged
     from tf_regtopk.callbacks.consensus import ConsensusDistance
     from tf_regtopk.callbacks.consensus import EvaluateAverage
+    from tf_regtopk.callbacks.consensus import tracked
     from tf_regtopk.callbacks.density_warmup import DensityWarmup
     from tf_regtopk.callbacks.load_scope import load_scope
     from tf_regtopk.callbacks.monitor import Monitor
+    from tf_regtopk.callbacks.skew_scout import SkewScout
     from tf_regtopk.codecs.index_codecs import IndexCodec
     from tf_regtopk.codecs.payload import Codec
     from tf_regtopk.codecs.value_codecs import BFloat16
@@ -58,6 +60,10 @@ if not _needs_no_tensorflow():
     from tf_regtopk.distribute.mixing_groups import Cliques
     from tf_regtopk.distribute.mixing_groups import PeriodicGlobalAveraging
     from tf_regtopk.distribute.mixing_groups import RingPass
+    from tf_regtopk.distribute.mixing_rules import AverageTracker
+    from tf_regtopk.distribute.mixing_rules import LinearGossip
+    from tf_regtopk.distribute.mixing_rules import MixingRule
+    from tf_regtopk.distribute.mixing_rules import NonlinearGossip
     from tf_regtopk.distribute.mixing_topologies import Complete
     from tf_regtopk.distribute.mixing_topologies import Exponential
     from tf_regtopk.distribute.mixing_topologies import Grid
@@ -79,6 +85,7 @@ if not _needs_no_tensorflow():
     from tf_regtopk.error_feedback.learned_shift import LearnedShift
     from tf_regtopk.error_feedback.no_feedback import NoFeedback
     from tf_regtopk.optimizers.decentralized import DecentralizedOptimizer
+    from tf_regtopk.optimizers.layer_mask import LayerMask
     from tf_regtopk.optimizers.loss_scale import LossScaleOptimizer
     from tf_regtopk.optimizers.sparsified import SparsifiedOptimizer
     from tf_regtopk.optimizers.wrapping import unwrap
@@ -95,6 +102,7 @@ __all__ = [
     "Accumulate",
     "AllGather",
     "AllReduce",
+    "AverageTracker",
     "BFloat16",
     "Backup",
     "Cliques",
@@ -115,13 +123,17 @@ __all__ = [
     "Grid",
     "Hierarchical",
     "IndexCodec",
+    "LayerMask",
     "LearnedShift",
+    "LinearGossip",
     "LossScaleOptimizer",
+    "MixingRule",
     "MixingTopology",
     "Monitor",
     "MultiWorkerMirroredStrategy",
     "Natural",
     "NoFeedback",
+    "NonlinearGossip",
     "OnePeerExponential",
     "PeriodicGlobalAveraging",
     "RandomK",
@@ -130,6 +142,7 @@ __all__ = [
     "Ring",
     "RingPass",
     "ScaledSign",
+    "SkewScout",
     "SparsifiedOptimizer",
     "Sparsifier",
     "TopK",
@@ -142,6 +155,7 @@ __all__ = [
     "averaged",
     "load_scope",
     "methods",
+    "tracked",
     "unwrap",
     "worker_path",
     "wrap",

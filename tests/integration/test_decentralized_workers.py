@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 N = decentralized_program.N
-# Groups of two, groups that differ in size, and entries.
-QUICK = ("one peer", "cliques", "choco")
+# Groups of two, groups that differ in size, cycles, and entries.
+QUICK = ("one peer", "cliques", "directed", "choco")
 
 
 @pytest.fixture(
@@ -87,6 +87,20 @@ def test_fit_ends_with_the_average_on_all_workers(workers):
             np.testing.assert_allclose(
                 other["history"][name], first["history"][name], rtol=1e-6
             )
+
+
+def test_weights_travel_to_the_next_worker(workers):
+    for rank, result in enumerate(workers):
+        away, home = 10.0 * ((rank - 1) % N), 10.0 * rank
+        assert result["travel"] == [[away] * 3, [home] * 3] * 3
+
+
+def test_workers_agree_on_the_period(workers):
+    first, *others = (result["fit"]["history"] for result in workers)
+    for name in ("accuracy_loss", "communication_period"):
+        assert len(first[name]) == 2
+        assert all(other[name] == first[name] for other in others)
+    assert abs(first["accuracy_loss"][0]) > 1e-3
 
 
 def test_errors(workers):

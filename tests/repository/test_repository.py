@@ -12,6 +12,13 @@ import pytest
 import tf_regtopk
 
 PUBLIC = {
+    "AverageTracker",
+    "LayerMask",
+    "LinearGossip",
+    "MixingRule",
+    "NonlinearGossip",
+    "SkewScout",
+    "tracked",
     "ConsensusDistance",
     "EvaluateAverage",
     "averaged",

@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 import tf_regtopk
+from tf_regtopk.optimizers import travelling
 
 N = 4
 SHAPES = [(3, 5), (7,), (4, 2)]
@@ -34,7 +35,8 @@ CASES = {
         topology=tf_regtopk.Cliques(PAIRS, average_gradients=True)
     ),
     "periodic": dict(topology=tf_regtopk.PeriodicGlobalAveraging(RING, 3)),
-    # A class of three has an idle replica in each of its rounds.
+    "directed": dict(topology=tf_regtopk.OnePeerExponential(directed=True)),
+    # One replica is idle in the steps that are no means of all.
     "ring pass": dict(
         topology=tf_regtopk.PeriodicGlobalAveraging(
             tf_regtopk.RingPass([[0, 1, 2], [3]]), 2
@@ -56,6 +58,14 @@ CASES = {
         error_feedback=tf_regtopk.Accumulate(),
     ),
     "period": dict(topology=RING, communication_period=2),
+    "nonlinear": dict(
+        topology=RING, mixing_rule=tf_regtopk.NonlinearGossip(0.5, 0.5)
+    ),
+    "tracker": dict(
+        topology=RING,
+        mixing_rule=tf_regtopk.AverageTracker(),
+        communication_period=2,
+    ),
 }
 
 
@@ -68,7 +78,7 @@ def gradients(is_bad=False):
     return g / N
 
 
-def make(strategy, learning_rate=0.1, dtype="float32", **kwargs):
+def make(strategy, learning_rate=0.1, dtype="float32", momentum=0.9, **kwargs):
     """An optimizer, built, and its variables, random numbers."""
     rng = np.random.default_rng(4)
     with strategy.scope():
@@ -77,17 +87,17 @@ def make(strategy, learning_rate=0.1, dtype="float32", **kwargs):
             for shape in SHAPES
         ]
         optimizer = tf_regtopk.DecentralizedOptimizer(
-            keras.optimizers.SGD(learning_rate, momentum=0.9), **kwargs
+            keras.optimizers.SGD(learning_rate, momentum=momentum), **kwargs
         )
         optimizer.build(variables)
     return optimizer, variables
 
 
 def make_step(strategy, **kwargs):
-    """A function that takes a step of an optimizer, and its variables."""
+    """A function that takes a step, the variables, and their optimizer."""
     optimizer, variables = make(strategy, **kwargs)
     step = flat_gradients.step_function(strategy, optimizer, variables)
-    return step, variables
+    return step, variables, optimizer
 
 
 def local_weights(strategy, variables):
@@ -111,10 +121,13 @@ def train(strategy, g=None, made=None, **kwargs):
         made: What `make_step` has returned, if it has been called.
         **kwargs: Arguments of the optimizer.
     """
-    take_step, variables = made or make_step(strategy, **kwargs)
+    take_step, variables, optimizer = made or make_step(strategy, **kwargs)
     weights = []
     for step_gradients in gradients() if g is None else g:
         take_step(step_gradients)
+        weights.append([w.tolist() for w in local_weights(strategy, variables)])
+    if optimizer.mixing_rule.tracks_average:
+        optimizer.use_tracked_average()
         weights.append([w.tolist() for w in local_weights(strategy, variables)])
     return weights
 
@@ -148,6 +161,22 @@ def take_many_steps(strategy, num_steps=7):
     ]
 
 
+def travel(strategy):
+    """What each of three variables is while the weights travel, and after."""
+    _, variables = make(strategy)
+    first = strategy.cluster_resolver.task_id
+    for variable in variables:
+        for part in strategy.experimental_local_results(variable.value):
+            part.assign(tf.fill(part.shape, 10.0 * first))
+    on_the_way = travelling.Travel(variables, strategy)
+    found = []
+    for _ in range(3):
+        with on_the_way.away():
+            found.append([float(v.numpy().mean()) for v in variables])
+        found.append([float(v.numpy().mean()) for v in variables])
+    return found
+
+
 def is_cluster():
     return "TF_CONFIG" in os.environ
 
@@ -169,6 +198,7 @@ def fit(strategy):
         model.compile(
             tf_regtopk.DecentralizedOptimizer(keras.optimizers.Adam(0.05)),
             loss="mse",
+            metrics=["mse"],
         )
     history = model.fit(
         tf.data.Dataset.from_tensor_slices((x, y)).batch(16),
@@ -176,6 +206,11 @@ def fit(strategy):
         verbose=0,
         callbacks=[
             tf_regtopk.ConsensusDistance(),
+            tf_regtopk.SkewScout(
+                tf.data.Dataset.from_tensor_slices((x, y)).batch(16),
+                metric="mse",
+                periods=[1, 2],
+            ),
             tf_regtopk.EvaluateAverage(
                 tf.data.Dataset.from_tensor_slices((x, y)).batch(16)
             ),
@@ -250,6 +285,7 @@ def main(result_path, *cases):
         ),
         "bad gradient": train(strategy, gradients(is_bad=True), made),
         "loop": take_many_steps(strategy),
+        "travel": travel(strategy),
         "fit": fit(strategy),
         "build_differently": build_differently(strategy),
         "watched": count_watched(strategy, made[0]),

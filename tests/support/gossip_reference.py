@@ -66,6 +66,46 @@ class DeepSqueeze:
         self.x = self.x + self.gamma * (w @ c - c) + update
 
 
+class NGO:
+    """Nonlinear gossip: each node compares its weights with its neighbours'."""
+
+    def __init__(self, x, alpha, epsilon):
+        self.x, self.alpha, self.epsilon = x.copy(), alpha, epsilon
+
+    def step(self, w, update):
+        x = self.x.copy()
+        for i in range(len(x)):
+            for j in range(len(x)):
+                delta = self.x[j] - self.x[i]
+                power = np.sign(delta) * np.abs(delta) ** self.alpha
+                x[i] += self.epsilon * w[i, j] * power
+        self.x = x + update
+
+
+class FODAC:
+    """z_i tracks the mean of what the nodes have, omega."""
+
+    def __init__(self, omega):
+        self.z, self.omega = omega.copy(), omega.copy()
+
+    def step(self, w, omega):
+        """After all nodes have got new numbers."""
+        self.z = w @ self.z + (omega - self.omega)
+        self.omega = omega.copy()
+
+
+class DACFL(DPSGD):
+    """D-PSGD whose nodes track the mean of their weights by FODAC."""
+
+    def __init__(self, x):
+        super().__init__(x)
+        self.tracker = FODAC(x)
+
+    def step(self, w, update):
+        super().step(w, update)
+        self.tracker.step(w, self.x)
+
+
 def disagreement(x):
     """The consensus distance, sqrt of the mean of |x_i - mean|^2."""
     return np.sqrt(((x - x.mean(axis=0)) ** 2).sum(axis=1).mean())

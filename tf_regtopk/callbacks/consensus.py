@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Sequence
 import contextlib
 from typing import Any
 
 import keras
+import tensorflow as tf
 
-from tf_regtopk.distribute import replica_state
 from tf_regtopk.optimizers import averaging
 from tf_regtopk.optimizers import decentralized
 from tf_regtopk.optimizers import wrapper
@@ -42,32 +43,51 @@ def averaged(
         model.save("average.keras")
     ```
     """
-    optimizers = [optimizer or _decentralized_of(model)]
-    optimizers += [
-        other
-        for other in wrapper.optimizers_of(model)
-        if isinstance(other, decentralized.DecentralizedOptimizer)
-        and other not in optimizers
-    ]
     strategy = model.distribute_strategy
+    optimizers = _all_decentralized(model, optimizer)
     if strategy.num_replicas_in_sync == 1:
         yield
         return
     variables = [v for v in model.weights if _is_float(v)]
-    did_agree = [each.replicas_agree for each in optimizers]
-    parts = [replica_state.parts(v, strategy) for v in variables]
-    kept = [[part.read_value() for part in of_one] for of_one in parts]
-    averaging.average(variables, strategy)
-    for each in optimizers:
-        each.note_agreement(True)
-    try:
+    with _weights_kept(variables, optimizers, strategy):
+        averaging.average(variables, strategy)
+        for each in optimizers:
+            each.note_agreement(True)
         yield
-    finally:
-        for of_one, values in zip(parts, kept, strict=True):
-            for part, value in zip(of_one, values, strict=True):
-                part.assign(value)
-        for each, agreed in zip(optimizers, did_agree, strict=True):
-            each.note_agreement(agreed)
+
+
+@contextlib.contextmanager
+def tracked(
+    model: keras.Model,
+    optimizer: decentralized.DecentralizedOptimizer | None = None,
+) -> Iterator[None]:
+    """Gives each replica what it has tracked of the mean, for a while.
+
+    For `DecentralizedOptimizer` with `mixing_rule=AverageTracker()`. As
+    `averaged`, but nothing is sent: each replica has its own estimate of the
+    mean of the trainable weights, and keeps its other weights.
+
+    Args:
+        model: `keras.Model`, compiled with a `DecentralizedOptimizer`.
+        optimizer: The `DecentralizedOptimizer` of a model that is not compiled,
+            as in a custom loop.
+
+    Raises:
+        ValueError: If the model has another optimizer, or it another rule.
+
+    Example:
+
+    ```python
+    with tf_regtopk.tracked(model):
+        model.evaluate(dataset)
+    ```
+    """
+    strategy = model.distribute_strategy
+    optimizers = _all_decentralized(model, optimizer)
+    with _weights_kept(model.trainable_variables, optimizers, strategy):
+        for each in optimizers:
+            each.use_tracked_average()
+        yield
 
 
 class ConsensusDistance(keras.callbacks.Callback):
@@ -92,7 +112,7 @@ class ConsensusDistance(keras.callbacks.Callback):
         self._distance: Callable[[], float] | None = None
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        _decentralized_of(self.model)
+        decentralized_of(self.model)
         self._distance = averaging.distance_function(
             self.model.trainable_variables, self.model.distribute_strategy
         )
@@ -130,7 +150,7 @@ class EvaluateAverage(keras.callbacks.Callback):
         self._arguments = {"verbose": 0, **kwargs, "x": x, "y": y}
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        _decentralized_of(self.model)
+        decentralized_of(self.model)
 
     def on_epoch_end(
         self, epoch: int, logs: dict[str, Any] | None = None
@@ -141,10 +161,44 @@ class EvaluateAverage(keras.callbacks.Callback):
             logs.update({f"average_{n}": value for n, value in results.items()})
 
 
-def _decentralized_of(
+@contextlib.contextmanager
+def _weights_kept(
+    variables: Sequence[keras.Variable],
+    optimizers: Sequence[decentralized.DecentralizedOptimizer],
+    strategy: tf.distribute.Strategy,
+) -> Iterator[None]:
+    """Gives back at the end what each replica had."""
+    did_agree = [each.replicas_agree for each in optimizers]
+    try:
+        with averaging.weights_kept(variables, strategy):
+            yield
+    finally:
+        for each, agreed in zip(optimizers, did_agree, strict=True):
+            each.note_agreement(agreed)
+
+
+def _all_decentralized(
+    model: keras.Model,
+    optimizer: decentralized.DecentralizedOptimizer | None,
+) -> list[decentralized.DecentralizedOptimizer]:
+    """The optimizer given or compiled, and others that are attributes."""
+    optimizers = [optimizer or decentralized_of(model)]
+    return optimizers + [
+        other
+        for other in wrapper.optimizers_of(model)
+        if isinstance(other, decentralized.DecentralizedOptimizer)
+        and other not in optimizers
+    ]
+
+
+def decentralized_of(
     model: keras.Model,
 ) -> decentralized.DecentralizedOptimizer:
-    """The optimizer of a model."""
+    """Returns the optimizer of a model, or raises.
+
+    Args:
+        model: `keras.Model`.
+    """
     optimizer = getattr(model, "optimizer", None)
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         optimizer = optimizer.inner_optimizer

@@ -20,11 +20,22 @@ import numpy as np
 from tf_regtopk.distribute import topology as topology_lib
 
 # The ranks of replicas that meet, each of which receives what all of them send.
+# A `Cycle` is one as well.
 Group: TypeAlias = tuple[int, ...]
 # Groups that meet at the same time: a replica is in one of them, or in none.
 Round: TypeAlias = tuple[Group, ...]
 # The rounds of one step.
 Step: TypeAlias = tuple[Round, ...]
+
+
+class Cycle(tuple[int, ...]):
+    """A group in which each replica sends to the next one only.
+
+    The last one sends to the first. A topology that has cycles needs
+    `mixing_matrices` of its own.
+    """
+
+    __slots__ = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +58,7 @@ class MixingTopology(topology_lib.Topology):
         Returns:
             For each step a tuple of rounds, which take place one after the
             other. A round is a tuple of groups of at least two ranks; no rank
-            is in two groups of a round.
+            is in two groups of a round. A group may be a `Cycle`.
 
         Raises:
             ValueError: If the topology does not suit so many replicas.
@@ -103,7 +114,7 @@ class MixingTopology(topology_lib.Topology):
             num_replicas: N.
         """
         steps = self.rounds(num_replicas)
-        sent = sum(len(group) * (len(group) - 1) for group in _groups(steps))
+        sent = sum(len(sendings(group)) for group in _groups(steps))
         return sent / (len(steps) * num_replicas)
 
     def sent_bytes(
@@ -119,9 +130,25 @@ class MixingTopology(topology_lib.Topology):
         leaving = sum(
             i // own != j // own
             for group in _groups(steps)
-            for i, j in itertools.permutations(group, 2)
+            for i, j in sendings(group)
         )
         return leaving / (len(steps) * cluster.num_workers) * num_bytes
+
+
+def sendings(group: Group) -> list[tuple[int, int]]:
+    """Returns the pairs `(giver, receiver)` of a group.
+
+    Args:
+        group: Ranks.
+
+    Example:
+
+    >>> sendings((4, 7)), sendings(Cycle([1, 2, 5]))
+    ([(4, 7), (7, 4)], [(1, 2), (2, 5), (5, 1)])
+    """
+    if isinstance(group, Cycle):
+        return [*zip(group, (*group[1:], group[0]), strict=True)]
+    return [*itertools.permutations(group, 2)]
 
 
 def rounds_of(groups: Iterable[Iterable[int]]) -> Step:
@@ -162,6 +189,11 @@ def _groups(steps: Sequence[Step]) -> Iterable[Group]:
 def _metropolis_hastings(step: Step, num_replicas: int) -> np.ndarray:
     meet = np.zeros((num_replicas, num_replicas), bool)
     for group in itertools.chain(*step):
+        if isinstance(group, Cycle):
+            raise ValueError(
+                "A topology must have `mixing_matrices` of its own where its "
+                f"`rounds` hold a `Cycle`. Received: {step!r}"
+            )
         meet[np.ix_(group, group)] = True
     np.fill_diagonal(meet, False)
     degree = meet.sum(axis=1)

@@ -129,7 +129,8 @@ class PeriodicGlobalAveraging(mixing.MixingTopology):
 class RingPass(mixing.MixingTopology):
     """Within each class, every replica hands its weights to the next one.
 
-    Nothing is averaged, so `PeriodicGlobalAveraging` belongs around this one.
+    Each replica sends one payload a step. Nothing is averaged, so
+    `PeriodicGlobalAveraging` belongs around this one.
 
     Args:
         classes: List of lists of ranks, in which each rank is once.
@@ -149,19 +150,18 @@ class RingPass(mixing.MixingTopology):
 
     def rounds(self, num_replicas: int) -> Sequence[mixing.Step]:
         _check_parts("classes", self.classes, num_replicas)
-        return (mixing.matchings(itertools.chain(*map(_cycle, self.classes))),)
+        cycles = tuple(
+            mixing.Cycle(ranks) for ranks in self.classes if len(ranks) > 1
+        )
+        return ((cycles,) if cycles else (),)
 
     def mixing_matrices(self, num_replicas: int) -> np.ndarray:
         _check_parts("classes", self.classes, num_replicas)
         matrix = np.zeros((num_replicas, num_replicas))
-        for giver, receiver in itertools.chain(*map(_cycle, self.classes)):
-            matrix[receiver, giver] = 1
+        for ranks in self.classes:
+            for giver, receiver in mixing.sendings(mixing.Cycle(ranks)):
+                matrix[receiver, giver] = 1
         return matrix[np.newaxis]
-
-
-def _cycle(ranks: Sequence[int]) -> list[tuple[int, int]]:
-    """Each rank with the one that follows, the last with the first."""
-    return [*zip(ranks, [*ranks[1:], ranks[0]], strict=True)]
 
 
 def _parts(name: str, parts: Any) -> tuple[mixing.Group, ...]:

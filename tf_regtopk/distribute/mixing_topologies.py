@@ -8,6 +8,7 @@ import math
 import keras
 import numpy as np
 
+from tf_regtopk import validation
 from tf_regtopk.distribute import mixing
 
 
@@ -99,10 +100,9 @@ class Exponential(mixing.MixingTopology):
 
     def rounds(self, num_replicas: int) -> Sequence[mixing.Step]:
         n = num_replicas
-        hops = [2**t for t in range((n - 1).bit_length())]
         return (
             mixing.matchings(
-                (i, (i + hop) % n) for i in range(n) for hop in hops
+                (i, (i + hop) % n) for i in range(n) for hop in _hops(n)
             ),
         )
 
@@ -116,30 +116,53 @@ class OnePeerExponential(mixing.MixingTopology):
     however many replicas there are, and after log2 N steps all have the mean
     of all. The number of replicas must be a power of two.
 
+    Args:
+        directed: Boolean. Whether replica i sends to `i + 2^t` and hears from
+            `i - 2^t` (mod N) instead, for any number of replicas, with the same
+            bytes. The mean is exact for powers of two only: of six replicas
+            each weighs 1/4 or 1/8 after three steps.
+
     Example:
 
     >>> OnePeerExponential().rounds(4)
     ((((0, 1), (2, 3)),), (((0, 2), (1, 3)),))
     >>> OnePeerExponential().messages(64), OnePeerExponential().spectral_gap(64)
     (1.0, 1.0)
+    >>> directed = OnePeerExponential(directed=True)
+    >>> directed.rounds(3)
+    ((((0, 1, 2),),), (((0, 2, 1),),))
+    >>> directed.messages(6), round(directed.spectral_gap(6), 2)
+    (1.0, 0.4)
 
     Source: Ying, Yuan, Chen, Hu, Pan, Yin, "Exponential Graph is Provably
     Efficient for Decentralized Deep Training" (2021).
     """
 
+    directed: bool = False
+
+    def __post_init__(self) -> None:
+        validation.check_boolean("directed", self.directed)
+
     def rounds(self, num_replicas: int) -> Sequence[mixing.Step]:
         n = num_replicas
+        if self.directed:
+            return tuple((_cycles(n, hop),) for hop in _hops(n)) or ((),)
         if n & (n - 1):
             raise _unsuitable(
-                self, "a power of two (`Ring()` suits any number)", n
+                self, "a power of two (`directed=True` suits any number)", n
             )
-        hops = [2**t for t in range(n.bit_length() - 1)] or [n]
         return tuple(
-            mixing.rounds_of(
-                (i, i ^ hop) for i in range(n) if i < i ^ hop and i ^ hop < n
-            )
-            for hop in hops
-        )
+            mixing.rounds_of((i, i ^ hop) for i in range(n) if i < i ^ hop)
+            for hop in _hops(n)
+        ) or ((),)
+
+    def mixing_matrices(self, num_replicas: int) -> np.ndarray:
+        if not self.directed:
+            return super().mixing_matrices(num_replicas)
+        own = np.eye(num_replicas)
+        # Row i of what is rolled by h rows has its 1 in column i - h.
+        matrices = [(own + np.roll(own, h, 0)) / 2 for h in _hops(num_replicas)]
+        return np.stack(matrices or [own])
 
 
 @keras.saving.register_keras_serializable(package="tf_regtopk")
@@ -180,6 +203,21 @@ class Grid(mixing.MixingTopology):
             )
             for axis in range(dimensions)
         ) or ((),)
+
+
+def _hops(num_replicas: int) -> list[int]:
+    """The powers of two below the number of replicas."""
+    return [2**t for t in range((num_replicas - 1).bit_length())]
+
+
+def _cycles(num_replicas: int, hop: int) -> mixing.Round:
+    """The cycles by which each replica sends to the one at a distance."""
+    num_cycles = math.gcd(num_replicas, hop)
+    length = num_replicas // num_cycles
+    return tuple(
+        mixing.Cycle((first + hop * i) % num_replicas for i in range(length))
+        for first in range(num_cycles)
+    )
 
 
 def _unsuitable(

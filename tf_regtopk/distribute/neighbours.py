@@ -1,15 +1,17 @@
 """The exchange of a replica with its neighbours, by a table of who meets."""
 
+from collections.abc import Iterable
 from collections.abc import Sequence
 import itertools
 import operator
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from tf_regtopk import keras_internals
 from tf_regtopk.distribute import collectives
+from tf_regtopk.distribute import meetings
 from tf_regtopk.distribute import mixing
 from tf_regtopk.distribute import topology as topology_lib
 from tf_regtopk.distribute import watchdog
@@ -75,8 +77,7 @@ def rounds_of(
     try:
         steps = tuple(
             tuple(
-                tuple(tuple(map(operator.index, group)) for group in groups)
-                for groups in step
+                tuple(_group_of(group) for group in groups) for groups in step
             )
             for step in received
         )
@@ -132,14 +133,15 @@ class Neighbours:
             self._senders, self._weights = everyone, weights
             return
         rank = self._cluster.worker
-        self._table = _table(steps, rank)
+        self._table = meetings.table(steps, rank)
         self._senders = self._table.senders[:, np.newaxis]
         taken = np.take_along_axis(
             weights[:, rank], self._table.senders, axis=1
         )
         self._weights = (taken * self._table.is_first)[:, np.newaxis]
-        num_rounds = len(self._table.others)
-        self._first_key = keras_internals.take_instance_keys(2 * num_rounds)
+        self._first_key = keras_internals.take_instance_keys(
+            2 * len(self._table.rounds) + 4 * len(self._table.passes)
+        )
 
     def exchange(self, vector: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
         """Gives this replica what its neighbours send.
@@ -200,97 +202,82 @@ class Neighbours:
 
     def _meet(self, vector: tf.Tensor, number: tf.Tensor) -> list[tf.Tensor]:
         """The rows that arrive in each round."""
+        rounds, passes = self._table.rounds, self._table.passes
         with tf.device("CPU:0"):
             place = self._place(number)
-            parity = tf.cast(number % 2, tf.int32)
-            return [
-                vector[tf.newaxis],
-                *(
-                    self._meet_in_round(vector, r, place, parity)
-                    for r in range(len(self._table.others))
-                ),
-            ]
-
-    def _meet_in_round(
-        self, vector: tf.Tensor, r: int, place: tf.Tensor, parity: tf.Tensor
-    ) -> tf.Tensor:
-        """The rows of the others in the group of one round."""
-        sizes, others = self._table.sizes[:, r], self._table.others[r]
-        size = tf.constant(sizes)[place]
-        group_key = tf.constant(self._table.keys[:, r])[place]
-        # The keys of the step before may still be in use.
-        instance_key = self._first_key + 2 * r + parity
-
-        def meet() -> tf.Tensor:
-            received = keras_internals.exchange_in_group(
-                vector, size, group_key, instance_key
-            )
-            return tf.gather(received, tf.constant(others)[place])
-
-        def stay() -> tf.Tensor:
-            return tf.tile(vector[tf.newaxis], [others.shape[1], 1])
-
-        meets = sizes > 1
-        rows = meet() if meets.all() else tf.cond(size > 1, meet, stay)
-        return tf.ensure_shape(rows, [others.shape[1], *vector.shape])
+            # The keys of the step before may still be in use.
+            key = self._first_key + tf.cast(number % 2, tf.int32)
+            rows = [vector[tf.newaxis]]
+            for i, meeting in enumerate(rounds):
+                rows.append(_meet_all(meeting, vector, place, key + 2 * i))
+            key += 2 * len(rounds)
+            for i, one in enumerate(passes):
+                rows.append(_pass_on(one, vector, place, key + 4 * i))
+        return rows
 
 
-class _Table(NamedTuple):
-    """The replicas that one worker meets, in arrays of the T steps.
+def _meet_all(
+    meeting: meetings.Meeting,
+    vector: tf.Tensor,
+    place: tf.Tensor,
+    instance_key: tf.Tensor,
+) -> tf.Tensor:
+    """The rows of the others in the group of one round."""
+    size = tf.constant(meeting.sizes)[place]
+    num_rows = meeting.others.shape[1]
 
-    What arrives are rows: the worker's own vector, and then those of the others
-    in its group of each round. Where the group is smaller than the largest of
-    that round, or where there is none, the rows that are left repeat another.
+    def meet() -> tf.Tensor:
+        received = keras_internals.exchange_in_group(
+            vector, size, tf.constant(meeting.keys)[place], instance_key
+        )
+        return tf.gather(received, tf.constant(meeting.others)[place])
 
-    Args:
-        sizes: int32 array `[T, rounds]`, the size of the group, 1 for none.
-        keys: int32 array `[T, rounds]`, the key of the group.
-        others: For each round an int32 array `[T, rows]`, the places of the
-            others in the group.
-        senders: int32 array `[T, M]`, the senders of all rows.
-        is_first: Bool array `[T, M]`, False for a row that repeats another.
-    """
+    def stay() -> tf.Tensor:
+        return tf.tile(vector[tf.newaxis], [num_rows, 1])
 
-    sizes: np.ndarray
-    keys: np.ndarray
-    others: list[np.ndarray]
-    senders: np.ndarray
-    is_first: np.ndarray
-
-
-def _table(steps: Sequence[mixing.Step], rank: int) -> _Table:
-    """The table of one worker; calls for group keys as all workers do."""
-    num_rounds = max(map(len, steps))
-    padded = [(*step, *((),) * (num_rounds - len(step))) for step in steps]
-    groups = [*itertools.chain(*itertools.chain(*padded))]
-    keys = dict(zip(groups, keras_internals.group_keys(groups), strict=True))
-    own = [
-        [next((g for g in groups if rank in g), (rank,)) for groups in step]
-        for step in padded
-    ]
-    others = []
-    senders = [[rank] for _ in steps]
-    for r, of_round in enumerate(zip(*padded, strict=True)):
-        largest = max(map(len, itertools.chain(*of_round)))
-        places = []
-        for t, step in enumerate(own):
-            group = step[r]
-            found = [i for i, other in enumerate(group) if other != rank]
-            places.append((found + [0] * largest)[: largest - 1])
-            senders[t].extend(group[i] for i in places[-1])
-        others.append(np.array(places, np.int32))
-    return _Table(
-        np.array([[len(g) for g in step] for step in own], np.int32),
-        np.array([[keys.get(g, 0) for g in step] for step in own], np.int32),
-        others,
-        np.array(senders, np.int32),
-        np.array([_are_first(ranks) for ranks in senders]),
-    )
+    meets = meeting.sizes > 1
+    rows = meet() if meets.all() else tf.cond(size > 1, meet, stay)
+    return tf.ensure_shape(rows, [num_rows, *vector.shape])
 
 
-def _are_first(values: Sequence[int]) -> list[bool]:
-    """Flags of the values that come for the first time."""
-    return [value not in values[:i] for i, value in enumerate(values)]
+def _pass_on(
+    one: meetings.Pass,
+    vector: tf.Tensor,
+    place: tf.Tensor,
+    instance_key: tf.Tensor,
+) -> tf.Tensor:
+    """The row of the replica before this one in a cycle."""
+
+    def exchange() -> tf.Tensor:
+        # Two replicas that send to each other are one group, so that the
+        # directions need keys of their own.
+        is_up, is_from_below = (
+            tf.constant(flags)[place]
+            for flags in (one.is_up, one.is_from_below)
+        )
+        return keras_internals.pass_on(
+            vector,
+            keras_internals.Link(
+                tf.constant(one.keys_to)[place], instance_key + 2 * is_up
+            ),
+            keras_internals.Link(
+                tf.constant(one.keys_from)[place],
+                instance_key + 2 * is_from_below,
+            ),
+        )
+
+    takes_part = one.takes_part
+    if takes_part.all():
+        row = exchange()
+    else:
+        row = tf.cond(tf.constant(takes_part)[place], exchange, lambda: vector)
+    return tf.ensure_shape(row, vector.shape)[tf.newaxis]
+
+
+def _group_of(ranks: Iterable[Any]) -> mixing.Group:
+    """Ranks as integers; a cycle stays one."""
+    kind = mixing.Cycle if isinstance(ranks, mixing.Cycle) else tuple
+    return kind(map(operator.index, ranks))
 
 
 def _check_replicas_per_worker(cluster: topology_lib.Cluster) -> None:
@@ -315,9 +302,9 @@ def _check_meetings(steps: Sequence[mixing.Step], weights: np.ndarray) -> None:
                     f"step {t}"
                 )
         met = {
-            pair
+            (receiver, giver)
             for group in itertools.chain(*step)
-            for pair in itertools.permutations(group, 2)
+            for giver, receiver in mixing.sendings(group)
         }
         taken = {(int(i), int(j)) for i, j in np.argwhere(matrix) if i != j}
         if taken - met:

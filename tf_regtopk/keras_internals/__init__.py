@@ -22,6 +22,8 @@ from tf_regtopk.keras_internals.execution import initial_values_of_each_worker
 from tf_regtopk.keras_internals.execution import is_op_determinism_enabled
 from tf_regtopk.keras_internals.neighbours import exchange_in_group
 from tf_regtopk.keras_internals.neighbours import group_keys
+from tf_regtopk.keras_internals.neighbours import Link
+from tf_regtopk.keras_internals.neighbours import pass_on
 from tf_regtopk.keras_internals.neighbours import take_instance_keys
 from tf_regtopk.keras_internals.optimizers import divide_by_no_zeros
 from tf_regtopk.keras_internals.optimizers import give_back
@@ -36,6 +38,7 @@ __all__ = [
     "CHECKPOINT_KEY",
     "CHECKPOINT_KEYS",
     "CheckpointedAsInner",
+    "Link",
     "abort_collectives",
     "can_exchange_at_once",
     "can_gather_at_once",
@@ -52,6 +55,7 @@ __all__ = [
     "initial_values_of_each_worker",
     "is_op_determinism_enabled",
     "let_collectives_run_in_loops",
+    "pass_on",
     "replace_optimizer",
     "strategy_of",
     "sum_within_worker",

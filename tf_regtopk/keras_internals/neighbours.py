@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 import threading
+from typing import NamedTuple
 
 import tensorflow as tf
 from tensorflow.python.ops import collective_ops
@@ -14,6 +15,19 @@ _FIRST_INSTANCE_KEY = 1 << 30
 _lock = threading.Lock()
 _group_keys: dict[tuple[int, ...], int] = {}
 _next_instance_key = _FIRST_INSTANCE_KEY
+
+
+class Link(NamedTuple):
+    """A pair of workers, of which one sends to the other.
+
+    Args:
+        group_key: Scalar int32 tensor, from `group_keys`.
+        instance_key: Scalar int32 tensor, from `take_instance_keys`, of this
+            direction only.
+    """
+
+    group_key: tf.Tensor
+    instance_key: tf.Tensor
 
 
 def group_keys(groups: Iterable[tuple[int, ...]]) -> list[int]:
@@ -78,3 +92,34 @@ def exchange_in_group(
         return collective_ops.all_to_all_v2(
             copies, group_size, group_key, instance_key
         )
+
+
+def pass_on(payload: tf.Tensor, to: Link, before: Link) -> tf.Tensor:
+    """Sends a payload to one worker, and receives that of another.
+
+    The keys are tensors as those of `exchange_in_group`. All workers of a cycle
+    have to call at the same time.
+
+    Args:
+        payload: Tensor `[length]`, of the same length on every worker.
+        to: `Link` to the worker that receives.
+        before: `Link` to the worker that sends, which may be the same.
+
+    Returns:
+        Tensor `[length]`, the payload of the worker `before`.
+    """
+    # Both at the same time, because a worker that has sent goes on when the
+    # other one has received.
+    with tf.device("CPU:0"):
+        sent = collective_ops.broadcast_send_v2(
+            payload, 2, to.group_key, to.instance_key
+        )
+        received = collective_ops.broadcast_recv_v2(
+            payload.shape.as_list(),
+            payload.dtype,
+            2,
+            before.group_key,
+            before.instance_key,
+        )
+        with tf.control_dependencies([sent]):
+            return tf.identity(received)

@@ -1,7 +1,9 @@
 """The mean of replicas that have weights of their own."""
 
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Sequence
+import contextlib
 import zlib
 
 import keras
@@ -31,6 +33,26 @@ def average(
             part.assign(tf.cast(mean, part.dtype))
 
     strategy.run(tf.function(of_replica, autograph=False))
+
+
+@contextlib.contextmanager
+def weights_kept(
+    variables: Sequence[keras.Variable], strategy: tf.distribute.Strategy
+) -> Iterator[None]:
+    """Gives each replica of this process back what it had.
+
+    Args:
+        variables: List of variables.
+        strategy: Their `tf.distribute.Strategy`.
+    """
+    parts = [replica_state.parts(v, strategy) for v in variables]
+    kept = [[part.read_value() for part in of_one] for of_one in parts]
+    try:
+        yield
+    finally:
+        for of_one, values in zip(parts, kept, strict=True):
+            for part, value in zip(of_one, values, strict=True):
+                part.assign(value)
 
 
 def are_local(strategy: tf.distribute.Strategy) -> bool:

@@ -21,6 +21,7 @@ from tf_regtopk import version
 from tf_regtopk.distribute import agreement
 from tf_regtopk.distribute import branches
 from tf_regtopk.distribute import mixing
+from tf_regtopk.distribute import mixing_rules
 from tf_regtopk.distribute import mixing_topologies
 from tf_regtopk.distribute import replica_state
 from tf_regtopk.kernels import tracing
@@ -28,6 +29,8 @@ from tf_regtopk.log import logger
 from tf_regtopk.optimizers import averaging
 from tf_regtopk.optimizers import decentralized_checks as checks
 from tf_regtopk.optimizers import decentralized_saving
+from tf_regtopk.optimizers import exchange_schedule
+from tf_regtopk.optimizers import layer_mask as layer_mask_lib
 from tf_regtopk.saving import saved_config
 from tf_regtopk.steps import flat_buffer
 from tf_regtopk.steps import gossip
@@ -44,7 +47,7 @@ class DecentralizedOptimizer(decentralized_saving.DecentralizedSaving):
 
         a_i    = accumulate(state_i, x_i)
         sent_i = decode(encode(s_i * a_i))          s_i: the entries selected
-        d_i    = sum over j of (W - I)_ij sent_j    exchange with neighbours
+        d_i    = sum over j of (W - I)_ij sent_j    `mixing_rule`, by default
         x_i    = x_i + gamma aggregate(state_i, d_i)
         inner optimizer's update of x_i with the gradient of replica i
 
@@ -73,10 +76,17 @@ class DecentralizedOptimizer(decentralized_saving.DecentralizedSaving):
         error_feedback: `NoFeedback()`, `EF21()` or `Accumulate()`, what becomes
             of what is not sent or rounded away. `EF21` needs a topology that
             is the same in all steps. Defaults to `NoFeedback()`.
+        mixing_rule: `NonlinearGossip(...)`, `AverageTracker()` or another
+            `MixingRule`: what a replica makes of what its neighbours have
+            sent. Defaults to `LinearGossip()`.
         consensus_step_size: Float gamma in (0, 1]. The fewer entries are sent,
             the smaller it has to be: for Top-k of a tenth at most 0.4.
         communication_period: Integer. The replicas exchange in the first of so
-            many steps; the other steps are each replica's own.
+            many steps; the other steps are each replica's own. May be set
+            during training, as `SkewScout` does: outside of the replicas, on
+            all workers to the same number.
+        layer_mask: `LayerMask`, the layers that only some of the replicas
+            train, or None.
         average_at_end: Boolean. Whether all replicas have the mean of the
             weights at the end of `fit`.
         name: String. The name of the optimizer.
@@ -105,8 +115,10 @@ class DecentralizedOptimizer(decentralized_saving.DecentralizedSaving):
         sparsifier: sparsifiers.Sparsifier | None = None,
         codec: codecs.Codec | None = None,
         error_feedback: error_feedback_lib.ErrorFeedback | None = None,
+        mixing_rule: mixing_rules.MixingRule | None = None,
         consensus_step_size: float = 1.0,
         communication_period: int = 1,
+        layer_mask: layer_mask_lib.LayerMask | None = None,
         average_at_end: bool = True,
         name: str | None = None,
         # Arguments of the base class get an error that says where to set them.
@@ -121,7 +133,10 @@ class DecentralizedOptimizer(decentralized_saving.DecentralizedSaving):
             codec = codecs.Codec()
         if error_feedback is None:
             error_feedback = error_feedback_lib.NoFeedback()
+        if mixing_rule is None:
+            mixing_rule = mixing_rules.LinearGossip()
         checks.check_parts(topology, sparsifier, codec, error_feedback)
+        checks.check_mixing_rule(mixing_rule, sparsifier, codec, error_feedback)
         checks.check_inner_optimizer(inner_optimizer)
         validation.check_number(
             "consensus_step_size",
@@ -132,14 +147,19 @@ class DecentralizedOptimizer(decentralized_saving.DecentralizedSaving):
         validation.check_integer(
             "communication_period", communication_period, 1
         )
+        checks.check_layer_mask(layer_mask)
         validation.check_boolean("average_at_end", average_at_end)
         super().__init__(inner_optimizer, name=name)
         self.topology = topology
         self.sparsifier = sparsifier
         self.codec = codec
         self.error_feedback = error_feedback
+        self.mixing_rule = mixing_rule
         self.consensus_step_size = float(consensus_step_size)
-        self.communication_period = int(communication_period)
+        self._schedule = exchange_schedule.ExchangeSchedule(
+            int(communication_period)
+        )
+        self.layer_mask = layer_mask
         self.average_at_end = average_at_end
         # The step after which all replicas were given the same weights.
         self._agreed_at: int | None = None
@@ -150,6 +170,7 @@ class DecentralizedOptimizer(decentralized_saving.DecentralizedSaving):
         super()._build(variables)
 
     def _create_state(self, variables: Sequence[keras.Variable]) -> None:
+        self._schedule.build(self.add_variable)
         strategy = tf.distribute.get_strategy()
         self._num_replicas = strategy.num_replicas_in_sync
         # Replicas may differ, where another optimizer like this has not
@@ -166,6 +187,15 @@ class DecentralizedOptimizer(decentralized_saving.DecentralizedSaving):
         checks.check_constant(
             self.topology, self.error_feedback, self._num_replicas
         )
+        checks.check_symmetric(
+            self.topology, self.mixing_rule, self._num_replicas
+        )
+        self._masking: layer_mask_lib.Masking | None = None
+        if self.layer_mask is not None:
+            checks.check_no_gradient_groups(self.topology, self._num_replicas)
+            self._masking = layer_mask_lib.Masking(
+                self.layer_mask, variables, self._num_replicas
+            )
         self._zeroed = replica_state.ReplicaState(
             lambda: tf.constant(0, tf.int64)
         )
@@ -179,6 +209,7 @@ class DecentralizedOptimizer(decentralized_saving.DecentralizedSaving):
                     self.sparsifier,
                     self.codec,
                     self.error_feedback,
+                    self.mixing_rule,
                     self.consensus_step_size,
                 ),
             )
@@ -227,22 +258,36 @@ class DecentralizedOptimizer(decentralized_saving.DecentralizedSaving):
         zeroed.assign_add(tf.cast(~is_finite, zeroed.dtype))
         if self._gossip is not None:
             own = self._gossip.average_gradients(own, number)
-            self._mix(number)
-        apply(own)
+            self._mix()
+        if self._masking is None:
+            apply(own)
+        else:
+            kept = self._masking.weights()
+            apply(self._masking.gradients(own))
+            self._masking.restore(kept)
         return tf.constant(True)
 
-    def _mix(self, number: tf.Tensor) -> None:
+    def _mix(self) -> None:
         """Exchanges weights with neighbours, if it is time to."""
         assert self._gossip is not None
-        period = self.communication_period
-        if period == 1:
-            self._gossip.mix(number)
-            return
-        with tf.device("CPU:0"):
-            is_time = tf.equal(number % period, 0)
+        is_time, number = self._schedule.take_turn()
         branches.call_on_all_replicas(
-            is_time, self._gossip.mix, lambda _: None, (number // period,)
+            is_time, self._gossip.mix, lambda _: None, (number,)
         )
+
+    @property
+    def counters(self) -> list[keras.Variable]:
+        return [*super().counters, *self._schedule.variables]
+
+    @property
+    def communication_period(self) -> int:
+        """In the first of how many steps the replicas exchange."""
+        return self._schedule.period
+
+    @communication_period.setter
+    def communication_period(self, period: int) -> None:
+        validation.check_integer("communication_period", period, 1)
+        self._schedule.set_period(int(period))
 
     @property
     def zeroed_gradients(self) -> list[int]:
@@ -287,6 +332,24 @@ class DecentralizedOptimizer(decentralized_saving.DecentralizedSaving):
             )
         self.note_agreement(True)
 
+    def use_tracked_average(self) -> None:
+        """Gives each replica what it has tracked of the mean of the weights.
+
+        With `mixing_rule=AverageTracker()`, outside of the replicas. (`tracked`
+        does so for a while.) Nothing is sent.
+
+        Raises:
+            ValueError: If the optimizer is not built, or has another rule.
+        """
+        validation.check_built(self, "use_tracked_average")
+        checks.check_tracks(self.mixing_rule)
+        if self._gossip is not None:
+            strategy = keras_internals.strategy_of(self)
+            strategy.run(
+                tf.function(self._gossip.use_tracked_average, autograph=False)
+            )
+        self.note_agreement(False)
+
     def finalize_variable_values(
         self, var_list: Sequence[keras.Variable]
     ) -> None:
@@ -322,6 +385,8 @@ class DecentralizedOptimizer(decentralized_saving.DecentralizedSaving):
             "sparsifier": self.sparsifier,
             "codec": self.codec,
             "error_feedback": self.error_feedback,
+            "mixing_rule": self.mixing_rule,
+            "layer_mask": self.layer_mask,
         }
         hyper_parameters.warn_if_unregistered(*parts.values())
         return {
@@ -331,6 +396,7 @@ class DecentralizedOptimizer(decentralized_saving.DecentralizedSaving):
                 for name, part in parts.items()
             },
             "consensus_step_size": self.consensus_step_size,
-            "communication_period": self.communication_period,
+            # The variables have what it has become since.
+            "communication_period": self._schedule.first_period,
             "average_at_end": self.average_at_end,
         }

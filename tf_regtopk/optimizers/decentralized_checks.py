@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 import warnings
 
+import numpy as np
 import tensorflow as tf
 
 from tf_regtopk import codecs
@@ -12,7 +13,9 @@ from tf_regtopk import sparsifiers
 from tf_regtopk import training_validation
 from tf_regtopk import validation
 from tf_regtopk.distribute import mixing
+from tf_regtopk.distribute import mixing_rules
 from tf_regtopk.distribute import neighbours
+from tf_regtopk.optimizers import layer_mask as layer_mask_lib
 
 _RULES = (
     error_feedback_lib.NoFeedback(),
@@ -89,17 +92,76 @@ def check_parts(
             "`codec` must write indices in a fixed length, which neighbours "
             f'know. Received: indices="{codec.indices}"'
         )
-    values = codec.payload(k=1, size=2).values
-    is_lossless = isinstance(sparsifier, sparsifiers.Dense) and isinstance(
-        values, codecs.Float32
-    )
-    if error_feedback == error_feedback_lib.NoFeedback() and not is_lossless:
+    if error_feedback == error_feedback_lib.NoFeedback() and not _sends_all(
+        sparsifier, codec
+    ):
         warnings.warn(
             "Replicas that send some of their weights, or round them, should "
             "have `error_feedback=Accumulate()` or `EF21()`: without it they "
             f"never agree. Received: {sparsifier=}, {codec=}, "
             f"{error_feedback=}",
             stacklevel=3,
+        )
+
+
+def check_mixing_rule(
+    mixing_rule: Any,
+    sparsifier: sparsifiers.Sparsifier,
+    codec: codecs.Codec,
+    error_feedback: error_feedback_lib.ErrorFeedback,
+) -> None:
+    """Raises unless the rule of mixing gets what it needs."""
+    validation.check_instance(
+        "mixing_rule",
+        mixing_rule,
+        mixing_rules.MixingRule,
+        "NonlinearGossip(alpha=0.75)",
+    )
+    if mixing_rule.compares_weights and not (
+        _sends_all(sparsifier, codec)
+        and error_feedback == error_feedback_lib.NoFeedback()
+    ):
+        raise ValueError(
+            f"`mixing_rule={mixing_rule!r}` must go with `Dense()`, a codec "
+            "that rounds nothing and `NoFeedback()`, because it compares the "
+            "weights of neighbours, entry by entry. Use `LinearGossip()` for "
+            f"others. Received: {sparsifier=}, {codec=}, {error_feedback=}"
+        )
+
+
+def check_symmetric(
+    topology: mixing.MixingTopology,
+    mixing_rule: mixing_rules.MixingRule,
+    num_replicas: int,
+) -> None:
+    """Raises if a rule that needs mutual neighbours is to go without."""
+    if not mixing_rule.compares_weights:
+        return
+    matrices = topology.mixing_matrices(num_replicas)
+    if not np.allclose(matrices, np.swapaxes(matrices, 1, 2)):
+        raise ValueError(
+            f"`mixing_rule={mixing_rule!r}` must go with a topology whose "
+            "mixing matrices are symmetric, such as `Ring()`, because the mean "
+            "of all replicas would change. Received: "
+            f"topology={topology!r}"
+        )
+
+
+def _sends_all(sparsifier: sparsifiers.Sparsifier, codec: codecs.Codec) -> bool:
+    """Returns whether neighbours receive the weights as they are."""
+    values = codec.payload(k=1, size=2).values
+    return isinstance(sparsifier, sparsifiers.Dense) and isinstance(
+        values, codecs.Float32
+    )
+
+
+def check_tracks(mixing_rule: mixing_rules.MixingRule) -> None:
+    """Raises unless the replicas track their mean."""
+    if not mixing_rule.tracks_average:
+        raise ValueError(
+            "`DecentralizedOptimizer` must have `mixing_rule=AverageTracker()` "
+            "to know of the mean of the replicas; `averaged` finds it by an "
+            f"all-reduce. Received: mixing_rule={mixing_rule!r}"
         )
 
 
@@ -116,6 +178,29 @@ def check_constant(
             "in all steps, such as `Ring()`, because it adds up what the same "
             "neighbours have sent. Use `Accumulate()` for others. Received: "
             f"topology={topology!r}, of {num_steps} different steps"
+        )
+
+
+def check_layer_mask(layer_mask: Any) -> None:
+    """Raises unless it is None or a `LayerMask`."""
+    if layer_mask is not None:
+        validation.check_instance(
+            "layer_mask",
+            layer_mask,
+            layer_mask_lib.LayerMask,
+            'LayerMask([["dense"], []])',
+        )
+
+
+def check_no_gradient_groups(
+    topology: mixing.MixingTopology, num_replicas: int
+) -> None:
+    """Raises if replicas are to take gradients of layers they do not train."""
+    if topology.gradient_groups(num_replicas):
+        raise ValueError(
+            "`layer_mask` must go with a topology that averages weights only, "
+            "because the mean of gradients would count zeros of replicas that "
+            f"do not train a layer. Received: topology={topology!r}"
         )
 
 

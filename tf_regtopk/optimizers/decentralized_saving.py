@@ -14,6 +14,7 @@ import numpy as np
 from tf_regtopk import error_feedback as error_feedback_lib
 from tf_regtopk import keras_internals
 from tf_regtopk.distribute import mixing
+from tf_regtopk.distribute import mixing_rules
 from tf_regtopk.distribute import replica_state
 from tf_regtopk.log import logger
 from tf_regtopk.optimizers import decentralized_checks as checks
@@ -41,6 +42,7 @@ class DecentralizedSaving(wrapper.OptimizerWrapper):
 
     topology: mixing.MixingTopology
     error_feedback: error_feedback_lib.ErrorFeedback
+    mixing_rule: mixing_rules.MixingRule
     _num_replicas: int
     _gossip: gossip.Gossip | None
     _zeroed: replica_state.ReplicaState
@@ -255,6 +257,11 @@ class DecentralizedSaving(wrapper.OptimizerWrapper):
                 if is_of_topology
                 else {}
             ),
+            **(
+                {"mixing_rule": saved_config.describe(self.mixing_rule)}
+                if self.mixing_rule.tracks_average
+                else {}
+            ),
         }
 
     def _check_layout(self, layout: dict[str, Any], is_same: bool) -> None:
@@ -274,7 +281,7 @@ class DecentralizedSaving(wrapper.OptimizerWrapper):
         _check_layout_of(names, completed, own, rule)
 
 
-_RECORDS = ("error_feedback", "topology")
+_RECORDS = ("error_feedback", "topology", "mixing_rule")
 
 
 def _check_layout_of(

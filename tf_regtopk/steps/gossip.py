@@ -15,9 +15,12 @@ from tf_regtopk import selection
 from tf_regtopk import sparsifiers
 from tf_regtopk.codecs import wire_report
 from tf_regtopk.distribute import mixing
+from tf_regtopk.distribute import mixing_rules
 from tf_regtopk.distribute import neighbours
 from tf_regtopk.distribute import replica_state
 from tf_regtopk.distribute import topology as topology_lib
+from tf_regtopk.distribute import vector_exchange
+from tf_regtopk.steps import average_tracking
 from tf_regtopk.steps import flat_buffer
 from tf_regtopk.steps import gossip_round
 from tf_regtopk.steps import gossip_step
@@ -33,6 +36,7 @@ class Choices(NamedTuple):
         sparsifier: `Sparsifier` that remembers nothing.
         codec: `Codec`.
         error_feedback: `ErrorFeedback`.
+        mixing_rule: `MixingRule`.
         consensus_step_size: Float gamma.
     """
 
@@ -40,6 +44,7 @@ class Choices(NamedTuple):
     sparsifier: sparsifiers.Sparsifier
     codec: codecs.Codec
     error_feedback: error_feedback_lib.ErrorFeedback
+    mixing_rule: mixing_rules.MixingRule
     consensus_step_size: float
 
 
@@ -78,8 +83,14 @@ class Gossip:
             neighbours.Neighbours(
                 steps, neighbours.differences(choices.topology, n)
             ),
+            choices.mixing_rule,
             choices.consensus_step_size,
             n,
+        )
+        self._tracking = (
+            average_tracking.AverageTracking(choices.topology, n)
+            if choices.mixing_rule.tracks_average
+            else None
         )
         self._state = replica_state.ReplicaState(self._initial)
         self._cliques = _Cliques(choices.topology.gradient_groups(n), n)
@@ -91,17 +102,30 @@ class Gossip:
             number: Scalar integer tensor, the number of exchanges before, the
                 same on every replica.
         """
-        strategy = tf.distribute.get_strategy()
-        local = [
-            replica_state.local_part(variable, strategy)
-            for variable in self._variables
-        ]
-        moves = self._step.moves(
-            [part.read_value() for part in local],
-            self._state.variables(),
-            number,
-        )
+        local = self._local()
+        weights = [part.read_value() for part in local]
+        state, tracked = self._state.variables()
+        moves = self._step.moves(weights, state, number)
+        if self._tracking is not None:
+            [ahead] = tracked
+            # Nothing is kept of a step in which a neighbour's weights were of
+            # no use.
+            with tf.control_dependencies(moves):
+                x = tf.concat(self._buffer.vectors(weights), axis=0)
+            ahead.assign(self._tracking.next(ahead.read_value(), x, number))
         for part, move in zip(local, moves, strict=True):
+            part.assign_add(move)
+
+    def use_tracked_average(self) -> None:
+        """Gives this replica what it has tracked of the mean of all.
+
+        In a replica context, where the rule is `AverageTracker`.
+        """
+        local = self._local()
+        _, [ahead] = self._state.variables()
+        for part, move in zip(
+            local, self._buffer.split(ahead.read_value()), strict=True
+        ):
             part.assign_add(move)
 
     def average_gradients(
@@ -157,22 +181,37 @@ class Gossip:
         report = wire_report.report(
             self._payload_codec, self._variables, (), self._participants
         )
-        of_gradients = (
-            self._cliques.messages * self._buffer.size * self._buffer.dtype.size
-        )
+        num_bytes = self._buffer.size * self._buffer.dtype.size
+        an_exchange: float = report.sent_bytes
+        if self._tracking is not None:
+            an_exchange += self._choices.topology.sent_bytes(
+                num_bytes, self._participants.cluster
+            )
         return dataclasses.replace(
             report,
             sent_bytes=round(
-                report.sent_bytes / communication_period + of_gradients
+                an_exchange / communication_period
+                + self._cliques.messages * num_bytes
             ),
         )
 
-    def _initial(self) -> round_lib.State:
-        x = self._buffer.vectors(
+    def _local(self) -> list[tf.Variable]:
+        """This replica's parts of the variables that are mixed."""
+        strategy = tf.distribute.get_strategy()
+        return [
+            replica_state.local_part(variable, strategy)
+            for variable in self._variables
+        ]
+
+    def _initial(self) -> tuple[round_lib.State, tuple[tf.Tensor, ...]]:
+        """The state of the step, and what `AverageTracking` keeps."""
+        vectors = self._buffer.vectors(
             [tf.convert_to_tensor(variable) for variable in self._variables]
         )
-        return gossip_round.initial(
-            self._choices.error_feedback, tf.concat(x, axis=0)
+        x = tf.concat(vectors, axis=0)
+        return (
+            gossip_round.initial(self._choices.error_feedback, x),
+            () if self._tracking is None else (tf.zeros_like(x),),
         )
 
 
@@ -193,7 +232,7 @@ class _Cliques:
             weights = np.eye(num_replicas)
             for group in groups:
                 weights[np.ix_(group, group)] = 1 / len(group)
-            self._neighbours = neighbours.Neighbours(
+            self._exchange = vector_exchange.VectorExchange(
                 [(groups,)], weights[np.newaxis]
             )
 
@@ -202,13 +241,4 @@ class _Cliques:
 
     def mean(self, gradient: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
         """The mean of flat gradients over the clique of this replica."""
-        dtype = gradient.dtype
-        # Words are what is exchanged; a float64 has two.
-        held = tf.reshape(tf.bitcast(gradient, tf.float32), [-1])
-        received = self._neighbours.exchange(held, number)
-        if dtype == tf.float64:
-            received = tf.reshape(received, [received.shape[0], -1, 2])
-        weights = tf.cast(self._neighbours.weights(number), dtype)
-        return tf.linalg.matvec(
-            tf.bitcast(received, dtype), weights, transpose_a=True
-        )
+        return self._exchange.sum(gradient, number)

@@ -4,7 +4,7 @@ Replica i sends of its weights x_i what it would send of a gradient, and moves
 towards those of its neighbours:
 
     payload, sent_i = round.send(method, x_i, state_i, step)
-    d_i             = sum over j of (W - I)_ij sent_j         disagreement
+    d_i             = sum over j of (W - I)_ij sent_j         `MixingRule`
     x_i            += gamma aggregate(state_i, d_i)           mix
 
 The rule of error feedback names the method:
@@ -24,7 +24,6 @@ et al., "DeepSqueeze" (2019).
 import tensorflow as tf
 
 from tf_regtopk import error_feedback as error_feedback_lib
-from tf_regtopk.kernels import scatter_sum
 from tf_regtopk.steps import round as round_lib
 
 
@@ -55,34 +54,6 @@ def initial(
     )
 
 
-def disagreement(
-    indices: tf.Tensor, values: tf.Tensor, weights: tf.Tensor, size: int
-) -> tf.Tensor:
-    """Returns `d = sum over j of (W - I)_ij sent_j`.
-
-    Args:
-        indices: Tensor `[M, k]` of int32 or of held words, the entries that
-            replica i and its neighbours have sent; not read if k = J.
-        values: Float tensor `[M, k]`.
-        weights: Float tensor `[M]`, the entries of row i of W - I.
-        size: J.
-
-    Returns:
-        Float tensor `[J]`.
-
-    Example:
-
-    >>> indices = tf.constant([[0, 2], [0, 1]])
-    >>> values = tf.constant([[1.0, 2.0], [3.0, 4.0]])
-    >>> disagreement(indices, values, tf.constant([-0.5, 0.5]), 3).numpy()
-    array([ 1.,  2., -1.], dtype=float32)
-    """
-    weights = tf.cast(weights, values.dtype)
-    return scatter_sum.sum_entries(
-        indices, values * weights[:, tf.newaxis], size
-    )
-
-
 def mix(
     method: round_lib.Method,
     consensus_step_size: float,
@@ -96,7 +67,7 @@ def mix(
     Args:
         method: `round.Method`.
         consensus_step_size: Float gamma.
-        d: Float tensor `[J]`, from `disagreement`.
+        d: Float tensor `[J]`, from `MixingRule.disagreement`.
         sent: `round.Sent`, from `round.send` of the weights.
         state: `round.State` before the step.
         step: `Step`.

@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from tf_regtopk import error_feedback as error_feedback_lib
 from tf_regtopk.codecs import header as header_lib
+from tf_regtopk.distribute import mixing_rules
 from tf_regtopk.distribute import neighbours as neighbours_lib
 from tf_regtopk.kernels import tracing
 from tf_regtopk.kernels import words
@@ -30,6 +31,7 @@ class GossipStep:
         method: `round.Method` for its size, with a sparsifier that remembers
             nothing.
         neighbours: `Neighbours`, with the weights W - I.
+        mixing_rule: `MixingRule`.
         consensus_step_size: Float gamma.
         num_replicas: N.
     """
@@ -39,12 +41,14 @@ class GossipStep:
         buffer: flat_buffer.FlatBuffer,
         method: round_lib.Method,
         neighbours: neighbours_lib.Neighbours,
+        mixing_rule: mixing_rules.MixingRule,
         consensus_step_size: float,
         num_replicas: int,
     ) -> None:
         self._buffer = buffer
         self._method = method
         self._neighbours = neighbours
+        self._mixing_rule = mixing_rule
         self._consensus_step_size = consensus_step_size
         self._num_replicas = num_replicas
 
@@ -83,15 +87,15 @@ class GossipStep:
             senders = self._neighbours.senders(number)
             with tf.device("CPU:0"):
                 expected = words.hold(self._marks(number, senders))
+            indices, values, changed = sent
             d, flags = self.decode(
-                payloads, self._neighbours.weights(number), expected
+                payloads, self._neighbours.weights(number), expected, values
             )
         with tf.name_scope("tf_regtopk/check"):
             checks = _checks(flags, senders)
         # Nothing is kept of a step that raises an error.
         with tf.control_dependencies([c for c in checks if c is not None]):
             d = tf.identity(d)
-        indices, values, changed = sent
         for i, value in changed.items():
             with tf.control_dependencies([d]):
                 state.local[i].assign(value)
@@ -141,7 +145,11 @@ class GossipStep:
 
     @tracing.compiled
     def decode(
-        self, payloads: tf.Tensor, weights: tf.Tensor, expected: tf.Tensor
+        self,
+        payloads: tf.Tensor,
+        weights: tf.Tensor,
+        expected: tf.Tensor,
+        own: tf.Tensor,
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """The disagreement with the neighbours, and findings about these.
 
@@ -149,6 +157,7 @@ class GossipStep:
             payloads: Tensor `[M, length]` of held words.
             weights: float32 tensor `[M]`.
             expected: Tensor `[M]` of held words, the marks of the senders.
+            own: Float tensor `[k]`, the values that this replica has sent.
 
         Returns:
             `(d, flags)`: a float tensor `[J]`, and a bool tensor `[3, M]` that
@@ -162,8 +171,10 @@ class GossipStep:
         are_finite = tf.math.is_finite(magnitudes) & tf.reduce_all(
             tf.math.is_finite(values), axis=1
         )
-        d = gossip_round.disagreement(
-            indices, values, weights, self._buffer.size
+        d = self._mixing_rule.disagreement(
+            mixing_rules.Received(indices, values, weights),
+            own,
+            self._buffer.size,
         )
         are_alike = tf.equal(marks, words.release(expected, tf.int32))
         # One tensor, because the host waits for each copy from a device.

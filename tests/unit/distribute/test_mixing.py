@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 import tf_regtopk
+from tf_regtopk.distribute import mixing
 
 RING = tf_regtopk.Ring()
+DIRECTED = tf_regtopk.OnePeerExponential(directed=True)
 # Each with a number of replicas that suits it.
 TOPOLOGIES = [
     (tf_regtopk.Complete(), 5),
@@ -19,6 +21,7 @@ TOPOLOGIES = [
     (tf_regtopk.Torus(rows=2), 8),
     (tf_regtopk.Exponential(), 11),
     (tf_regtopk.OnePeerExponential(), 8),
+    (DIRECTED, 6),
     (tf_regtopk.Grid(3), 9),
     (tf_regtopk.Cliques([[0, 3, 4], [5, 1], [2, 6]]), 7),
     (tf_regtopk.PeriodicGlobalAveraging(RING, 3), 6),
@@ -69,7 +72,8 @@ def test_who_meets_mixes(topology, n):
             assert len(set(ranks)) == len(ranks), "a rank is twice in a round"
             assert all(len(group) > 1 for group in groups)
             for group in groups:
-                met.extend(itertools.permutations(group, 2))
+                # Receivers and givers, as rows and columns.
+                met.extend((j, i) for i, j in mixing.sendings(group))
         assert len(set(met)) == len(met), "a pair meets twice in a step"
         others = np.argwhere(matrix - np.diag(np.diag(matrix)))
         assert {*map(tuple, others.tolist())} <= set(met)
@@ -92,6 +96,7 @@ def test_a_saved_topology_is_the_same(topology, n):
         tf_regtopk.Torus(),
         tf_regtopk.Exponential(),
         tf_regtopk.OnePeerExponential(),
+        DIRECTED,
         tf_regtopk.Grid(2),
         tf_regtopk.Cliques([[0]]),
         tf_regtopk.RingPass([[0]]),
@@ -120,6 +125,7 @@ def test_gap_of_a_ring(n, gap):
         (tf_regtopk.OnePeerExponential(), 4, 2),
         (tf_regtopk.OnePeerExponential(), 8, 3),
         (tf_regtopk.OnePeerExponential(), 16, 4),
+        *((DIRECTED, n, math.ceil(math.log2(n))) for n in (2, 4, 8, 16)),
         (tf_regtopk.Grid(3), 27, 3),
         (tf_regtopk.PeriodicGlobalAveraging(RING, 5), 16, 5),
     ],
@@ -128,6 +134,23 @@ def test_the_mean_of_all_is_exact(topology, n, num_steps):
     assert len(topology.mixing_matrices(n)) == num_steps
     assert deviation(topology, n) < 1e-15
     assert topology.spectral_gap(n) == 1
+
+
+def test_directed_peers_of_six_are_nearly_the_mean_of_all():
+    """Of each two paths of three hops that end on the same replica: 1/4."""
+    assert len(DIRECTED.mixing_matrices(6)) == 3
+    assert deviation(DIRECTED, 6) == pytest.approx(1 / 4 - 1 / 6)
+    row = product(DIRECTED, 6)[0]
+    np.testing.assert_allclose(sorted(row), [1 / 8] * 4 + [1 / 4] * 2)
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 6, 8])
+def test_directed_peers_send_to_one_and_hear_from_one(n):
+    for t, [groups] in enumerate(DIRECTED.rounds(n)):
+        assert {type(group) for group in groups} == {mixing.Cycle}
+        pairs = [*itertools.chain(*map(mixing.sendings, groups))]
+        assert sorted(pairs) == [(i, (i + 2**t) % n) for i in range(n)]
+    assert DIRECTED.messages(n) == 1
 
 
 def test_a_step_too_few_is_not_the_mean_of_all():
@@ -204,6 +227,9 @@ def test_global_averaging_takes_its_turn():
         (tf_regtopk.Torus(), 16, 16, 4, 4),
         (tf_regtopk.Torus(), 4, 1, 2, 0),
         (tf_regtopk.OnePeerExponential(), 8, 8, 1, 1),
+        # Of four on each worker, one sends to the other worker, then two.
+        (DIRECTED, 8, 2, 1, (1 + 2 + 4) / 3),
+        (tf_regtopk.RingPass([[0, 1, 2], [3]]), 4, 4, 3 / 4, 3 / 4),
         (tf_regtopk.Exponential(), 8, 8, 5, 5),
         (tf_regtopk.Grid(3), 9, 9, 2, 2),
         # Each is in a clique of four, and half of them have a link.
@@ -254,6 +280,8 @@ def test_bad_arguments():
         tf_regtopk.PeriodicGlobalAveraging(RING, 0)
     with pytest.raises(TypeError, match="must be a `MixingTopology` such as"):
         tf_regtopk.PeriodicGlobalAveraging(tf_regtopk.AllGather(), 2)
+    with pytest.raises(TypeError, match="`directed` must be a bool"):
+        tf_regtopk.OnePeerExponential(directed=1)
     with pytest.raises(TypeError, match="`rows` must be an integer"):
         tf_regtopk.Torus(1.5)
 

@@ -8,6 +8,8 @@ import tensorflow as tf
 
 import tf_regtopk
 from tf_regtopk import keras_internals
+from tf_regtopk.distribute import meetings
+from tf_regtopk.distribute import mixing
 from tf_regtopk.distribute import neighbours
 from tf_regtopk.distribute import topology as topology_lib
 from tf_regtopk.keras_internals import neighbours as group_collectives
@@ -23,20 +25,37 @@ TOPOLOGIES = [
     (tf_regtopk.Cliques([[0, 3, 4], [5, 1], [2, 6]]), 7),
     (tf_regtopk.PeriodicGlobalAveraging(RING, 3), 5),
     (tf_regtopk.RingPass([[0, 2, 4], [1], [3, 5]]), 6),
+    (tf_regtopk.OnePeerExponential(directed=True), 6),
+    # Steps of groups and steps of cycles.
+    (
+        tf_regtopk.PeriodicGlobalAveraging(
+            tf_regtopk.RingPass([[2, 0, 1], [3, 4]]), 3
+        ),
+        5,
+    ),
 ]
 
 
 def received(table, steps, t, rank, x):
     """The rows that a worker reads in step t of the weights x `[N, J]`."""
     rows = [x[rank]]
-    for r, others in enumerate(table.others):
-        groups = steps[t][r] if r < len(steps[t]) else ()
+    rounds = [
+        [r for r in steps[t] if (type(r[0]) is mixing.Cycle) == is_cycle]
+        for is_cycle in (False, True)
+    ]
+    for r, meeting in enumerate(table.rounds):
+        groups = rounds[0][r] if r < len(rounds[0]) else ()
         group = next((g for g in groups if rank in g), (rank,))
-        assert table.sizes[t, r] == len(group)
+        assert meeting.sizes[t] == len(group)
         if len(group) == 1:
-            rows.extend([x[rank]] * others.shape[1])
+            rows.extend([x[rank]] * meeting.others.shape[1])
         else:
-            rows.extend(x[list(group)][others[t]])
+            rows.extend(x[list(group)][meeting.others[t]])
+    for r, one in enumerate(table.passes):
+        cycles = rounds[1][r] if r < len(rounds[1]) else ()
+        cycle = next((c for c in cycles if rank in c), (rank,))
+        assert one.takes_part[t] == (len(cycle) > 1)
+        rows.append(x[cycle[cycle.index(rank) - 1]])
     return np.array(rows)
 
 
@@ -64,14 +83,30 @@ def test_rows_of_each_worker_make_the_mixing_matrix(topology, n, monkeypatch):
 @pytest.mark.parametrize("topology, n", TOPOLOGIES)
 def test_members_of_a_group_have_its_key(topology, n):
     steps = topology.rounds(n)
-    tables = [neighbours._table(steps, rank) for rank in range(n)]
+    tables = [meetings.table(steps, rank) for rank in range(n)]
     members = {}
     for t, step in enumerate(steps):
-        for r, groups in enumerate(step):
-            for group in groups:
-                keys = {int(tables[rank].keys[t, r]) for rank in group}
+        numbers = [0, 0]
+        for groups in step:
+            is_cycle = type(groups[0]) is mixing.Cycle
+            r = numbers[is_cycle]
+            numbers[is_cycle] += 1
+            for group in () if is_cycle else groups:
+                keys = {int(tables[i].rounds[r].keys[t]) for i in group}
                 assert len(keys) == 1
                 assert members.setdefault(keys.pop(), group) == group
+            for cycle in groups if is_cycle else ():
+                for giver, receiver in mixing.sendings(cycle):
+                    sends = tables[giver].passes[r]
+                    receives = tables[receiver].passes[r]
+                    key = sends.keys_to[t]
+                    assert key == receives.keys_from[t]
+                    pair = tuple(sorted([giver, receiver]))
+                    assert members.setdefault(key, pair) == pair
+                    # Both know the direction, which has keys of its own.
+                    is_up = giver < receiver
+                    assert sends.is_up[t] == is_up
+                    assert receives.is_from_below[t] == is_up
     assert len(set(members.values())) == len(members)
 
 
@@ -159,13 +194,20 @@ HALF = ((0.5, 0.5), (0.5, 0.5))
         (((((0, 1),),),), ((1, 0), (0.5, 0.5)), "add up to 1"),
         (((),), HALF, r"no meeting of \[\(0, 1\), \(1, 0\)\] in step 0"),
         (((((0, 1), (1, 0)),),), HALF, "each rank in at most one"),
+        # The second replica sends to the third one only.
+        (
+            (((mixing.Cycle([0, 1, 2]),),),),
+            ((0, 1, 0), (0, 0, 1), (1, 0, 0)),
+            r"no meeting of \[\(0, 1\), \(1, 2\), \(2, 0\)\] in step 0",
+        ),
     ],
 )
 def test_topologies_that_are_wrong(steps, matrix, message, mirrored):
     topology = Wrong(steps, matrix)
-    with mirrored(2).scope(), pytest.raises(ValueError, match=message):
+    n = len(matrix)
+    with mirrored(n).scope(), pytest.raises(ValueError, match=message):
         neighbours.Neighbours(
-            topology.rounds(2), neighbours.differences(topology, 2)
+            topology.rounds(n), neighbours.differences(topology, n)
         )
 
 
@@ -198,6 +240,15 @@ def test_rounds_may_be_lists():
     assert neighbours.rounds_of(Given([[[[0, np.int64(1)]]]]), 2) == (
         (((0, 1),),),
     )
+
+
+def test_cycles_stay_cycles():
+    [[(cycle,)]] = neighbours.rounds_of(
+        Given([[[mixing.Cycle([0, np.int64(1)])]]]), 2
+    )
+    assert type(cycle) is mixing.Cycle
+    with pytest.raises(ValueError, match="own where its `rounds` hold a `Cyc"):
+        neighbours.differences(Given([[[mixing.Cycle([0, 1])]]]), 2)
 
 
 def test_matrices_of_another_shape_are_refused():

@@ -10,6 +10,7 @@ import tensorflow as tf
 import tf_regtopk
 from tf_regtopk import error_feedback
 from tf_regtopk import selection
+from tf_regtopk.distribute import mixing_rules
 from tf_regtopk.steps import gossip_round
 from tf_regtopk.steps import round as round_lib
 
@@ -24,7 +25,10 @@ RULES = {
 class Replicas:
     """N replicas in one process, without variables or strategy."""
 
-    def __init__(self, x, sparsifier, rule, gamma=1.0, codec=None):
+    def __init__(
+        self, x, sparsifier, rule, gamma=1.0, codec=None, mixing_rule=None
+    ):
+        self.mixing_rule = mixing_rule or tf_regtopk.LinearGossip()
         k = sparsifier.num_selected(SIZE)
         self.gamma, self.density = gamma, k / SIZE
         self.method = round_lib.Method(
@@ -46,7 +50,9 @@ class Replicas:
 
     def _mix(self, payloads, weights, sent, state, number):
         indices, values, is_valid = self.method.payload_codec.decode(payloads)
-        d = gossip_round.disagreement(indices, values, weights, SIZE)
+        d = self.mixing_rule.disagreement(
+            mixing_rules.Received(indices, values, weights), sent.values, SIZE
+        )
         move, state = gossip_round.mix(
             self.method, self.gamma, d, sent, state, self._at(number)
         )
@@ -118,6 +124,29 @@ def test_equals_the_paper(twin, density, gamma, topology):
         replicas.step(w, update)
         np.testing.assert_allclose(replicas.x, expected.x, rtol=0, atol=1e-5)
     assert gossip_reference.disagreement(expected.x) > 0.1
+
+
+@pytest.mark.parametrize("alpha, epsilon", [(0.75, 0.3), (0.3, 0.1), (1, 1)])
+def test_nonlinear_gossip_equals_the_paper(alpha, epsilon):
+    x = start(spread=1.0)
+    expected = gossip_reference.NGO(x, alpha, epsilon)
+    replicas = Replicas(
+        x,
+        tf_regtopk.Dense(),
+        tf_regtopk.NoFeedback(),
+        mixing_rule=tf_regtopk.NonlinearGossip(alpha, epsilon),
+    )
+    [w] = tf_regtopk.Torus().mixing_matrices(N)
+    mean = x.mean(axis=0)
+    for update in updates(10):
+        expected.step(w, update)
+        replicas.step(w, update)
+        mean = mean + update.mean(axis=0)
+        np.testing.assert_allclose(replicas.x, expected.x, rtol=0, atol=2e-5)
+        # Nothing is lost on the way.
+        np.testing.assert_allclose(
+            np.mean(replicas.x, axis=0), mean, rtol=0, atol=1e-5
+        )
 
 
 def test_names_of_the_state():
