@@ -341,7 +341,7 @@ class DecentralizedOptimizer(decentralized_saving.DecentralizedSaving):
         Raises:
             ValueError: If the optimizer is not built, or has another rule.
         """
-        validation.check_built(self, "use_tracked_average")
+        training_validation.check_built(self, "use_tracked_average")
         checks.check_tracks(self.mixing_rule)
         if self._gossip is not None:
             strategy = keras_internals.strategy_of(self)
