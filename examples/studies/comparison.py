@@ -37,6 +37,7 @@ methods.METHODS.update(
 
 # Flags that say which runs there are, and nothing about each.
 _NOT_OF_A_RUN = (
+    "baseline",
     "data_dir",
     "learning_rates",
     "methods",
@@ -56,8 +57,6 @@ _METHODS = (
     "ef21",
     "shift_regtopk",
 )
-# What the others are compared with.
-_BASELINE = "topk"
 
 
 def define_flags(output_dir, learning_rates, batch_size, rounds):
@@ -97,6 +96,9 @@ def define_flags(output_dir, learning_rates, batch_size, rounds):
     )
     example_utils.define_density_flag(0.001)
     methods.define_method_flags(mu=4.0, methods=_METHODS)
+    flags.DEFINE_string(
+        "baseline", "topk", "The method that the others are compared with."
+    )
     flags.DEFINE_string("output_dir", output_dir, "Where the results go.")
     # So that who adopts these flags adopts those too.
     flags.adopt_module_key_flags(worker_data)
@@ -156,7 +158,7 @@ def report(results, args, title):
     print(f"\n{title}, {args.rounds} rounds, seeds {', '.join(args.seeds)}")
     print(
         f"{'method':20} {'rate':>6} {'bytes/step':>10} {'accuracy':>8} "
-        f"{'std':>6}  {'against ' + _BASELINE:>15}"
+        f"{'std':>6}  {'against ' + args.baseline:>15}"
     )
     summary = {}
     for method, result in results.items():
@@ -170,7 +172,7 @@ def report(results, args, title):
         print(
             f"{method:20} {result['learning_rate']:6g} "
             f"{runs[0]['bytes_a_step']:10,} {final.mean():8.4f} "
-            f"{_std(final):6.4f}  {_difference(results, method)}"
+            f"{_std(final):6.4f}  {_difference(results, method, args.baseline)}"
         )
 
     def draw(by_step, by_bytes):
@@ -196,14 +198,14 @@ def report(results, args, title):
     )
 
 
-def _difference(results, method):
-    """Mean and standard error over seeds of the gain over Top-k, in text."""
-    if method == _BASELINE or _BASELINE not in results:
+def _difference(results, method, baseline):
+    """Mean and standard error over seeds of the gain over another, in text."""
+    if method == baseline or baseline not in results:
         return ""
-    baseline = results[_BASELINE]["runs"]
+    others = results[baseline]["runs"]
     gains = np.array(
         [
-            run["accuracy"][-1] - baseline[seed]["accuracy"][-1]
+            run["accuracy"][-1] - others[seed]["accuracy"][-1]
             for seed, run in results[method]["runs"].items()
         ]
     )

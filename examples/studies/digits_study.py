@@ -103,13 +103,24 @@ def accuracy(weights, data):
     return tf.reduce_mean(tf.cast(predicted == labels, tf.float32))
 
 
-def train(args, trainings, is_tuning, method, learning_rate, seed):
-    """One run, from weights and on batches that depend on the seed alone."""
+def data_of(args, is_tuning, seed):
+    """Loads the batches of all steps, and the images to test on.
+
+    Args:
+        args: The flags.
+        is_tuning: Whether to test on training images held out.
+        seed: Integer, that of the shards and of the batches.
+
+    Returns:
+        `(images, labels, test images, test labels)`: NumPy arrays
+        `[rounds, N, batch, pixels]`, `[rounds, N, batch]`,
+        `[HELD_OUT, pixels]`, `[HELD_OUT]`.
+    """
     images, digits = quickstart.load_digits()
     x, x_test, y, y_test = sklearn.model_selection.train_test_split(
         images, digits.astype("int32"), test_size=HELD_OUT, random_state=0
     )
-    test = x_test, y_test
+    test = (x_test, y_test)
     if is_tuning:
         test = x[-HELD_OUT:], y[-HELD_OUT:]
     x, y = x[:-HELD_OUT], y[:-HELD_OUT]
@@ -122,6 +133,12 @@ def train(args, trainings, is_tuning, method, learning_rate, seed):
         seed,
     )
     numbers = worker_data.batches(parts, args.batch_size, args.rounds, seed)
+    return x[numbers], y[numbers], *test
+
+
+def train(args, trainings, is_tuning, method, learning_rate, seed):
+    """One run, from weights and on batches that depend on the seed alone."""
+    images, labels, *test = data_of(args, is_tuning, seed)
     weights = start_weights(seed)
     is_adam = args.inner_optimizer == "adam"
     optimizer = methods.make_optimizer(
@@ -141,7 +158,7 @@ def train(args, trainings, is_tuning, method, learning_rate, seed):
             accuracy,
             args.rounds,
         )
-    data = tuple(tf.constant(part) for part in (x[numbers], y[numbers], *test))
+    data = tuple(tf.constant(part) for part in (images, labels, *test))
     rate = float(optimizer.learning_rate)
     curve = trainings[method](weights, rate, data).numpy()
     every = args.evaluate_every

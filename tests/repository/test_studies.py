@@ -132,6 +132,35 @@ def test_digits_study_rounds_values(tmp_path):
     assert ternary != exact
 
 
+def test_reselection_script(tmp_path):
+    """Without error feedback the same gradient is sent again and again."""
+    settings = dict(
+        num_workers=2,
+        # Nearly all images of a worker, so that steps are alike.
+        batch_size=500,
+        rounds=10,
+        learning_rate=0.001,
+        # So small that nothing is held back, and Top-k's entries are sent.
+        mu=1e-6,
+        seeds="0,1",
+        densities="0.01",
+    )
+    shares = {}
+    for error_feedback in ("none", "accumulate"):
+        summary, _ = example_runner.run_example(
+            "studies/reselection",
+            tmp_path / error_feedback,
+            error_feedback=error_feedback,
+            **settings,
+        )
+        [row] = summary["densities"].values()
+        assert 0 <= row["held_back"] < 0.01
+        assert row["gain_standard_error"] >= 0
+        shares[error_feedback] = row["again"]
+    assert shares["none"] > 0.5
+    assert shares["accumulate"] < 0.2
+
+
 @pytest.mark.slow
 def test_digits_study_with_adam(tmp_path):
     summary, _ = example_runner.run_example(
