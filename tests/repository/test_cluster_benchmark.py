@@ -296,7 +296,7 @@ def test_bytes_of_decentralised_replicas(needs_network, tmp_path):
         [
             sys.executable,
             *("-m", "benchmarks.cluster.gossip_bytes"),
-            *("--steps=8", f"--output_dir={tmp_path}"),
+            *("--steps=8", "--timeout=1400", f"--output_dir={tmp_path}"),
         ],
         cwd=paths.ROOT,
         stdout=subprocess.PIPE,
@@ -304,7 +304,7 @@ def test_bytes_of_decentralised_replicas(needs_network, tmp_path):
         text=True,
     )
     try:
-        _, errors = process.communicate(timeout=900)
+        _, errors = process.communicate(timeout=1500)
     finally:
         process.kill()
         process.wait()
