@@ -192,9 +192,7 @@ def test_the_file_of_another_optimizer_is_refused(tmp_path):
         models[-1].optimizer.build(models[-1].trainable_variables)
     sparsified, decentralized = models
     sparsified.save_weights(tmp_path / "m.weights.h5")
-    with pytest.raises(
-        ValueError, match="with optimizer=DecentralizedOptimizer"
-    ):
+    with pytest.raises(ValueError, match="must have variables of the shapes"):
         decentralized.load_weights(tmp_path / "m.weights.h5")
 
 
