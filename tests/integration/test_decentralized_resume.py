@@ -38,6 +38,7 @@ def damage(path, value):
     [
         (2, "EF21", "momentum", program.EVERY_STEPS),
         (3, "Accumulate", "adam", program.EVERY_STEPS),
+        (2, "tracker", "momentum", program.EVERY_STEPS),
         (0, "EF21", "momentum", None),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
@@ -177,6 +178,13 @@ def test_another_rule_is_refused(rule, mirrored, tmp_path):
     ):
         tf_regtopk.Backup(tmp_path).restore(model)
     assert program.kept(model) == before
+
+
+def test_a_tracker_needs_what_was_tracked(mirrored, tmp_path):
+    saved_replicas(mirrored(2), tmp_path, rule="none")
+    model = program.make_model(mirrored(2), "tracker")
+    with pytest.raises(ValueError, match="must be of a `Dec.* with mixing_rul"):
+        tf_regtopk.Backup(tmp_path).restore(model)
 
 
 def test_the_file_of_another_optimizer_is_refused(tmp_path):

@@ -39,6 +39,11 @@ RULES = {
         codec=tf_regtopk.Codec(values=tf_regtopk.Uniform(num_bits=8)),
         error_feedback=tf_regtopk.Accumulate(),
     ),
+    "tracker": dict(
+        topology=RING,
+        mixing_rule=tf_regtopk.AverageTracker(),
+        communication_period=3,
+    ),
 }
 INNER = {
     "momentum": lambda: keras.optimizers.SGD(0.1, momentum=0.9),
