@@ -215,23 +215,25 @@ class Monitor(keras.callbacks.Callback):
         """Writes the numbers of a batch, or of an epoch, for TensorBoard."""
         assert self._writer is not None
         step = int(optimizer.iterations.numpy()) if epoch is None else epoch
-        numbers = self._numbers(optimizer, combined)
+        # TensorBoard shows in one group what has a name before the slash in
+        # common.
+        group = f"{_PREFIX}{moment}"
+        numbers = {
+            f"{group}/{name.removeprefix(_PREFIX)}": value
+            for name, value in self._numbers(optimizer, combined).items()
+        }
         if self.per_variable and combined:
             residuals, shares = _by_variable(found)
             for path, residual, share in zip(
                 optimizer.sparse_variables, residuals, shares, strict=True
             ):
-                numbers[f"{_PREFIX}residual/{path}"] = float(residual)
-                numbers[f"{_PREFIX}share_of_k/{path}"] = float(share)
+                numbers[f"{group}_residual/{path}"] = float(residual)
+                numbers[f"{group}_share_of_k/{path}"] = float(share)
             self._shares = [*self._shares, shares][-_MOST_COLUMNS:]
-        self._writer.scalars(
-            {f"{moment}_{name}": value for name, value in numbers.items()}, step
-        )
+        self._writer.scalars(numbers, step)
         if self._shares and epoch is not None:
             self._writer.image(
-                f"epoch_{_PREFIX}share_of_k",
-                summaries.heat_map(self._shares),
-                step,
+                f"{group}_share_of_k", summaries.heat_map(self._shares), step
             )
 
     def _tell_what_is_missing(self, optimizer: Any) -> None:

@@ -164,11 +164,12 @@ def test_files_of_tensorboard(watched):
     for name, values in history.items():
         if not name.startswith("sparse_"):
             continue
-        plugin, steps, tensors = found[f"epoch_{name}"]
+        name = name.removeprefix("sparse_")
+        plugin, steps, tensors = found[f"sparse_epoch/{name}"]
         assert (plugin, steps) == ("scalars", [0, 1])
         np.testing.assert_allclose(tensors, values, rtol=1e-6)
     # Every second of the three batches of an epoch.
-    plugin, steps, tensors = found["batch_sparse_cancelled"]
+    plugin, steps, tensors = found["sparse_batch/cancelled"]
     assert (plugin, steps) == ("scalars", [2, 5])
     at_batches = [recorder.batches[i][0] for i in (1, 4)]
     np.testing.assert_allclose(
@@ -177,7 +178,7 @@ def test_files_of_tensorboard(watched):
     paths = [variable.path for variable in model.trainable_variables]
     assert model.optimizer.sparse_variables == paths
     for i, path in enumerate(paths):
-        plugin, steps, shares = found[f"epoch_sparse_share_of_k/{path}"]
+        plugin, steps, shares = found[f"sparse_epoch_share_of_k/{path}"]
         assert (plugin, steps) == ("scalars", [0, 1])
         expected = [
             np.mean(
@@ -189,14 +190,14 @@ def test_files_of_tensorboard(watched):
             for of_replicas, _ in recorder.epochs
         ]
         np.testing.assert_allclose(shares, expected, rtol=1e-6)
-        _, steps, norms = found[f"batch_sparse_residual/{path}"]
+        _, steps, norms = found[f"sparse_batch_residual/{path}"]
         assert steps == [2, 5]
         squares = [
             np.mean([o["residual_by_variable"][i] ** 2 for o in of_replicas])
             for of_replicas in at_batches
         ]
         np.testing.assert_allclose(norms, np.sqrt(squares), rtol=1e-5)
-    plugin, steps, images = found["epoch_sparse_share_of_k"]
+    plugin, steps, images = found["sparse_epoch_share_of_k"]
     assert (plugin, steps) == ("images", [0, 1])
     pixels = tf.io.decode_png(images[-1][2]).numpy()
     # A row for each variable; two batches and two epochs.
@@ -242,7 +243,7 @@ def test_a_dense_exchange_has_no_telemetry(mirrored, tmp_path):
     assert keys(history) == ALWAYS
     assert history["sparse_density"] == history["sparse_compression"] == [1.0]
     assert {tag for tag in summaries(tmp_path)} == {
-        f"epoch_sparse_{name}" for name in ALWAYS
+        f"sparse_epoch/{name.removeprefix('sparse_')}" for name in ALWAYS
     }
 
 
