@@ -1,4 +1,4 @@
-"""What a backup holds of each replica that has weights of its own.
+"""Contents of a backup: those of each replica that has weights of its own.
 
 Beside the weights that Keras saves, which are those of the first replica, a
 file has a `SavedState` of the model's variables and one of each optimizer, in

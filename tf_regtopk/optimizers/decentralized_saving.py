@@ -125,7 +125,7 @@ class DecentralizedSaving(wrapper.OptimizerWrapper):
         return super().state_for_checkpoint()
 
     def save_state(self) -> saved_state.SavedState:
-        """What this process's replicas keep, but for the weights."""
+        """The state of this process's replicas, but for the weights."""
         kept = self._kept_arrays()
         if self._num_replicas > 1:
             strategy = keras_internals.strategy_of(self)

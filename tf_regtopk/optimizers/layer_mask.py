@@ -165,7 +165,7 @@ class Masking:
         ]
 
     def _flags(self) -> tf.Tensor:
-        """Which variables this replica trains, a bool tensor."""
+        """A bool tensor: for each variable whether this replica trains it."""
         replica = tf.distribute.get_replica_context()
         rank = tf.convert_to_tensor(replica.replica_id_in_sync_group)
         with tf.device("CPU:0"):
