@@ -18,7 +18,7 @@ from tf_regtopk.callbacks import skipped_steps
 from tf_regtopk.distribute import collectives
 from tf_regtopk.launch import notes
 from tf_regtopk.log import logger
-from tf_regtopk.optimizers import wrapper
+from tf_regtopk.optimizers import of_models
 
 
 class Backup(keras.callbacks.Callback):
@@ -113,7 +113,7 @@ class Backup(keras.callbacks.Callback):
             ValueError: If they cannot be loaded, or differ in their weights.
         """
         notes.write("backup", os.path.abspath(self.directory))
-        wrapper.all_of_model(model)  # Builds that of `compile`.
+        of_models.all_of_model(model)  # Builds that of `compile`.
         self._folder.clean_up()
         self._last = self._load_newest(model)
         _check_workers_agree(model)
@@ -314,7 +314,7 @@ class Backup(keras.callbacks.Callback):
 
 def _check_workers_agree(model: keras.Model) -> None:
     """Raises unless all workers go on from the same step and weights."""
-    moments = [optimizer.moment for optimizer in wrapper.all_of_model(model)]
+    moments = [optimizer.moment for optimizer in of_models.all_of_model(model)]
     # An int32 takes 31 of the checksum's bits.
     numbers = [
         *(moment["step"] for moment in moments),

@@ -17,7 +17,7 @@ from tf_regtopk.distribute import collectives
 from tf_regtopk.distribute import replica_state
 from tf_regtopk.distribute import topology
 from tf_regtopk.optimizers import decentralized_saving
-from tf_regtopk.optimizers import wrapper
+from tf_regtopk.optimizers import of_models
 from tf_regtopk.saving import replica_variables
 from tf_regtopk.saving import saved_state
 from tf_regtopk.saving import worker_files
@@ -140,7 +140,7 @@ def _decentralized(
     """
     return [
         optimizer
-        for optimizer in wrapper.all_of_model(model)
+        for optimizer in of_models.all_of_model(model)
         if isinstance(optimizer, decentralized_saving.DecentralizedSaving)
         and (optimizer.has_own_weights or not several)
     ]

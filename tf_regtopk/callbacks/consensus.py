@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from tf_regtopk.optimizers import averaging
 from tf_regtopk.optimizers import decentralized
-from tf_regtopk.optimizers import wrapper
+from tf_regtopk.optimizers import of_models
 
 
 @contextlib.contextmanager
@@ -185,7 +185,7 @@ def _all_decentralized(
     optimizers = [optimizer or decentralized_of(model)]
     return optimizers + [
         other
-        for other in wrapper.optimizers_of(model)
+        for other in of_models.optimizers_of(model)
         if isinstance(other, decentralized.DecentralizedOptimizer)
         and other not in optimizers
     ]

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 
 from tf_regtopk import validation
-from tf_regtopk.optimizers import wrapper
+from tf_regtopk.optimizers import of_models
 
 
 class DensityWarmup(keras.callbacks.Callback):
@@ -59,7 +59,7 @@ class DensityWarmup(keras.callbacks.Callback):
     def on_epoch_begin(
         self, epoch: int, logs: dict[str, Any] | None = None
     ) -> None:
-        optimizers = wrapper.all_of_model(self.model, has_gradients=True)
+        optimizers = of_models.all_of_model(self.model, has_gradients=True)
         for optimizer in optimizers:
             density = optimizer.default_density
             if epoch < len(self.densities):

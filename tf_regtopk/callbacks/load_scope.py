@@ -10,7 +10,7 @@ import keras
 import tensorflow as tf
 
 from tf_regtopk.distribute import strategy as strategy_lib
-from tf_regtopk.optimizers import wrapper
+from tf_regtopk.optimizers import of_models
 from tf_regtopk.saving import saved_state
 from tf_regtopk.saving import worker_files
 
@@ -88,7 +88,7 @@ def _check_loaded(
         )
     if model is not None:
         moments = [saved.moment for saved in loaded]
-        for optimizer in wrapper.all_of_model(model):
+        for optimizer in of_models.all_of_model(model):
             if optimizer.moment not in moments:
                 raise ValueError(
                     "The weights must be those that were saved. Received: "
@@ -102,14 +102,14 @@ def put_back_on_error(model: keras.Model | None) -> Iterator[None]:
     if model is None:
         yield
         return
-    optimizers = wrapper.all_of_model(model)
+    optimizers = of_models.all_of_model(model)
     # Every replica's value is kept, because batch normalisation has averages
     # of its own on each.
     variables = [
         local
         for variable in itertools.chain(
             model.variables,
-            *(o.variables for o in wrapper.optimizers_of(model)),
+            *(o.variables for o in of_models.optimizers_of(model)),
         )
         for local in model.distribute_strategy.experimental_local_results(
             variable.value

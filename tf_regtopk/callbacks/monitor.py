@@ -16,7 +16,7 @@ from tf_regtopk.distribute import agreement
 from tf_regtopk.distribute import collectives
 from tf_regtopk.distribute import strategy as strategy_lib
 from tf_regtopk.log import logger
-from tf_regtopk.optimizers import wrapper
+from tf_regtopk.optimizers import of_models
 
 _PREFIX = "sparse_"
 # Of `telemetry()`: norms, and numbers of entries, shown as shares of k.
@@ -126,7 +126,7 @@ class Monitor(keras.callbacks.Callback):
         self._num_due = 0
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        optimizer = wrapper.of_model(self.model, has_gradients=True)
+        optimizer = of_models.of_model(self.model, has_gradients=True)
         strategy = self.model.distribute_strategy
         _check_all_workers_monitor(strategy, optimizer)
         self._is_chief = strategy_lib.worker_number(strategy)[0] == 0
@@ -146,7 +146,7 @@ class Monitor(keras.callbacks.Callback):
         self, epoch: int, logs: dict[str, Any] | None = None
     ) -> None:
         self._num_due = 0
-        self._num_skipped_before = _num_skipped(wrapper.of_model(self.model))
+        self._num_skipped_before = _num_skipped(of_models.of_model(self.model))
 
     def on_train_batch_end(
         self, batch: int, logs: dict[str, Any] | None = None
@@ -157,14 +157,14 @@ class Monitor(keras.callbacks.Callback):
         num_due = (batch + 1) // self.every
         if num_due > self._num_due:
             self._num_due = num_due
-            optimizer = wrapper.of_model(self.model)
+            optimizer = of_models.of_model(self.model)
             found = _measured(optimizer)
             self._write("batch", optimizer, found, _combine(found))
 
     def on_epoch_end(
         self, epoch: int, logs: dict[str, Any] | None = None
     ) -> None:
-        optimizer = wrapper.of_model(self.model)
+        optimizer = of_models.of_model(self.model)
         found = _measured(optimizer)
         combined = _combine_workers(
             _combine(found), self.model.distribute_strategy
