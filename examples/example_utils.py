@@ -151,9 +151,42 @@ def config():
     }
 
 
-def plot_band(axes, x, values, label):
-    """Plots the median of rows of values, and their range around it."""
-    [line] = axes.plot(x, np.median(values, axis=0), marker=".", label=label)
+# The colour of a method in all figures, and the dashes of those whose curves
+# often lie on another's.
+_COLOURS = {
+    "dense": "black",
+    "topk": "tab:orange",
+    "topk_no_feedback": "tab:gray",
+    "regtopk": "tab:blue",
+    "regtopk_local": "tab:cyan",
+    "dgc": "tab:green",
+    "ef21": "tab:purple",
+    "shift": "tab:pink",
+    "shift_regtopk": "tab:red",
+    "shift_regtopk_inner": "tab:olive",
+    "shift_masked": "tab:brown",
+}
+_DASHES = {"dense": (1, 1), "regtopk": (4, 2), "shift_regtopk": (4, 2)}
+
+
+def style(method):
+    """The arguments of `Axes.plot` for a method.
+
+    Args:
+        method: Name of a method. One with `_sign` has the colour of the method
+            that sends whole values, and other dashes.
+    """
+    name = method.removesuffix("_sign")
+    dashes = (6, 1, 1, 1) if method != name else _DASHES.get(name)
+    found = {} if name not in _COLOURS else {"color": _COLOURS[name]}
+    if dashes:
+        found["dashes"] = dashes
+    return {**found, "label": method}
+
+
+def plot_band(axes, x, values, method):
+    """Plots the mean of rows of values, and their range around it."""
+    [line] = axes.plot(x, np.mean(values, axis=0), **style(method))
     axes.fill_between(
         x,
         np.min(values, axis=0),

@@ -136,7 +136,7 @@ def main(argv):
 
     def draw(axes):
         for method, curve in log_distances.items():
-            axes.plot(curve, label=method)
+            axes.plot(curve, **example_utils.style(method))
         axes.set_xlabel("round")
         axes.set_ylabel(r"$\log_{10} \|w - w^*\|^2$")
         axes.set_title(f"{args.num_workers} workers, density {args.density:g}")

@@ -11,6 +11,8 @@ import sys
 
 # Times of the same step without any exchange, which others are compared with.
 LOCAL = {"tensorflow": "local", "torch": "torch_local"}
+# Milliseconds that have a label in the figure.
+_TICKS = (1, 3, 10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000)
 _CODES = {"int32+float32": "raw", "auto": "coded", "auto+float32": "coded"}
 
 
@@ -229,6 +231,11 @@ def plot(summary, path):
                 xerr=[[max(0, median - low)], [max(0, high - median)]],
             )
         axis.set_xscale("log")
+        # Few enough that no label lies on another one.
+        low, high = axis.get_xlim()
+        ticks = [t for t in _TICKS if low <= t <= high]
+        axis.set_xticks(ticks, [f"{t:,}" for t in ticks])
+        axis.minorticks_off()
         axis.set_title(f"{network}, {_short(size)} parameters", fontsize=10)
         axis.set_xlabel("milliseconds a step")
     axes[0, 0].set_yticks(range(len(methods)), [label(m) for m in methods])

@@ -185,7 +185,8 @@ def report(results, args, title):
                 example_utils.plot_band(axes, x, curves, method)
         by_step.set_xlabel("step")
         by_step.set_ylabel("test accuracy")
-        by_step.legend()
+        # Beside the curves, which it would hide.
+        by_bytes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
         by_step.set_title(title)
         by_bytes.set_xlabel("megabytes sent by a worker")
         by_bytes.set_xscale("log")

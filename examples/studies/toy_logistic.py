@@ -116,7 +116,7 @@ def main(argv):
 
     def draw(axes):
         for method, curve in losses.items():
-            axes.semilogy(curve, label=method)
+            axes.semilogy(curve, **example_utils.style(method))
         axes.set_xlabel("round")
         axes.set_ylabel("loss")
         axes.legend()

@@ -6,6 +6,7 @@ import types
 import comparison  # noqa: F401  It adds the methods of studies.
 import custom_error_feedback
 import example_runner
+import example_utils
 import keras
 import linear_regression
 import methods
@@ -97,6 +98,19 @@ def test_linear_regression_script(tmp_path):
 METHOD_ARGS = types.SimpleNamespace(
     mu=2.0, denominator="current", indices="golomb", values="natural"
 )
+
+
+def test_figures_tell_methods_apart():
+    names = [n for n in methods.METHODS if "_owners" not in n]
+    known = [n for n in names if "color" in example_utils.style(n)]
+    looks = [
+        (style["color"], style.get("dashes"))
+        for style in map(example_utils.style, known)
+    ]
+    assert len(set(looks)) == len(known) > 20
+    colours = [example_utils.style(n)["color"] for n in ("topk", "topk_sign")]
+    assert colours[0] == colours[1]
+    assert example_utils.style("mine.py:f") == {"label": "mine.py:f"}
 
 
 def test_methods_are_what_their_flags_say():
