@@ -151,9 +151,11 @@ def config():
     }
 
 
-def plot_band(axes, x, values, label):
+def plot_band(axes, x, values, label, **style):
     """Plots the median of rows of values, and their range around it."""
-    [line] = axes.plot(x, np.median(values, axis=0), marker=".", label=label)
+    [line] = axes.plot(
+        x, np.median(values, axis=0), marker=".", label=label, **style
+    )
     axes.fill_between(
         x,
         np.min(values, axis=0),
