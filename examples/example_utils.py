@@ -184,9 +184,22 @@ def style(method):
     return {**found, "label": method}
 
 
-def plot_band(axes, x, values, method):
-    """Plots the mean of rows of values, and their range around it."""
-    [line] = axes.plot(x, np.mean(values, axis=0), **style(method))
+def plot_band(axes, x, values, method, **changes):
+    """Plots the mean of rows of values, and their range around it.
+
+    Args:
+        axes: A matplotlib `Axes`.
+        x: What the columns of the values are at.
+        values: Rows of values.
+        method: Name of the method that they are of.
+        **changes: Arguments of `Axes.plot` in place of those of `style`.
+
+    Returns:
+        The colour.
+    """
+    [line] = axes.plot(
+        x, np.mean(values, axis=0), **{**style(method), **changes}
+    )
     axes.fill_between(
         x,
         np.min(values, axis=0),
@@ -195,6 +208,7 @@ def plot_band(axes, x, values, method):
         alpha=0.15,
         linewidth=0,
     )
+    return line.get_color()
 
 
 def save_summary(output_dir, summary):

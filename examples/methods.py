@@ -48,6 +48,8 @@ class Hyper(NamedTuple):
         codec: `tf_regtopk.Codec`.
         num_workers: Number of workers.
         topology: `tf_regtopk.EntryTopology`.
+        cliques: Lists of workers whose data, taken together, is like the data
+            of all.
     """
 
     learning_rate: float
@@ -59,6 +61,7 @@ class Hyper(NamedTuple):
     codec: tf_regtopk.Codec = tf_regtopk.Codec()
     num_workers: int = 1
     topology: tf_regtopk.EntryTopology = tf_regtopk.AllGather()
+    cliques: tuple = ()
 
     def inner(self, momentum, scale=1.0):
         """The optimizer that applies the aggregate.
@@ -195,17 +198,19 @@ def make_optimizer(
     momentum=0.0,
     adam=False,
     topology=Hyper._field_defaults["topology"],
+    cliques=(),
 ):
     """Makes the optimizer of a method.
 
     Args:
         method: One of `METHODS`, or `file.py:function`.
         args: The flags of `define_method_flags`.
-        learning_rate: As of `Hyper`, and so the next four.
+        learning_rate: As of `Hyper`, and so the next five.
         density: See above.
         momentum: See above.
         adam: See above.
         topology: See above.
+        cliques: See above.
 
     Returns:
         A `keras.optimizers.Optimizer`, in most cases a `SparsifiedOptimizer`.
@@ -225,6 +230,7 @@ def make_optimizer(
             tf_regtopk.Codec(args.indices, args.values),
             getattr(args, "num_workers", 1),
             topology,
+            cliques,
         )
     )
     if not isinstance(optimizer, keras.optimizers.Optimizer):

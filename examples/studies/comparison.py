@@ -111,7 +111,8 @@ def run(train, args):
     Args:
         train: Function of `is_tuning` (whether to test on training images held
             out), `method`, `learning_rate` and `seed`. It returns a dictionary
-            of the lists `round` and `accuracy`, and of `bytes_a_step`.
+            of the lists `round` and `accuracy`, and of `bytes_a_step`; where
+            workers have weights of their own, also of the list `own_accuracy`.
         args: The flags.
 
     Returns:
@@ -156,9 +157,15 @@ def run(train, args):
 def report(results, args, title):
     """Prints a table, and writes the summary and the figure."""
     print(f"\n{title}, {args.rounds} rounds, seeds {', '.join(args.seeds)}")
+    runs_have_own = all(
+        "own_accuracy" in run
+        for result in results.values()
+        for run in result["runs"].values()
+    )
     print(
         f"{'method':20} {'rate':>6} {'bytes/step':>10} {'accuracy':>8} "
         f"{'std':>6}  {'against ' + args.baseline:>15}"
+        + ("  workers' own" if runs_have_own else "")
     )
     summary = {}
     for method, result in results.items():
@@ -172,8 +179,12 @@ def report(results, args, title):
         print(
             f"{method:20} {result['learning_rate']:6g} "
             f"{runs[0]['bytes_a_step']:10,} {final.mean():8.4f} "
-            f"{_std(final):6.4f}  {_difference(results, method, args.baseline)}"
+            f"{_std(final):6.4f}  "
+            f"{_difference(results, method, args.baseline):17}"
+            + (f"  {_final_own(runs):12.4f}" if runs_have_own else "")
         )
+        if runs_have_own:
+            summary[method]["own_accuracy"] = _final_own(runs)
 
     def draw(by_step, by_bytes):
         for method, result in results.items():
@@ -182,9 +193,24 @@ def report(results, args, title):
             rounds = np.array(runs[0]["round"])
             megabytes = rounds * runs[0]["bytes_a_step"] / 1e6
             for axes, x in ((by_step, rounds), (by_bytes, megabytes)):
-                example_utils.plot_band(axes, x, curves, method)
+                colour = example_utils.plot_band(axes, x, curves, method)
+                if runs_have_own:
+                    example_utils.plot_band(
+                        axes,
+                        x,
+                        [run["own_accuracy"] for run in runs],
+                        method,
+                        color=colour,
+                        dashes=(1, 2),
+                        linewidth=1,
+                        label=None,
+                    )
         by_step.set_xlabel("step")
-        by_step.set_ylabel("test accuracy")
+        by_step.set_ylabel(
+            "test accuracy (thin: of the workers' own weights)"
+            if runs_have_own
+            else "test accuracy"
+        )
         # Beside the curves, which it would hide.
         by_bytes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
         by_step.set_title(title)
@@ -197,6 +223,11 @@ def report(results, args, title):
         draw,
         num_plots=2,
     )
+
+
+def _final_own(runs):
+    """Mean accuracy of the workers' own weights at the end."""
+    return float(np.mean([run["own_accuracy"][-1] for run in runs]))
 
 
 def _difference(results, method, baseline):

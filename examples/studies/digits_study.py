@@ -80,10 +80,16 @@ def start_weights(seed):
 
 
 def gradients_of(weights, data, step):
-    """The gradient `[N, J]` of each worker's loss on its batch."""
+    """The gradient `[N, J]` of each worker's loss on its batch.
+
+    Args:
+        weights: Float tensor `[J]`, or `[N, J]`, those of each worker.
+        data: As of `data_of`.
+        step: The number of the step.
+    """
     images, labels, *_ = data
     images, labels = images[step], labels[step]
-    copies = tf.tile(weights[tf.newaxis], [labels.shape[0], 1])
+    copies = tf.broadcast_to(weights, [labels.shape[0], weights.shape[-1]])
     with tf.GradientTape() as tape:
         tape.watch(copies)
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(
@@ -136,6 +142,21 @@ def data_of(args, is_tuning, seed):
     return x[numbers], y[numbers], *test
 
 
+def sent_bytes(descent, args):
+    """The bytes that a worker would send per step.
+
+    Args:
+        descent: What `simulation.descent_of` returns.
+        args: The flags.
+    """
+    num_entries = sum((i + 1) * o for i, o in itertools.pairwise(LAYERS))
+    if isinstance(descent, simulation.DenseDescent):
+        return tf_regtopk.AllReduce().sent_bytes(
+            4 * num_entries, tf_regtopk.Cluster(args.num_workers)
+        )
+    return descent.sent_bytes(num_entries)
+
+
 def train(args, trainings, is_tuning, method, learning_rate, seed):
     """One run, from weights and on batches that depend on the seed alone."""
     images, labels, *test = data_of(args, is_tuning, seed)
@@ -145,12 +166,6 @@ def train(args, trainings, is_tuning, method, learning_rate, seed):
         method, args, learning_rate, args.density, args.momentum, is_adam
     )
     descent = simulation.descent_of(optimizer, args.num_workers)
-    if isinstance(descent, simulation.SparseDescent):
-        num_bytes = descent.sent_bytes(len(weights))
-    else:
-        num_bytes = tf_regtopk.AllReduce().sent_bytes(
-            4 * len(weights), tf_regtopk.Cluster(args.num_workers)
-        )
     if method not in trainings:  # Compiled once for all seeds.
         trainings[method] = simulation.gradient_descent(
             descent,
@@ -166,7 +181,7 @@ def train(args, trainings, is_tuning, method, learning_rate, seed):
     return {
         "round": rounds,
         "accuracy": [float(curve[round - 1]) for round in rounds],
-        "bytes_a_step": round(num_bytes),
+        "bytes_a_step": round(sent_bytes(descent, args)),
     }
 
 

@@ -109,6 +109,44 @@ def test_digits_study_script(tmp_path):
     )
 
 
+def test_decentralised_study_script(tmp_path):
+    settings = dict(
+        methods="dense,one_peer_8_bits,cliques",
+        num_workers=4,
+        split="by_label",
+        learning_rates=0.05,
+        rounds=60,
+        evaluate_every=30,
+    )
+    summary, output = example_runner.run_example(
+        "studies/decentralised_study", tmp_path, **settings
+    )
+    methods = summary["methods"]
+    dense, one_peer, cliques = methods.values()
+    assert dense["own_accuracy"] == dense["accuracy"] > 0.6
+    # Each worker has few of the digits.
+    assert 0.4 < one_peer["own_accuracy"] < one_peer["accuracy"] - 0.02
+    # All workers are in one clique, and agree.
+    assert cliques["own_accuracy"] == pytest.approx(
+        cliques["accuracy"], abs=0.01
+    )
+    assert cliques["accuracy"] == pytest.approx(dense["accuracy"], abs=0.05)
+    [run] = one_peer["runs"].values()
+    assert run["round"] == [30, 60]
+    # A byte a weight, the range of each block, and the header.
+    assert 4810 < run["bytes_a_step"] < 1.02 * 4810
+    # Weights and gradients of the three others.
+    [run] = cliques["runs"].values()
+    assert run["bytes_a_step"] == 3 * (4 * 4810 + 8) + 3 * 4 * 4810
+    assert "workers' own" in output
+    # Everything is kept.
+    runs = (tmp_path / "runs.jsonl").read_text("utf-8")
+    example_runner.run_example(
+        "studies/decentralised_study", tmp_path, **settings
+    )
+    assert (tmp_path / "runs.jsonl").read_text("utf-8") == runs
+
+
 @pytest.mark.slow
 def test_digits_study_rounds_values(tmp_path):
     """What takes fewer bytes is what the weights follow."""

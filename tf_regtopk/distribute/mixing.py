@@ -181,6 +181,25 @@ def matchings(edges: Iterable[Iterable[int]]) -> Step:
     return tuple(map(tuple, rounds))
 
 
+def group_means(groups: Round, num_replicas: int) -> np.ndarray:
+    """Returns the matrix by which each group takes its mean, `[N, N]`.
+
+    Args:
+        groups: Groups, of which no rank is in two. A replica in none of them
+            keeps its own.
+        num_replicas: N.
+
+    Example:
+
+    >>> group_means(((0, 2),), 3).tolist()
+    [[0.5, 0.0, 0.5], [0.0, 1.0, 0.0], [0.5, 0.0, 0.5]]
+    """
+    weights = np.eye(num_replicas)
+    for group in groups:
+        weights[np.ix_(group, group)] = 1 / len(group)
+    return weights
+
+
 def _groups(steps: Sequence[Step]) -> Iterable[Group]:
     for step in steps:
         yield from itertools.chain(*step)

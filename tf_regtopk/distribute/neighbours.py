@@ -99,6 +99,40 @@ def rounds_of(
     return steps
 
 
+def check_meetings(steps: Sequence[mixing.Step], weights: np.ndarray) -> None:
+    """Raises unless replicas meet all those of whom they take something.
+
+    Args:
+        steps: As of `rounds_of`.
+        weights: As of `differences`.
+
+    Raises:
+        ValueError: If there is one that they do not meet, or a rank is in two
+            groups of a round.
+    """
+    for t, (step, matrix) in enumerate(zip(steps, weights, strict=True)):
+        for r, groups in enumerate(step):
+            ranks = [*itertools.chain(*groups)]
+            if len(set(ranks)) < len(ranks):
+                raise ValueError(
+                    "`rounds` of a topology must have each rank in at most one "
+                    f"group of a round. Received: {groups} as round {r} of "
+                    f"step {t}"
+                )
+        met = {
+            (receiver, giver)
+            for group in itertools.chain(*step)
+            for giver, receiver in mixing.sendings(group)
+        }
+        taken = {(int(i), int(j)) for i, j in np.argwhere(matrix) if i != j}
+        if taken - met:
+            raise ValueError(
+                "`rounds` of a topology must let replicas meet whose "
+                "`mixing_matrices` are not 0. Received: no meeting of "
+                f"{sorted(taken - met)} in step {t}"
+            )
+
+
 class Neighbours:
     """The replicas with which one exchanges vectors, in a sequence of T steps.
 
@@ -124,7 +158,7 @@ class Neighbours:
     ) -> None:
         self._cluster = topology_lib.Cluster.in_scope()
         _check_replicas_per_worker(self._cluster)
-        _check_meetings(steps, weights)
+        check_meetings(steps, weights)
         self._num_steps = len(steps)
         self._is_emulated = self._cluster.num_workers == 1
         if self._is_emulated:
@@ -288,28 +322,3 @@ def _check_replicas_per_worker(cluster: topology_lib.Cluster) -> None:
             f"{cluster.num_workers} workers of {cluster.replicas_per_worker} "
             "replicas each"
         )
-
-
-def _check_meetings(steps: Sequence[mixing.Step], weights: np.ndarray) -> None:
-    """Raises unless replicas meet all those of whom they take something."""
-    for t, (step, matrix) in enumerate(zip(steps, weights, strict=True)):
-        for r, groups in enumerate(step):
-            ranks = [*itertools.chain(*groups)]
-            if len(set(ranks)) < len(ranks):
-                raise ValueError(
-                    "`rounds` of a topology must have each rank in at most one "
-                    f"group of a round. Received: {groups} as round {r} of "
-                    f"step {t}"
-                )
-        met = {
-            (receiver, giver)
-            for group in itertools.chain(*step)
-            for giver, receiver in mixing.sendings(group)
-        }
-        taken = {(int(i), int(j)) for i, j in np.argwhere(matrix) if i != j}
-        if taken - met:
-            raise ValueError(
-                "`rounds` of a topology must let replicas meet whose "
-                "`mixing_matrices` are not 0. Received: no meeting of "
-                f"{sorted(taken - met)} in step {t}"
-            )

@@ -48,6 +48,31 @@ class Choices(NamedTuple):
     consensus_step_size: float
 
 
+def sent_bytes(
+    choices: Choices,
+    payload_codec: codecs.PayloadCodec | codecs.ScatteredCodec,
+    cluster: topology_lib.Cluster,
+    communication_period: int,
+) -> float:
+    """Counts the bytes that each replica sends per step, on average.
+
+    Args:
+        choices: `Choices`.
+        payload_codec: `PayloadCodec` of the weights.
+        cluster: `Cluster`.
+        communication_period: Number of steps for one exchange.
+    """
+    vector_bytes = payload_codec.size * payload_codec.dtype.size
+    exchanged = wire_report.payload_bytes(payload_codec)
+    if choices.mixing_rule.tracks_average:
+        exchanged += vector_bytes
+    of_weights = choices.topology.sent_bytes(exchanged, cluster)
+    groups = choices.topology.gradient_groups(cluster.num_replicas)
+    messages = sum(len(group) * (len(group) - 1) for group in groups)
+    of_gradients = messages / cluster.num_replicas * vector_bytes
+    return of_weights / communication_period + of_gradients
+
+
 class Gossip:
     """Averages the weights of replicas with those of their neighbours.
 
@@ -181,19 +206,13 @@ class Gossip:
         report = wire_report.report(
             self._payload_codec, self._variables, (), self._participants
         )
-        num_bytes = self._buffer.size * self._buffer.dtype.size
-        an_exchange: float = report.sent_bytes
-        if self._tracking is not None:
-            an_exchange += self._choices.topology.sent_bytes(
-                num_bytes, self._participants.cluster
-            )
-        return dataclasses.replace(
-            report,
-            sent_bytes=round(
-                an_exchange / communication_period
-                + self._cliques.messages * num_bytes
-            ),
+        num_bytes = sent_bytes(
+            self._choices,
+            self._payload_codec,
+            self._participants.cluster,
+            communication_period,
         )
+        return dataclasses.replace(report, sent_bytes=round(num_bytes))
 
     def _local(self) -> list[tf.Variable]:
         """This replica's parts of the variables that are mixed."""
@@ -225,13 +244,8 @@ class _Cliques:
 
     def __init__(self, groups: mixing.Round, num_replicas: int) -> None:
         self._groups = groups
-        self.messages = (
-            sum(len(g) * (len(g) - 1) for g in groups) / num_replicas
-        )
         if groups:
-            weights = np.eye(num_replicas)
-            for group in groups:
-                weights[np.ix_(group, group)] = 1 / len(group)
+            weights = mixing.group_means(groups, num_replicas)
             self._exchange = vector_exchange.VectorExchange(
                 [(groups,)], weights[np.newaxis]
             )

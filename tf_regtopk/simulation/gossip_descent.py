@@ -1,0 +1,208 @@
+"""Steps of many workers that have weights of their own."""
+
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from tf_regtopk import error_feedback as error_feedback_lib
+from tf_regtopk import selection
+from tf_regtopk.distribute import mixing
+from tf_regtopk.distribute import mixing_rules
+from tf_regtopk.distribute import neighbours
+from tf_regtopk.distribute import topology as topology_lib
+from tf_regtopk.simulation import descents
+from tf_regtopk.simulation import inner_optimizers
+from tf_regtopk.steps import gossip
+from tf_regtopk.steps import gossip_round
+from tf_regtopk.steps import own_gradients
+from tf_regtopk.steps import round as round_lib
+
+
+class GossipDescent(NamedTuple):
+    """Steps in which each worker averages its weights with neighbours.
+
+    All tensors of its `State` are `[N, ...]`, those of each worker.
+
+    Args:
+        choices: `steps.gossip.Choices`, the parts of the exchange.
+        num_workers: N.
+        inner: `MomentumSGD` or `Adam`, which each worker has of its own.
+        communication_period: The workers exchange in the first of so many
+            steps.
+    """
+
+    choices: gossip.Choices
+    num_workers: int
+    inner: inner_optimizers.Inner
+    communication_period: int = 1
+
+    def initial_state(self, weights: tf.Tensor) -> descents.State:
+        """`State` before the first step, where all have these weights `[J]`."""
+        start = gossip_round.initial(self.choices.error_feedback, weights)
+        found: descents.State = tf.nest.map_structure(
+            lambda of_worker: tf.stack([of_worker] * self.num_workers),
+            descents.State(
+                weights,
+                (tf.zeros_like(weights),) * self.inner.num_arrays,
+                start.local,
+                start.shared,
+            ),
+        )
+        return found
+
+    def step(
+        self,
+        state: descents.State,
+        gradients: tf.Tensor,
+        t: tf.Tensor,
+        rate: tf.Tensor,
+    ) -> descents.State:
+        """The state after a step.
+
+        Args:
+            state: `State` before it.
+            gradients: Float tensor `[N, J]`, those of the workers' own losses
+                at their own weights. One that holds NaN or infinity counts as
+                zeros.
+            t: Scalar int32 tensor, the number of steps before.
+            rate: Scalar float tensor, the learning rate.
+
+        Returns:
+            `State`.
+        """
+        gradients = self._averaged(_finite(gradients))
+        period = self.communication_period
+        if period == 1:
+            mixed = self._mix(state, t)
+        else:
+            mixed = tf.cond(
+                tf.equal(t % period, 0),
+                lambda: self._mix(state, t // period),
+                lambda: tf.nest.map_structure(tf.identity, state),
+            )
+        change, arrays = self.inner(state.arrays, gradients, t, rate)
+        return mixed._replace(weights=mixed.weights - change, arrays=arrays)
+
+    def sent_bytes(self, size: int, dtype: tf.DType = tf.float32) -> float:
+        """Counts the bytes that each worker would send per step, on average.
+
+        Args:
+            size: J.
+            dtype: Float dtype of the weights.
+        """
+        return gossip.sent_bytes(
+            self.choices,
+            self._method(size, dtype).payload_codec,
+            topology_lib.Cluster(self.num_workers, self.num_workers),
+            self.communication_period,
+        )
+
+    def _averaged(self, gradients: tf.Tensor) -> tf.Tensor:
+        """Means over the cliques that average their gradients."""
+        groups = self.choices.topology.gradient_groups(self.num_workers)
+        if not groups:
+            return gradients
+        means = mixing.group_means(groups, self.num_workers)
+        return tf.matmul(tf.constant(means, gradients.dtype), gradients)
+
+    def _mix(self, state: descents.State, number: tf.Tensor) -> descents.State:
+        """The state after an exchange.
+
+        Args:
+            state: `State` before it.
+            number: Scalar int32 tensor, the number of exchanges before.
+        """
+        size, dtype = state.weights.shape[1], state.weights.dtype
+        method = self._method(size, dtype)
+        step = error_feedback_lib.Step(
+            self.num_workers,
+            method.payload_codec.k / size,
+            tf.zeros([]),
+            number,
+        )
+        sent = self._send(method, state, step)
+
+        def move(of_worker: tuple[tf.Tensor, ...]) -> tuple[tf.Tensor, ...]:
+            taken, sent_by_it, local, shared = of_worker
+            d = self.choices.mixing_rule.disagreement(
+                mixing_rules.Received(sent.indices, sent.values, taken),
+                sent_by_it.values,
+                size,
+            )
+            moved, after = gossip_round.mix(
+                method,
+                self.choices.consensus_step_size,
+                d,
+                sent_by_it,
+                round_lib.State(local, shared),
+                step,
+            )
+            return moved, after.local, after.shared
+
+        moved, local, shared = tf.map_fn(
+            move,
+            (self._taken(number), sent, state.local, state.shared),
+            fn_output_signature=(
+                tf.TensorSpec([size], dtype),
+                descents.specs(state.local),
+                descents.specs(state.shared),
+            ),
+        )
+        return state._replace(
+            weights=state.weights + moved, local=local, shared=shared
+        )
+
+    def _send(
+        self,
+        method: round_lib.Method,
+        state: descents.State,
+        step: error_feedback_lib.Step,
+    ) -> round_lib.Sent:
+        """Sends of all workers, of tensors `[N, ...]`."""
+
+        def send(of_worker: tuple[tf.Tensor, ...]) -> round_lib.Sent:
+            rank, x, local, shared = of_worker
+            before = round_lib.State(local, shared)
+            return round_lib.send(method, x, before, step, rank)[1]
+
+        k = method.payload_codec.k
+        sent: round_lib.Sent = tf.map_fn(
+            send,
+            (
+                tf.range(self.num_workers),
+                state.weights,
+                state.local,
+                state.shared,
+            ),
+            fn_output_signature=round_lib.Sent(
+                tf.TensorSpec([k], tf.int32),
+                tf.TensorSpec([k], state.weights.dtype),
+                descents.specs(state.local),
+            ),
+        )
+        return sent
+
+    def _taken(self, number: tf.Tensor) -> tf.Tensor:
+        """The part that each worker takes of what each sends, `[N, N]`."""
+        table = neighbours.differences(self.choices.topology, self.num_workers)
+        table = np.asarray(table, np.float32)
+        return tf.gather(tf.constant(table), number % len(table))
+
+    def _method(self, size: int, dtype: tf.DType) -> round_lib.Method:
+        sparsifier = self.choices.sparsifier
+        k = sparsifier.num_selected(size)
+        return round_lib.Method(
+            sparsifier,
+            self.choices.error_feedback,
+            self.choices.codec.payload(k, size, dtype),
+            (selection.Group(size, k),),
+        )
+
+
+def _finite(gradients: tf.Tensor) -> tf.Tensor:
+    """Rows of gradients, with zeros for those that are not finite."""
+    return tf.map_fn(
+        lambda gradient: own_gradients.own_gradients([gradient], 1)[0][0],
+        gradients,
+    )
