@@ -202,7 +202,7 @@ def report(results, args, title):
                     )
         by_step.set_xlabel("step")
         by_step.set_ylabel(
-            "test accuracy (dashed: of the workers' own weights)"
+            "test accuracy (dashed: workers' own)"
             if runs_have_own
             else "test accuracy"
         )
