@@ -207,7 +207,7 @@ def report(results, args, title):
                     )
         by_step.set_xlabel("step")
         by_step.set_ylabel(
-            "test accuracy (thin: of the workers' own weights)"
+            "test accuracy (thin: workers' own)"
             if runs_have_own
             else "test accuracy"
         )

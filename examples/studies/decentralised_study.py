@@ -71,7 +71,7 @@ methods.METHODS.update(METHODS)
 def define_flags():
     comparison.define_flags(
         output_dir="results/decentralised_study",
-        learning_rates=(0.01, 0.02, 0.05, 0.1, 0.2),
+        learning_rates=(0.02, 0.05, 0.1, 0.2, 0.5, 1.0),
         batch_size=20,
         rounds=1500,
     )
