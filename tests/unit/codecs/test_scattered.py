@@ -109,8 +109,25 @@ def test_with_room_for_all_it_is_the_sum(size, k, n, dtype):
     )
 
 
-@pytest.mark.parametrize("values_codec", ["float32", "natural", "sign"])
-@pytest.mark.parametrize("keep", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize(
+    "values_codec, keep",
+    [
+        ("float32", 0.5),
+        ("natural", 1.0),
+        ("sign", 2.0),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ("float32", 1.0),
+                ("float32", 2.0),
+                ("natural", 0.5),
+                ("natural", 2.0),
+                ("sign", 0.5),
+                ("sign", 1.0),
+            ]
+        ),
+    ],
+)
 def test_nothing_is_lost(values_codec, keep):
     """What was sent is in the total, or was dropped where all can tell."""
     size, k, n = 203, 40, 4
