@@ -16,7 +16,6 @@ average their gradients.
 Source: the images ship with scikit-learn.
 """
 
-import functools
 import pathlib
 import sys
 
@@ -34,7 +33,6 @@ sys.path.append(str(pathlib.Path(__file__).parent.parent))
 import comparison
 import digits_study
 import methods
-import worker_data
 
 CLIQUE_SIZE = 4
 
@@ -159,18 +157,7 @@ def train(args, trainings, is_tuning, method, learning_rate, seed):
 
 
 def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"Unknown arguments: {argv[1:]}")
-    args = flags.FLAGS
-    # It would warn of a program for each method.
-    tf.get_logger().setLevel("ERROR")
-    results = comparison.run(functools.partial(train, args, {}), args)
-    comparison.report(
-        results,
-        args,
-        f"digits, {args.num_workers} workers, {worker_data.describe(args)}, "
-        f"density {args.density:g}",
-    )
+    digits_study.run_study(argv, train)
 
 
 if __name__ == "__main__":

@@ -185,7 +185,14 @@ def train(args, trainings, is_tuning, method, learning_rate, seed):
     }
 
 
-def main(argv):
+def run_study(argv, train):
+    """Runs and reports what the flags name.
+
+    Args:
+        argv: The arguments that are no flags, of which there must be none.
+        train: Function of the flags, of a dictionary that keeps what it has
+            compiled, and of what `comparison.run` gives.
+    """
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments: {argv[1:]}")
     args = flags.FLAGS
@@ -198,6 +205,10 @@ def main(argv):
         f"digits, {args.num_workers} workers, {worker_data.describe(args)}, "
         f"density {args.density:g}",
     )
+
+
+def main(argv):
+    run_study(argv, train)
 
 
 if __name__ == "__main__":
