@@ -1,7 +1,8 @@
 r"""Writes the programs that XLA is given, to be timed where TensorFlow is not.
 
 For a GPU machine that has JAX: XLA's compiler is the same there, if not of the
-same version.
+same version. TensorFlow must be 2.19 or newer here, because older ones write no
+StableHLO.
 
     python -m benchmarks.accelerators.export_stablehlo --output_dir=stablehlo
     python benchmarks/with_jax/run_stablehlo.py stablehlo    # on that machine

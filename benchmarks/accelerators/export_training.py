@@ -1,7 +1,8 @@
 r"""Writes the training of cifar10_resnet.py as programs for JAX.
 
 For a GPU machine that has JAX and not TensorFlow: what XLA is given is the same
-there. Takes the flags of that example. The second command is for that machine:
+there. Takes the flags of that example. TensorFlow must be 2.19 or newer here,
+because older ones write no StableHLO. The second command is for that machine:
 
     python -m benchmarks.accelerators.export_training --model=resnet18
     python benchmarks/with_jax/run_training.py programs --output=runs.jsonl

@@ -12,6 +12,7 @@ import re
 import shlex
 
 import fork_server
+import old_versions
 import paths
 import pytest
 
@@ -62,6 +63,7 @@ def test_speed(benchmark, methods, tmp_path):
     assert (tmp_path / "figure.png").exists()
 
 
+@old_versions.needs_stablehlo
 def test_exported_programs_do_not_hold_the_gradient(tmp_path):
     """They are sent to another machine, and compiled there."""
     run(EXPORT, tmp_path, *shared())
@@ -82,6 +84,7 @@ def test_exported_programs_do_not_hold_the_gradient(tmp_path):
             assert len(text) < 8 * max(SIZES)  # Hexadecimal, 4 bytes each.
 
 
+@old_versions.needs_stablehlo
 def test_programs_of_a_step_are_exported(tmp_path):
     """With the variables, where the sum writes over them."""
     names = ["send", "decode", "settle"]

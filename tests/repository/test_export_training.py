@@ -9,6 +9,7 @@ import fork_server
 import image_training
 import keras
 import numpy as np
+import old_versions
 import paths
 import pytest
 import run_with_mock_data
@@ -125,6 +126,8 @@ def test_steps_are_those_of_the_example(
     assert np.linalg.norm(state[0] - expected) < 1e-4 * moved
 
 
+@old_versions.needs_data_sets
+@old_versions.needs_stablehlo
 def test_exported_files(tmp_path, start):
     """The programs are small, and the images and weights are what they were."""
     programs = tmp_path / "programs"

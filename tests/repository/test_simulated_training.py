@@ -7,6 +7,7 @@ import example_runner
 import image_training
 import keras
 import numpy as np
+import old_versions
 import pytest
 import simulated_training
 import tensorflow as tf
@@ -174,6 +175,7 @@ def test_signs_take_the_bytes_of_floats():
     assert floats == pytest.approx(signs, rel=0.02)
 
 
+@old_versions.needs_data_sets
 def test_script(tmp_path):
     """It tunes, tests and reports."""
     summary, _ = example_runner.run_example(

@@ -8,6 +8,7 @@ import example_runner
 import keras
 import linear_regression
 import numpy as np
+import old_versions
 import pytest
 import reference
 import resnet
@@ -24,6 +25,7 @@ SMALL = dict(
 
 
 @pytest.mark.slow
+@old_versions.needs_data_sets
 def test_cifar10_script(tmp_path):
     """Tunes, runs every seed once, and goes on where it was stopped.
 
@@ -74,6 +76,7 @@ def test_cifar10_script(tmp_path):
 
 
 @pytest.mark.slow
+@old_versions.needs_data_sets
 def test_imagenette_script(tmp_path):
     summary, _ = example_runner.run_example(
         "studies/imagenette_finetune",

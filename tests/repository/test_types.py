@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import old_versions
 import paths
 
 
@@ -25,6 +26,7 @@ def test_user_code(tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+@old_versions.needs_typed_numpy
 def test_package(tmp_path):
     result = check_types(paths.ROOT / "tf_regtopk", tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
