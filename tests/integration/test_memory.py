@@ -157,8 +157,10 @@ def test_a_step_needs_two_arrays_of_the_gradients_size(sparsifier):
     )
     for _ in range(2):
         step()
+    # XLA of TensorFlow 2.18 and 2.19 holds an array more.
+    num_arrays = 3 if tf.version.VERSION < "2.20" else 2
     before = memory("VmRSS")
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # Resets VmHWM.
     step()
-    assert memory("VmHWM") - before < 2.5 * 4 * size
+    assert memory("VmHWM") - before < (num_arrays + 0.5) * 4 * size
     assert memory("VmRSS") - before < 0.5 * 4 * size
