@@ -36,15 +36,17 @@ def damage(path, value):
 @pytest.mark.parametrize(
     "n, rule, inner, every_steps",
     [
-        (2, "EF21", "momentum", program.EVERY_STEPS),
-        (3, "Accumulate", "adam", program.EVERY_STEPS),
         (2, "tracker", "momentum", program.EVERY_STEPS),
         (0, "EF21", "momentum", None),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in itertools.product(
-                (2, 3), program.RULES, program.INNER, (None, 1)
-            )
+            for case in [
+                (2, "EF21", "momentum", program.EVERY_STEPS),
+                (3, "Accumulate", "adam", program.EVERY_STEPS),
+                *itertools.product(
+                    (2, 3), program.RULES, program.INNER, (None, 1)
+                ),
+            ]
         ),
     ],
 )
