@@ -10,6 +10,8 @@ import keras
 import pytest
 from tensorflow.python.data.ops import multi_device_iterator_ops
 
+from tf_regtopk.kernels import tracing
+
 
 @pytest.fixture(autouse=True, scope="module")
 def _cheap_garbage_collection():
@@ -53,6 +55,17 @@ def _fresh_keras():
     keras.config.set_floatx("float32")
     keras.config.set_dtype_policy("float32")
     keras.utils.clear_session(free_memory=False)
+
+
+@pytest.fixture(autouse=True)
+def _programs_of_patched_code(request):
+    """Tests that patch code get programs of their own, and leave none."""
+    is_patched = "monkeypatch" in request.fixturenames
+    if is_patched:
+        tracing.forget()
+    yield
+    if is_patched:
+        tracing.forget()
 
 
 @pytest.fixture(scope="session")

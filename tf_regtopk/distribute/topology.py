@@ -266,6 +266,7 @@ class Hierarchical(EntryTopology):
         return self.sent_bytes(num_bytes, cluster)
 
 
+@dataclasses.dataclass(frozen=True)
 class Participants:
     """The participants of an exchange: a topology in the scope of a strategy.
 
@@ -273,12 +274,12 @@ class Participants:
     replica context.
 
     Args:
-        topology: `Topology`. Defaults to `AllGather()`.
+        topology: `Topology`.
+        cluster: `Cluster`.
     """
 
-    def __init__(self, topology: Topology | None = None):
-        self.topology = topology or AllGather()
-        self.cluster = Cluster.in_scope()
+    topology: Topology = AllGather()
+    cluster: Cluster = dataclasses.field(default_factory=Cluster.in_scope)
 
     @property
     def count(self) -> int:

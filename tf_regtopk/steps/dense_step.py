@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from collections.abc import Sequence
 
+import keras
 import tensorflow as tf
 
 from tf_regtopk import error_feedback as error_feedback_lib
@@ -22,9 +23,10 @@ class PlainStep:
         gradients: Sequence[flat_buffer.Gradient],
         state: round_lib.State,
         moment: error_feedback_lib.Moment,
+        sampled: Sequence[keras.Variable] = (),
     ) -> tuple[verdict.Flags, tuple[tf.Tensor | tf.IndexedSlices, ...]]:
         """Sums the gradients; see `SparseStep.exchange`."""
-        del state, moment
+        del state, moment, sampled
         with tf.name_scope("tf_regtopk/all_reduce"):
             totals = topology.AllReduce().sum(
                 [gradient for gradient in gradients if gradient is not None]
@@ -54,23 +56,28 @@ class DenseStep:
         buffer: `FlatBuffer` of the variables.
         error_feedback: `ErrorFeedback` without local state, from
             `ErrorFeedback.when_dense`.
+        num_replicas: N.
     """
 
     def __init__(
         self,
         buffer: flat_buffer.FlatBuffer,
         error_feedback: error_feedback_lib.ErrorFeedback,
+        num_replicas: int,
     ) -> None:
         self._buffer = buffer
         self._error_feedback = error_feedback
+        self._num_replicas = num_replicas
 
     def exchange(
         self,
         gradients: Sequence[flat_buffer.Gradient],
         state: round_lib.State,
         moment: error_feedback_lib.Moment,
+        sampled: Sequence[keras.Variable] = (),
     ) -> tuple[verdict.Flags, tuple[tf.Tensor, ...]]:
         """Sums the gradients; see `SparseStep.exchange`."""
+        del sampled
         gradients = self._buffer.densify(gradients)
         a = self._accumulate(
             self._buffer.vectors(gradients),
@@ -130,8 +137,7 @@ class DenseStep:
     def _step_at(
         self, moment: error_feedback_lib.Moment
     ) -> error_feedback_lib.Step:
-        replicas = tf.distribute.get_strategy().num_replicas_in_sync
-        return error_feedback_lib.Step(replicas, 1.0, *moment)
+        return error_feedback_lib.Step(self._num_replicas, 1.0, *moment)
 
 
 def _flags_of(

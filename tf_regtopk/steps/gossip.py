@@ -20,6 +20,7 @@ from tf_regtopk.distribute import neighbours
 from tf_regtopk.distribute import replica_state
 from tf_regtopk.distribute import topology as topology_lib
 from tf_regtopk.distribute import vector_exchange
+from tf_regtopk.kernels import tracing
 from tf_regtopk.steps import average_tracking
 from tf_regtopk.steps import flat_buffer
 from tf_regtopk.steps import gossip_round
@@ -97,16 +98,17 @@ class Gossip:
         steps = neighbours.rounds_of(choices.topology, n)
         k = choices.sparsifier.num_selected(size)
         self._payload_codec = choices.codec.payload(k, size, self._buffer.dtype)
-        self._step = gossip_step.GossipStep(
+        self._neighbours = neighbours.Neighbours(
+            steps, neighbours.differences(choices.topology, n)
+        )
+        self._step = tracing.of_equal(
+            gossip_step.GossipStep,
             self._buffer,
             round_lib.Method(
                 choices.sparsifier,
                 choices.error_feedback,
                 self._payload_codec,
                 (selection.Group(size, k),),
-            ),
-            neighbours.Neighbours(
-                steps, neighbours.differences(choices.topology, n)
             ),
             choices.mixing_rule,
             choices.consensus_step_size,
@@ -130,7 +132,7 @@ class Gossip:
         local = self._local()
         weights = [part.read_value() for part in local]
         state, tracked = self._state.variables()
-        moves = self._step.moves(weights, state, number)
+        moves = self._step.moves(weights, state, number, self._neighbours)
         if self._tracking is not None:
             [ahead] = tracked
             # Nothing is kept of a step in which a neighbour's weights were of

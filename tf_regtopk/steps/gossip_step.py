@@ -30,7 +30,6 @@ class GossipStep:
         buffer: `FlatBuffer` of the variables.
         method: `round.Method` for its size, with a sparsifier that remembers
             nothing.
-        neighbours: `Neighbours`, with the weights W - I.
         mixing_rule: `MixingRule`.
         consensus_step_size: Float gamma.
         num_replicas: N.
@@ -40,14 +39,12 @@ class GossipStep:
         self,
         buffer: flat_buffer.FlatBuffer,
         method: round_lib.Method,
-        neighbours: neighbours_lib.Neighbours,
         mixing_rule: mixing_rules.MixingRule,
         consensus_step_size: float,
         num_replicas: int,
     ) -> None:
         self._buffer = buffer
         self._method = method
-        self._neighbours = neighbours
         self._mixing_rule = mixing_rule
         self._consensus_step_size = consensus_step_size
         self._num_replicas = num_replicas
@@ -57,6 +54,7 @@ class GossipStep:
         weights: Sequence[tf.Tensor],
         state: round_lib.State,
         number: tf.Tensor,
+        neighbours: neighbours_lib.Neighbours,
     ) -> list[tf.Tensor]:
         """Returns what is to be added to each variable of this replica.
 
@@ -66,6 +64,7 @@ class GossipStep:
             weights: List of this replica's weights.
             state: `round.State` of this replica's variables.
             number: Scalar integer tensor, the number of exchanges before.
+            neighbours: `Neighbours`, with the weights W - I.
 
         Returns:
             List of tensors like the weights.
@@ -82,14 +81,14 @@ class GossipStep:
         with tf.name_scope("tf_regtopk/send"):
             payload, sent = self.send(vectors, _read(state), number, rank)
         with tf.name_scope("tf_regtopk/exchange"):
-            payloads = self._neighbours.exchange(payload, number)
+            payloads = neighbours.exchange(payload, number)
         with tf.name_scope("tf_regtopk/decode"):
-            senders = self._neighbours.senders(number)
+            senders = neighbours.senders(number)
             with tf.device("CPU:0"):
                 expected = words.hold(self._marks(number, senders))
             indices, values, changed = sent
             d, flags = self.decode(
-                payloads, self._neighbours.weights(number), expected, values
+                payloads, neighbours.weights(number), expected, values
             )
         with tf.name_scope("tf_regtopk/check"):
             checks = _checks(flags, senders)

@@ -22,6 +22,7 @@ from tf_regtopk.distribute import replica_state
 from tf_regtopk.distribute import topology
 from tf_regtopk.kernels import device_kind
 from tf_regtopk.kernels import ownership
+from tf_regtopk.kernels import tracing
 from tf_regtopk.saving import saved_state
 from tf_regtopk.steps import dense_step
 from tf_regtopk.steps import flat_buffer
@@ -109,9 +110,11 @@ class Partition:
         self.variables = self._sparse_variables
         if self._dense_rule != error_feedback_lib.NoFeedback():
             self.variables = [*self._sparse_variables, *self._dense_variables]
-            self._dense_step = dense_step.DenseStep(
+            self._dense_step = tracing.of_equal(
+                dense_step.DenseStep,
                 flat_buffer.FlatBuffer.for_variables(self._dense_variables),
                 self._dense_rule,
+                participants.cluster.num_replicas,
             )
         self.feedback_state = replica_state.ReplicaState(
             self._initial_feedback, participants
@@ -150,7 +153,8 @@ class Partition:
             if isinstance(payload_codec, codecs.ScatteredCodec)
             else sparse_step.SparseStep
         )
-        return step(
+        return tracing.of_equal(
+            step,
             self._buffer,
             round_lib.Method(
                 self._choices.sparsifier,
@@ -163,7 +167,6 @@ class Partition:
             round_lib.State(
                 local, shared, self.memory.dtypes, self.measured.dtypes
             ),
-            self._sampled,
         )
 
     def exchange(
@@ -188,7 +191,7 @@ class Partition:
             if all(gradient is None for gradient in part):
                 exchanged.append(())
                 continue
-            found, sent = step.exchange(part, state, moment)
+            found, sent = step.exchange(part, state, moment, self._sampled)
             exchanged.append(sent)
             flags.append(found)
         # The inner optimizer gets the gradients of the others as they are.

@@ -43,7 +43,6 @@ class SparseStep:
         participants: `topology.Participants`.
         state_dtypes: `round.State` of dtypes: those of the state, whose
             variables hold words.
-        sampled: List of variables, of which replicas compare a `weight_mark`.
     """
 
     def __init__(
@@ -52,19 +51,18 @@ class SparseStep:
         method: round_lib.Method,
         participants: topology.Participants,
         state_dtypes: round_lib.State,
-        sampled: Sequence[keras.Variable] = (),
     ) -> None:
         self._buffer = buffer
         self._method = method
         self._participants = participants
         self._state_dtypes = state_dtypes
-        self._sampled = sampled
 
     def exchange(
         self,
         gradients: Sequence[flat_buffer.Gradient],
         state: round_lib.State,
         moment: error_feedback.Moment,
+        sampled: Sequence[keras.Variable] = (),
     ) -> tuple[verdict.Flags, _Exchanged]:
         """Send -> exchange: the first half of a step; nothing is kept yet.
 
@@ -73,6 +71,8 @@ class SparseStep:
                 none.
             state: `round.State` of this replica's variables.
             moment: `error_feedback.Moment`.
+            sampled: List of variables, of which replicas compare a
+                `weight_mark`.
 
         Returns:
             `(flags, exchanged)`: `verdict.Flags`, and for `aggregate` a
@@ -90,7 +90,7 @@ class SparseStep:
                 moment,
                 self._participants.rank,
                 tuple(gradient is not None for gradient in gradients),
-                tuple(tf.convert_to_tensor(v) for v in self._sampled),
+                tuple(tf.convert_to_tensor(v) for v in sampled),
             )
         # Nobody waits for others without others, nor in a program that XLA
         # compiles as a whole, which knows no time.

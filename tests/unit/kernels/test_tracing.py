@@ -1,6 +1,17 @@
+"""Programs that replicas share, and optimizers that are made alike."""
+
+import dataclasses
+import gc
+import weakref
+
+import keras
 import numpy as np
+import pytest
+import small_models
 import tensorflow as tf
 
+import tf_regtopk
+from tf_regtopk.kernels import device_kind
 from tf_regtopk.kernels import tracing
 
 
@@ -63,3 +74,87 @@ def test_a_program_is_compiled_for_each_replica(mirrored):
             assert operation.get_attr("_XlaMustCompile")
     assert square.function.experimental_get_tracing_count() == 1
     np.testing.assert_array_equal(square(tf.constant(4.0)), 16.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnTopK(tf_regtopk.Sparsifier):
+    """A class of a user, whose code may change between two optimizers."""
+
+    def score(self, a, memory, step):
+        return a
+
+
+def trained(sparsifier, strategy, error_feedback=None):
+    """The step of a new optimizer after two steps, and the variables."""
+    with strategy.scope():
+        variables = [keras.Variable(np.zeros(50, np.float32))]
+        optimizer = tf_regtopk.SparsifiedOptimizer(
+            keras.optimizers.SGD(1.0),
+            sparsifier,
+            error_feedback=error_feedback,
+        )
+        optimizer.build(variables)
+    for _ in range(2):
+        small_models.custom_loop_step(
+            strategy,
+            optimizer,
+            variables,
+            lambda n: [tf.range(50.0) * tf.cast(n + 1, tf.float32)],
+        )
+    return optimizer._partition.sparse_step, variables
+
+
+def test_an_optimizer_made_anew_is_not_compiled_again(mirrored):
+    tracing.forget()
+    first, _ = trained(tf_regtopk.RegTopK(0.1), mirrored(2))
+    counts = first.send.function.experimental_get_tracing_count()
+    again, [variable] = trained(tf_regtopk.RegTopK(0.1), mirrored(2))
+    assert again is first
+    assert first.send.function.experimental_get_tracing_count() == counts
+    tracing.forget()
+    fresh, [expected] = trained(tf_regtopk.RegTopK(0.1), mirrored(2))
+    assert fresh is not first
+    np.testing.assert_array_equal(variable, expected)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda mirrored: trained(tf_regtopk.RegTopK(0.2), mirrored(2)),
+        lambda mirrored: trained(tf_regtopk.RegTopK(0.1, mu=9.0), mirrored(2)),
+        lambda mirrored: trained(tf_regtopk.TopK(0.1), mirrored(2)),
+        lambda mirrored: trained(tf_regtopk.RegTopK(0.1), mirrored(3)),
+        lambda mirrored: trained(
+            tf_regtopk.RegTopK(0.1), mirrored(2), tf_regtopk.EF21()
+        ),
+    ],
+)
+def test_another_optimizer_is_compiled(change, mirrored):
+    first, _ = trained(tf_regtopk.RegTopK(0.1), mirrored(2))
+    other, _ = change(mirrored)
+    assert other is not first
+
+
+def test_another_kind_of_device_is_compiled_for():
+    # A number, as an object that keeps its argument.
+    on_cpu = tracing.of_equal(complex, 1)
+    assert tracing.of_equal(complex, 1) is on_cpu
+    with device_kind.compile_for("GPU"):
+        assert tracing.of_equal(complex, 1) is not on_cpu
+
+
+def test_code_of_users_is_compiled_each_time(mirrored, monkeypatch):
+    _, [before] = trained(OwnTopK(0.1), mirrored(2))
+    monkeypatch.setattr(OwnTopK, "score", lambda self, a, *_: 1 / (1 + a))
+    _, [after] = trained(OwnTopK(0.1), mirrored(2))
+    assert np.flatnonzero(before).min() >= 40
+    assert np.flatnonzero(after).max() < 10
+
+
+def test_variables_are_not_kept(mirrored):
+    _, [variable] = trained(tf_regtopk.TopK(0.1), mirrored(0))
+    alive = weakref.ref(variable)
+    del variable
+    keras.utils.clear_session()
+    gc.collect()
+    assert alive() is None
