@@ -331,10 +331,11 @@ def test_report(mirrored):
         (dict(capacity=0.5), "`capacity` must be at least 1"),
         (dict(keep=0), "`keep` must be positive"),
         (dict(keep=float("nan")), "`keep` must be"),
+        (dict(hierarchical=1), "`hierarchical` must be"),
     ],
 )
 def test_bad_arguments(kwargs, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         tf_regtopk.ReduceScatter(**kwargs)
 
 
@@ -355,3 +356,53 @@ def test_config():
     config = keras.saving.serialize_keras_object(optimizer)
     restored = keras.saving.deserialize_keras_object(config)
     assert restored.topology == optimizer.topology
+
+
+@keras.saving.register_keras_serializable(package="tests")
+@dataclasses.dataclass(frozen=True)
+class Doubling(tf_regtopk.ReduceScatter):
+    """A topology of a user's own, with one more hyper-parameter."""
+
+    factor: float = 1.0
+
+    def scatter(self, payloads, cluster):
+        return super().scatter(payloads, cluster)
+
+
+@pytest.mark.parametrize(
+    "topology, expected",
+    [
+        # As before there was `hierarchical`.
+        (tf_regtopk.ReduceScatter(2.0, 0.5), {"capacity": 2.0, "keep": 0.5}),
+        (
+            tf_regtopk.ReduceScatter(2.0, hierarchical=True),
+            {"capacity": 2.0, "keep": 1.0, "hierarchical": True},
+        ),
+        (
+            Doubling(2.0, 0.5, 3.0),
+            {"capacity": 2.0, "keep": 0.5, "factor": 3.0},
+        ),
+    ],
+)
+def test_what_is_saved_of_it(topology, expected):
+    saved = keras.saving.serialize_keras_object(topology)
+    assert saved["config"] == expected
+    assert keras.saving.deserialize_keras_object(saved) == topology
+
+
+def test_the_replicas_of_the_only_worker_are_one(mirrored):
+    """Nothing is sent, and entries are what they are."""
+    g = gradients(2)
+    sparsifier = tf_regtopk.RegTopK(0.2)
+    actual, optimizer, *_ = train(
+        mirrored(2),
+        g,
+        sparsifier=sparsifier,
+        topology=tf_regtopk.ReduceScatter(hierarchical=True),
+    )
+    expected, *_ = train(
+        mirrored(2), g, sparsifier=sparsifier, hierarchical=True
+    )
+    np.testing.assert_array_equal(actual, expected)
+    assert len(optimizer.residual_errors()) == 1
+    assert optimizer.wire_report().sent_bytes == 0

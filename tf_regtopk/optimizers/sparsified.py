@@ -22,6 +22,7 @@ from tf_regtopk import validation
 from tf_regtopk import version
 from tf_regtopk.distribute import agreement
 from tf_regtopk.distribute import mixing
+from tf_regtopk.distribute import reduce_scatter
 from tf_regtopk.distribute import replica_state
 from tf_regtopk.distribute import topology as topology_lib
 from tf_regtopk.error_feedback import error_accumulation
@@ -113,9 +114,9 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
             momentum of `error_feedback`; or `"auto"`, which runs both a few
             times when the optimizer is built, on all workers at once, and takes
             the faster one (`chosen_exchange`, `exchange_seconds`).
-        topology: `AllGather`, `Hierarchical`, `AllReduce` or another
-            `Topology`: who exchanges gradients with whom. `AllReduce()` is
-            `exchange="dense"`. Defaults to `AllGather()`.
+        topology: `AllGather`, `Hierarchical`, `ReduceScatter`, `AllReduce` or
+            another `Topology`: who exchanges gradients with whom. `AllReduce()`
+            is `exchange="dense"`. Defaults to `AllGather()`.
         hierarchical: Boolean. True is `topology=Hierarchical()`: the replicas
             of each worker sum their gradients densely, and workers exchange
             entries. N then is the number of workers, and each sends its payload
@@ -403,8 +404,10 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
 
     @property
     def hierarchical(self) -> bool:
-        """True if the topology is `Hierarchical`."""
-        return isinstance(self.topology, topology_lib.Hierarchical)
+        """Whether every worker acts as one: by `Hierarchical` or owners."""
+        return isinstance(
+            self.topology, topology_lib.Hierarchical
+        ) or _has_workers_as_owners(self.topology)
 
     @property
     def chosen_exchange(self) -> Literal["sparse", "dense"] | None:
@@ -612,12 +615,23 @@ def _choose_topology(
     validation.check_instance(
         "topology", topology, topology_lib.Topology, "Hierarchical()"
     )
-    if hierarchical and topology != topology_lib.Hierarchical():
+    if hierarchical and not (
+        topology == topology_lib.Hierarchical()
+        or _has_workers_as_owners(topology)
+    ):
         raise ValueError(
-            "`hierarchical=True` must go without another `topology`. "
-            f"Received: topology={topology!r}"
+            "`hierarchical=True` must go without another `topology`; for "
+            "workers that own entries write `ReduceScatter(hierarchical=True)`"
+            f". Received: topology={topology!r}"
         )
     return topology
+
+
+def _has_workers_as_owners(topology: topology_lib.Topology) -> bool:
+    return (
+        isinstance(topology, reduce_scatter.ReduceScatter)
+        and topology.hierarchical
+    )
 
 
 def _check_topology(
