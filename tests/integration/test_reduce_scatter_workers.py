@@ -7,6 +7,8 @@ import owners_by_worker_program
 import pytest
 import reduce_scatter_program
 
+from tf_regtopk.steps import auto_exchange
+
 # Two workers that gather, of two replicas each, are counted in
 # `test_hierarchical_workers.py`.
 BOTH = ("reduce_scatter", "all_gather")
@@ -48,6 +50,20 @@ def test_workers_are_replicas_of_one_process(workers, mirrored):
         np.testing.assert_allclose(
             result["weights"], expected, rtol=1e-5, atol=1e-5
         )
+
+
+def check_choices(results):
+    """Raises unless all workers have measured and chosen the same."""
+    kind, seconds = results[0]["auto"]
+    assert [*seconds] == ["sparse", "all_gather", "dense"]
+    assert kind == auto_exchange.choose(seconds)
+    for result in results:
+        assert result["auto"] == [kind, seconds]
+
+
+def test_workers_choose_alike(workers):
+    results, _ = workers
+    check_choices(results)
 
 
 def test_bytes(workers):
@@ -167,3 +183,8 @@ def test_collectives_of_workers_that_own_entries_have_one_order(of_two_devices):
         first, second = result["order"]["sequences"]
         assert first == second and len(first) > 6
         assert not result["order"]["unordered"]
+
+
+def test_workers_that_may_own_entries_choose_alike(of_two_devices):
+    results, _ = only_if_workers_own(of_two_devices)
+    check_choices(results)

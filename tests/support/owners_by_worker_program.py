@@ -75,6 +75,10 @@ def main(result_path, owners):
         result["order"] = exchange_program.order_of_collectives(
             strategy, topology=topology
         )
+        auto, _ = exchange_program.make(
+            strategy, exchange="auto", topology=topology
+        )
+        result["auto"] = [auto.chosen_exchange, auto.exchange_seconds]
     with open(result_path, "w", encoding="utf-8") as f:
         json.dump(result, f)
     sys.stdout.flush()

@@ -113,7 +113,9 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
             all-reduce, without sparsifier, codec and error, but with the
             momentum of `error_feedback`; or `"auto"`, which runs both a few
             times when the optimizer is built, on all workers at once, and takes
-            the faster one (`chosen_exchange`, `exchange_seconds`).
+            the faster one (`chosen_exchange`, `exchange_seconds`). With
+            `ReduceScatter` a third one is run, the all-gather of as many
+            entries.
         topology: `AllGather`, `Hierarchical`, `ReduceScatter`, `AllReduce` or
             another `Topology`: who exchanges gradients with whom. `AllReduce()`
             is `exchange="dense"`. Defaults to `AllGather()`.
@@ -305,10 +307,12 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
             lambda: tf.constant(0, tf.int64)
         )
         self._exchange_seconds: dict[str, float] | None = None
-        kind = self.exchange
-        if kind == "auto":
-            kind = self._choose_exchange(variables)
-        self._partition = self._new_partition(kind, variables)
+        self._partition = self._new_partition(
+            self._choose_exchange(variables)
+            if self.exchange == "auto"
+            else self.exchange,
+            variables,
+        )
         self._accumulation = None
         if self.accumulation_steps > 1:
             self._accumulation = local_accumulation.LocalAccumulation(
@@ -316,7 +320,7 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
             )
         if self._participants.cluster.worker == 0:
             notices.tell_what_is_sent(
-                self._partition.wire_report(is_quick=True),
+                self._report(is_quick=True),
                 type(self.sparsifier).__name__,
                 self._partition.density,
             )
@@ -369,7 +373,7 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
     def _choose_exchange(
         self, variables: Sequence[keras.Variable]
     ) -> partition_lib.Exchange:
-        """The faster exchange, of gradients that are random numbers."""
+        """The fastest exchange, of gradients that are random numbers."""
         if self._participants.count == 1:
             return "dense"
         self._exchange_seconds = auto_exchange.measure(
@@ -377,10 +381,17 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
                 kind: auto_exchange.trial(
                     self._new_partition(kind, variables), variables
                 )
-                for kind in partition_lib.EXCHANGES
+                for kind in partition_lib.candidates(self.topology)
             }
         )
         return auto_exchange.choose(self._exchange_seconds)
+
+    def _report(self, is_quick: bool = False) -> codecs.WireReport:
+        return dataclasses.replace(
+            self._partition.wire_report(is_quick),
+            exchange=self._partition.kind,
+            exchange_seconds=self._exchange_seconds,
+        )
 
     @property
     def dense_below(self) -> int:
@@ -410,8 +421,12 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
         ) or _has_workers_as_owners(self.topology)
 
     @property
-    def chosen_exchange(self) -> Literal["sparse", "dense"] | None:
-        """`"sparse"` or `"dense"`; None if it is to be chosen when built."""
+    def chosen_exchange(self) -> partition_lib.Exchange | None:
+        """`"sparse"` or `"dense"`; None if it is to be chosen when built.
+
+        Or `"all_gather"`, if `exchange="auto"` has chosen the all-gather in
+        place of a `ReduceScatter`.
+        """
         if self.built:
             return self._partition.kind
         return None if self.exchange == "auto" else self.exchange
@@ -500,11 +515,7 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
         56
         """
         training_validation.check_built(self, "wire_report")
-        return dataclasses.replace(
-            self._partition.wire_report(),
-            exchange=self._partition.kind,
-            exchange_seconds=self.exchange_seconds,
-        )
+        return self._report()
 
     def telemetry(self) -> list[dict[str, Any]]:
         """Returns numbers about the last step, for each replica.
