@@ -31,6 +31,7 @@ from tf_regtopk.optimizers import wrapper
 from tf_regtopk.selftest import checks
 from tf_regtopk.selftest import trial
 from tf_regtopk.selftest import workers
+from tf_regtopk.selftest.checks import parts
 from tf_regtopk.steps import finiteness
 from tf_regtopk.steps import local_accumulation
 
@@ -81,9 +82,7 @@ def failures(check, devices, cases):
 
 
 def xla_ignores_the_device(monkeypatch):
-    monkeypatch.setattr(
-        checks.tf, "device", lambda device: contextlib.nullcontext()
-    )
+    monkeypatch.setattr(tf, "device", lambda device: contextlib.nullcontext())
 
 
 def error_is_forgotten(monkeypatch):
@@ -392,9 +391,9 @@ def test_a_missing_library_fails_only_what_needs_it(
 
 def test_the_cases_cover_all_parts(devices):
     """What the lists of the checks leave to other checks is in those."""
-    values = {values for _, values in checks.CODECS} | {"float32"}
+    values = {values for _, values in parts.CODECS} | {"float32"}
     assert values == set(payload_lib.value_codecs.CODECS)
-    indices = {indices for indices, _ in checks.CODECS} | {"auto"}
+    indices = {indices for indices, _ in parts.CODECS} | {"auto"}
     assert indices == {"auto", *payload_lib.index_codecs.CODECS}
 
     def classes(base):
@@ -403,13 +402,13 @@ def test_the_cases_cover_all_parts(devices):
             found |= {c for d in each.__subclasses__() for c in classes(d)}
         return {c for c in found if c.__name__ in tf_regtopk.__all__}
 
-    rules = {type(rule) for rule in checks.RULES.values()}
+    rules = {type(rule) for rule in parts.RULES.values()}
     rules |= {tf_regtopk.Accumulate}
     assert rules == classes(error_feedback.ErrorFeedback) - {
         error_feedback.ErrorFeedback
     }
     base = tf_regtopk.Sparsifier
-    sparsifiers = {type(s) for s in checks.SPARSIFIERS.values()}
+    sparsifiers = {type(s) for s in parts.SPARSIFIERS.values()}
     assert sparsifiers == classes(base) - {base}
     for check in checks.CHECKS.values():
         names = [name for name, _ in check(devices)]
