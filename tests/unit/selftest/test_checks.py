@@ -34,6 +34,7 @@ from tf_regtopk.selftest import workers
 from tf_regtopk.selftest.checks import parts
 from tf_regtopk.steps import finiteness
 from tf_regtopk.steps import local_accumulation
+from tf_regtopk.steps import scattered_step
 
 CPUS = ("CPU:0", "CPU:1")
 
@@ -132,6 +133,26 @@ def batches_are_forgotten(monkeypatch):
         local_accumulation.LocalAccumulation,
         "_mean",
         lambda self, gradients: list(gradients),
+    )
+
+
+def replicas_keep_their_words(monkeypatch):
+    monkeypatch.setattr(collectives, "all_to_all", lambda payloads: payloads)
+
+
+def a_word_is_lost_on_the_way(monkeypatch):
+    exchange = collectives.all_to_all
+
+    def exchange_some(payloads):
+        received = exchange(payloads)
+        return tf.concat([received[:, :-1], received[:, :1]], axis=1)
+
+    monkeypatch.setattr(collectives, "all_to_all", exchange_some)
+
+
+def what_finds_no_room_is_forgotten(monkeypatch):
+    monkeypatch.setattr(
+        scattered_step.ScatteredStep, "_taken_over", lambda self, reduced: None
     )
 
 
@@ -277,6 +298,24 @@ FAULTS = [
         "options",
         "accumulation_steps",
         batches_are_forgotten,
+        "what was applied and what is held back differ",
+    ),
+    (
+        "reduce_scatter",
+        "known words",
+        replicas_keep_their_words,
+        "words that replica 0 has received differ from those sent to 0",
+    ),
+    (
+        "reduce_scatter",
+        "known words",
+        a_word_is_lost_on_the_way,
+        "words that replica . has received differ .* in 2 of 2000",
+    ),
+    (
+        "reduce_scatter",
+        "TopK",
+        what_finds_no_room_is_forgotten,
         "what was applied and what is held back differ",
     ),
     (

@@ -7,6 +7,7 @@ from tf_regtopk.selftest import trial as trial_lib
 from tf_regtopk.selftest.checks import agreement
 from tf_regtopk.selftest.checks import keras_training
 from tf_regtopk.selftest.checks import machine
+from tf_regtopk.selftest.checks import owners
 from tf_regtopk.selftest.checks import parts
 from tf_regtopk.selftest.checks import several_workers
 from tf_regtopk.selftest.checks import speed
@@ -22,6 +23,7 @@ CHECKS: dict[str, Callable[[trial_lib.Devices], Iterator[parts.Case]]] = {
         step.codecs,
         step.error_feedback,
         step.options,
+        owners.reduce_scatter,
         agreement.placement,
         agreement.same_as_cpu,
         agreement.repeatable,
