@@ -13,6 +13,7 @@ import tensorflow as tf
 
 import tf_regtopk
 from tf_regtopk.kernels import ownership
+from tf_regtopk.steps import auto_exchange
 
 SHAPES = [(3, 5), (7,), (), (2, 3, 1), (12, 7)]
 SIZES = [int(np.prod(shape)) for shape in SHAPES]
@@ -331,10 +332,11 @@ def test_report(mirrored):
         (dict(capacity=0.5), "`capacity` must be at least 1"),
         (dict(keep=0), "`keep` must be positive"),
         (dict(keep=float("nan")), "`keep` must be"),
+        (dict(hierarchical=1), "`hierarchical` must be"),
     ],
 )
 def test_bad_arguments(kwargs, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         tf_regtopk.ReduceScatter(**kwargs)
 
 
@@ -355,3 +357,210 @@ def test_config():
     config = keras.saving.serialize_keras_object(optimizer)
     restored = keras.saving.deserialize_keras_object(config)
     assert restored.topology == optimizer.topology
+
+
+@keras.saving.register_keras_serializable(package="tests")
+@dataclasses.dataclass(frozen=True)
+class Doubling(tf_regtopk.ReduceScatter):
+    """A topology of a user's own, with one more hyper-parameter."""
+
+    factor: float = 1.0
+
+    def scatter(self, payloads, cluster):
+        return super().scatter(payloads, cluster)
+
+
+@pytest.mark.parametrize(
+    "topology, expected",
+    [
+        # As before there was `hierarchical`.
+        (tf_regtopk.ReduceScatter(2.0, 0.5), {"capacity": 2.0, "keep": 0.5}),
+        (
+            tf_regtopk.ReduceScatter(2.0, hierarchical=True),
+            {"capacity": 2.0, "keep": 1.0, "hierarchical": True},
+        ),
+        (
+            Doubling(2.0, 0.5, 3.0),
+            {"capacity": 2.0, "keep": 0.5, "factor": 3.0},
+        ),
+    ],
+)
+def test_what_is_saved_of_it(topology, expected):
+    saved = keras.saving.serialize_keras_object(topology)
+    assert saved["config"] == expected
+    assert keras.saving.deserialize_keras_object(saved) == topology
+
+
+def test_the_replicas_of_the_only_worker_are_one(mirrored):
+    """Nothing is sent, and entries are what they are."""
+    g = gradients(2)
+    sparsifier = tf_regtopk.RegTopK(0.2)
+    actual, optimizer, *_ = train(
+        mirrored(2),
+        g,
+        sparsifier=sparsifier,
+        topology=tf_regtopk.ReduceScatter(hierarchical=True),
+    )
+    expected, *_ = train(
+        mirrored(2), g, sparsifier=sparsifier, hierarchical=True
+    )
+    np.testing.assert_array_equal(actual, expected)
+    assert len(optimizer.residual_errors()) == 1
+    assert optimizer.wire_report().sent_bytes == 0
+
+
+# What each choice of `exchange="auto"` comes to.
+CHOICES = {
+    "sparse": {"topology": tf_regtopk.ReduceScatter()},
+    "all_gather": {},
+    "dense": {"exchange": "dense"},
+}
+
+
+def choose(kind, monkeypatch):
+    """Makes an exchange the fastest, and returns what is measured."""
+    seconds = {name: 0.1 for name in CHOICES} | {kind: 0.05}
+    monkeypatch.setattr(auto_exchange, "measure", lambda _: seconds)
+    return seconds
+
+
+def automatic(strategy, **kwargs):
+    """An optimizer that chooses, and its variables."""
+    return make(
+        strategy,
+        sparsifier=tf_regtopk.RegTopK(0.2),
+        error_feedback=tf_regtopk.LearnedShift(),
+        **{
+            "exchange": "auto",
+            "topology": tf_regtopk.ReduceScatter(),
+            **kwargs,
+        },
+    )
+
+
+def steps(strategy, optimizer, variables, g):
+    """The weights after each step."""
+    take_step = flat_gradients.step_function(strategy, optimizer, variables)
+    weights = []
+    for of_step in g:
+        take_step(of_step)
+        weights.append(flat_gradients.flat_weights(variables))
+    return weights
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["all_gather", "sparse", pytest.param("dense", marks=pytest.mark.slow)],
+)
+def test_auto_takes_the_fastest(kind, mirrored, monkeypatch, capfd):
+    seconds = choose(kind, monkeypatch)
+    g = gradients(2)[:4]
+    capfd.readouterr()
+    optimizer, variables = automatic(mirrored(2))
+    told = capfd.readouterr().err.splitlines()
+    [line] = [line for line in told if line.startswith("INFO:tf_regtopk:")]
+    assert line.startswith("INFO:tf_regtopk: Dense") == (kind == "dense")
+    assert "The fastest of those measured a step: sparse " in line
+    assert f"{kind} 50.0 ms" in line
+    assert optimizer.chosen_exchange == kind
+    assert optimizer.exchange_seconds == seconds
+    expected, others = automatic(
+        mirrored(2), **{"exchange": "sparse", "topology": None, **CHOICES[kind]}
+    )
+    report, other = optimizer.wire_report(), expected.wire_report()
+    assert report == dataclasses.replace(
+        other, exchange=kind, exchange_seconds=seconds
+    )
+    assert f"{kind} (measured a step: sparse " in str(report)
+    assert kind in repr(optimizer)
+    np.testing.assert_array_equal(
+        steps(mirrored(2), optimizer, variables, g),
+        steps(mirrored(2), expected, others, g),
+    )
+
+
+def test_auto_measures_all(mirrored):
+    optimizer, _ = automatic(mirrored(2))
+    seconds = optimizer.exchange_seconds
+    assert [*seconds] == [*CHOICES]
+    assert all(0 < s < 60 for s in seconds.values())
+    assert optimizer.chosen_exchange == auto_exchange.choose(seconds)
+
+
+@pytest.mark.parametrize(
+    "sparse, all_gather, dense, expected",
+    [
+        (1.0, 1.04, 1.2, "all_gather"),
+        (1.0, 1.06, 1.2, "sparse"),
+        (1.0, 1.0, 1.04, "dense"),
+        (1.0, 1.06, 1.04, "dense"),
+        (1.0, 1.02, 1.06, "sparse"),
+        (2.0, 1.0, 3.0, "all_gather"),
+    ],
+)
+def test_what_loses_less_is_taken_unless_it_is_slower(
+    sparse, all_gather, dense, expected
+):
+    seconds = {"sparse": sparse, "all_gather": all_gather, "dense": dense}
+    assert auto_exchange.choose(seconds) == expected
+
+
+@pytest.mark.parametrize(
+    "saved_with, chosen",
+    [
+        ("all_gather", "sparse"),
+        ("sparse", "all_gather"),
+        pytest.param("all_gather", "dense", marks=pytest.mark.slow),
+        pytest.param("dense", "all_gather", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_goes_on_by_the_exchange_it_began_with(
+    saved_with, chosen, mirrored, monkeypatch
+):
+    """To the bit, also by the exchange's own name."""
+    strategy, g = mirrored(2), gradients(2)
+    choose(saved_with, monkeypatch)
+    optimizer, variables = automatic(strategy)
+    steps(strategy, optimizer, variables, g[:4])
+    saved = optimizer.save_state()
+    kept = [v.numpy() for v in (*variables, *optimizer.variables)]
+    expected = steps(strategy, optimizer, variables, g[4:8])
+    choose(chosen, monkeypatch)
+    own = {"exchange": "sparse", "topology": None, **CHOICES[saved_with]}
+    for kwargs in ({}, own):
+        optimizer, variables = automatic(strategy, **kwargs)
+        assert optimizer.chosen_exchange == kwargs.get("exchange", chosen)
+        for variable, value in zip(
+            (*variables, *optimizer.variables), kept, strict=True
+        ):
+            variable.assign(value)
+        optimizer.load_state(saved)
+        assert optimizer.chosen_exchange == kwargs.get("exchange", saved_with)
+        np.testing.assert_array_equal(
+            steps(strategy, optimizer, variables, g[4:8]), expected
+        )
+
+
+def test_what_an_all_gather_saved_goes_on_by_the_topology_given(
+    mirrored, monkeypatch
+):
+    choose("all_gather", monkeypatch)
+    optimizer, variables = automatic(mirrored(2))
+    steps(mirrored(2), optimizer, variables, gradients(2)[:2])
+    saved = optimizer.save_state()
+    assert saved.moment["exchange"] == "all_gather"
+    by_owners, _ = automatic(mirrored(2), exchange="sparse")
+    by_owners.load_state(saved)
+    assert by_owners.chosen_exchange == "sparse"
+    assert by_owners.wire_report().topology == "ReduceScatter"
+    choose("dense", monkeypatch)
+    gathering, _ = automatic(mirrored(2), topology=None)
+    gathering.load_state(saved)
+    assert gathering.chosen_exchange == "sparse"
+    assert gathering.wire_report().topology == "AllGather"
+    np.testing.assert_equal(
+        gathering.save_state().replicas, by_owners.save_state().replicas
+    )
+    dense, _ = automatic(mirrored(2), exchange="dense")
+    with pytest.raises(ValueError, match='must be "auto" or "sparse"'):
+        dense.load_state(saved)

@@ -140,7 +140,7 @@ def imported_parts(path):
 def files_of(part):
     """The Python files of a package or module at the top of `tf_regtopk`."""
     module = PACKAGE / f"{part}.py"
-    return [module] if module.exists() else (PACKAGE / part).glob("*.py")
+    return [module] if module.exists() else (PACKAGE / part).rglob("*.py")
 
 
 def test_layers_are_complete():
@@ -160,19 +160,34 @@ def test_imports_point_one_way():
         below |= set(layer)
 
 
+def imports_within(package, path):
+    """The modules and packages of a package that a file or a folder imports."""
+    folders = package.relative_to(paths.ROOT).parts
+    name = ".".join(folders)
+    files = path.rglob("*.py") if path.is_dir() else [path]
+    found = {
+        alias.name
+        if node.module == name
+        else node.module.split(".")[len(folders)]
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text("utf-8")))
+        if isinstance(node, ast.ImportFrom)
+        and f"{node.module}.".startswith(f"{name}.")
+        for alias in node.names
+    }
+    return found - {path.stem}
+
+
 def test_modules_do_not_import_each_other():
     """Within a package no module imports one that, in turn, imports it."""
-    for package in PACKAGE.glob("*/__init__.py"):
-        name = f"tf_regtopk.{package.parent.name}"
-        graph = {}
-        for path in package.parent.glob("[!_]*.py"):
-            graph[path.stem] = {
-                alias.name if node.module == name else node.module.split(".")[2]
-                for node in ast.walk(ast.parse(path.read_text("utf-8")))
-                if isinstance(node, ast.ImportFrom)
-                and f"{node.module}.".startswith(f"{name}.")
-                for alias in node.names
-            }
+    for package in (path.parent for path in PACKAGE.rglob("*/__init__.py")):
+        graph = {
+            path.stem: imports_within(package, path)
+            for path in (
+                *package.glob("[!_]*.py"),
+                *(path.parent for path in package.glob("*/__init__.py")),
+            )
+        }
         while graph:
             leaves = {name for name, targets in graph.items() if not targets}
             assert leaves, f"These import each other in a circle: {graph}"

@@ -74,7 +74,9 @@ def train(
             optimizer, variables = make(strategy, feedback, **kwargs)
             for variable, value in zip(variables, values, strict=True):
                 variable.assign(value)
+            # The inner optimizer's, and the wrapper's for what is rounded.
             optimizer.iterations.assign(i)
+            optimizer.counters[0].assign(i)
             optimizer.load_state(saved)
             take_step = flat_gradients.step_function(
                 strategy, optimizer, variables
@@ -142,13 +144,17 @@ def bytes_a_step(strategy, num_steps=5, size=200_000, num_workers=2, **kwargs):
     return counted, sent_by_all
 
 
-def order_of_collectives(strategy):
+def order_of_collectives(strategy, **kwargs):
     """Which collectives there are, and which of one device nothing orders.
 
     Of a step with all that communicates: workers' entries, variables exchanged
     densely, a metric and the loss.
+
+    Args:
+        strategy: The strategy.
+        **kwargs: Arguments of the optimizer.
     """
-    optimizer, variables = make(strategy, hierarchical=True, dense_below=10)
+    optimizer, variables = make(strategy, dense_below=10, **kwargs)
     with strategy.scope():
         metric = keras.metrics.Mean()
 
@@ -236,7 +242,7 @@ def main(result_path):
         name: bytes_a_step(strategy, hierarchical=hierarchical)
         for name, hierarchical in (("hierarchical", True), ("flat", False))
     }
-    result["order"] = order_of_collectives(strategy)
+    result["order"] = order_of_collectives(strategy, hierarchical=True)
     auto, _ = make(strategy, exchange="auto")
     result["auto"] = [auto.chosen_exchange, auto.exchange_seconds]
     with open(result_path, "w", encoding="utf-8") as f:

@@ -33,6 +33,10 @@ def main(result_path, *counted):
             num_workers=n,
             topology=topology,
         )
+    auto, _ = exchange_program.make(
+        strategy, exchange="auto", topology=TOPOLOGIES["reduce_scatter"]
+    )
+    result["auto"] = [auto.chosen_exchange, auto.exchange_seconds]
     with open(result_path, "w", encoding="utf-8") as f:
         json.dump(result, f)
     sys.stdout.flush()

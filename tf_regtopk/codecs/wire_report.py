@@ -45,7 +45,7 @@ class WireReport:
         dense_sent_bytes: Bytes that each replica sends per step without the
             wrapper, by a ring.
         topology: Name of the topology by which payloads go.
-        exchange: The chosen exchange, `"sparse"` or `"dense"`.
+        exchange: The chosen exchange, `"sparse"`, `"all_gather"` or `"dense"`.
         exchange_seconds: Measured seconds per step of each exchange, by its
             name; None unless `exchange="auto"` measured them to choose.
     """
@@ -64,7 +64,7 @@ class WireReport:
     sent_bytes: int = 0
     dense_sent_bytes: int = 0
     topology: str = "AllGather"
-    exchange: Literal["sparse", "dense"] = "sparse"
+    exchange: Literal["sparse", "all_gather", "dense"] = "sparse"
     exchange_seconds: dict[str, float] | None = None
 
     @property
@@ -73,16 +73,20 @@ class WireReport:
         num_bytes = self.payload_bytes + self.dense_below_bytes
         return self.dense_bytes / max(num_bytes, 1)
 
+    @property
+    def measured(self) -> str:
+        """The measured times of a step in words; empty without any."""
+        return ", ".join(
+            f"{name} {1e3 * seconds:.1f} ms"
+            for name, seconds in (self.exchange_seconds or {}).items()
+        )
+
     def __str__(self) -> str:
         exchange: str = self.exchange
-        if exchange == "sparse" and not self.num_selected:
+        if exchange != "dense" and not self.num_selected:
             exchange = "dense, because no variable is sent sparsely"
-        if self.exchange_seconds:
-            measured = [
-                f"{name} {1e3 * seconds:.1f} ms"
-                for name, seconds in self.exchange_seconds.items()
-            ]
-            exchange += f" (measured a step: {', '.join(measured)})"
+        if self.measured:
+            exchange += f" (measured a step: {self.measured})"
         rows = {
             "exchange": exchange,
             "all gradients": f"{self.dense_bytes:,} bytes, summed over "

@@ -93,6 +93,77 @@ def all_to_all(payloads: tf.Tensor) -> tf.Tensor:
     return gathered[:, replica.replica_id_in_sync_group]
 
 
+def gather_among_workers(
+    payload: tf.Tensor, worker: int, num_workers: int
+) -> tf.Tensor:
+    """Gives every worker the payloads of all workers.
+
+    To be called in a replica context, on all replicas. Each replica of a worker
+    sends its share of the words, so that the worker sends its payload once.
+
+    Args:
+        payload: Tensor `[length]` of held words, the same on all replicas of a
+            worker.
+        worker: Rank of this worker.
+        num_workers: Number of workers.
+
+    Returns:
+        Tensor `[number of workers, length]` of held words.
+    """
+    shares = _shares(payload, num_workers)
+    if shares.shape[0] == 1:
+        return all_gather(payload)
+    gathered = watchdog.watched(
+        lambda: keras_internals.gather_among_workers(
+            shares, worker, num_workers
+        )
+    )
+    return tf.reshape(gathered, [num_workers, -1])[:, : payload.shape[0]]
+
+
+def all_to_all_among_workers(
+    payloads: tf.Tensor, worker: int, num_workers: int
+) -> tf.Tensor:
+    """Gives every worker the payloads that all workers have for it.
+
+    To be called in a replica context, on all replicas. Each replica of a worker
+    sends its share of the words, so that the worker sends each payload once.
+
+    Args:
+        payloads: Tensor `[number of workers, length]` of held words, the same
+            on all replicas of a worker: the row of each worker is for that
+            worker.
+        worker: Rank of this worker.
+        num_workers: Number of workers.
+
+    Returns:
+        Tensor `[number of workers, length]` of held words, the same on all
+        replicas of a worker: the row of each worker is from that worker.
+    """
+    shares = _shares(payloads, num_workers)
+    if shares.shape[1] == 1:
+        return all_to_all(payloads)
+    received = watchdog.watched(
+        lambda: keras_internals.exchange_among_workers(
+            shares, worker, num_workers
+        )
+    )
+    return tf.reshape(received, [num_workers, -1])[:, : payloads.shape[1]]
+
+
+def _shares(payloads: tf.Tensor, num_workers: int) -> tf.Tensor:
+    """The shares of the replicas of a worker, `[..., replicas, length]`.
+
+    The words of the last axis are divided, with zeros at the end.
+    """
+    replica = tf.distribute.get_replica_context()
+    num_replicas = replica.num_replicas_in_sync // num_workers
+    *rows, length = payloads.shape
+    share = -(-length // num_replicas)
+    padding = [[0, 0]] * len(rows) + [[0, share * num_replicas - length]]
+    return tf.reshape(tf.pad(payloads, padding), [*rows, num_replicas, share])
+
+
 def gather_from_workers(
     numbers: Sequence[int], strategy: tf.distribute.Strategy
 ) -> np.ndarray:

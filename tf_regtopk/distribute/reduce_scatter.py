@@ -1,6 +1,8 @@
 """Reduce-scatter of entries: each entry is summed by one owner."""
 
+from collections.abc import Sequence
 import dataclasses
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -36,17 +38,26 @@ class ReduceScatter(topology.EntryTopology):
     Between workers a participant sends to each owner by an all-to-all. Replicas
     of one process gather all of it, which saves nothing: there this is to try.
 
+    With `hierarchical` the replicas of each worker sum their gradients
+    beforehand, as by `Hierarchical`: the workers are the participants, and each
+    sends what goes to an owner once, however many replicas it has.
+
     Args:
         capacity: Float of at least 1: the most entries from one participant to
             one owner, in units of k / N, rounded up.
         keep: Positive float: the most sums that an owner keeps, in units of
             k / N, rounded up. `keep = capacity * N` keeps all sums.
+        hierarchical: Boolean, by its name only. Whether every worker acts as
+            one.
 
     Example:
 
     >>> cluster = topology.Cluster(num_replicas=4)
     >>> ReduceScatter(capacity=1.5, keep=1.0).sent_bytes(100, cluster)
     75.0
+    >>> cluster = topology.Cluster(num_replicas=8, num_workers=2)
+    >>> ReduceScatter(hierarchical=True).worker_sent_bytes(100, cluster)
+    50.0
 
     A relative of Ok-Topk (Li, Hoefler, 2022) and of SparDL (Zhao et al., 2023),
     which balance and merge in other ways.
@@ -54,6 +65,7 @@ class ReduceScatter(topology.EntryTopology):
 
     capacity: float = 1.5
     keep: float = 1.0
+    hierarchical: bool = dataclasses.field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         validation.check_number(
@@ -66,6 +78,24 @@ class ReduceScatter(topology.EntryTopology):
         validation.check_number(
             "keep", self.keep, "positive", lambda share: share > 0
         )
+        validation.check_boolean("hierarchical", self.hierarchical)
+
+    @property
+    def gathering(self) -> topology.EntryTopology:
+        """The topology by which its participants would send all to all."""
+        if self.hierarchical:
+            return topology.Hierarchical()
+        return topology.AllGather()
+
+    def replicas_per_participant(self, cluster: topology.Cluster) -> int:
+        return self.gathering.replicas_per_participant(cluster)
+
+    def sum_within(
+        self,
+        gradients: Sequence[tf.Tensor | None],
+        cluster: topology.Cluster,
+    ) -> Sequence[tf.Tensor | None]:
+        return self.gathering.sum_within(gradients, cluster)
 
     def scatter(
         self, payloads: tf.Tensor, cluster: topology.Cluster
@@ -79,7 +109,10 @@ class ReduceScatter(topology.EntryTopology):
         Returns:
             Tensor `[N, length]` of held words, a row from each participant.
         """
-        del cluster
+        if self.hierarchical:
+            return collectives.all_to_all_among_workers(
+                payloads, cluster.worker, cluster.num_workers
+            )
         return collectives.all_to_all(payloads)
 
     def exchange(
@@ -88,15 +121,23 @@ class ReduceScatter(topology.EntryTopology):
         num_used: tf.Tensor | None,
         cluster: topology.Cluster,
     ) -> tf.Tensor:
-        del num_used, cluster
-        return collectives.all_gather(payload)
+        del num_used  # All lengths are fixed.
+        return self.gathering.exchange(payload, None, cluster)
 
     def sent_bytes(self, num_bytes: int, cluster: topology.Cluster) -> float:
-        return exchanges.to_owners(num_bytes, cluster.num_replicas)
+        return exchanges.to_owners(num_bytes, self.num_participants(cluster))
 
     def worker_sent_bytes(
         self, num_bytes: int, cluster: topology.Cluster
     ) -> float:
+        n = self.num_participants(cluster)
         return exchanges.to_owners_by_worker(
-            num_bytes, cluster.num_replicas, cluster.replicas_per_worker
+            num_bytes, n, n // cluster.num_workers
         )
+
+    def get_config(self) -> dict[str, Any]:
+        config = super().get_config()
+        # Without it, files are as those of versions that do not know it.
+        if not self.hierarchical:
+            del config["hierarchical"]
+        return config

@@ -246,18 +246,9 @@ class Hierarchical(EntryTopology):
         del num_used
         if cluster.num_workers == 1:
             return payload[tf.newaxis]
-        if cluster.replicas_per_worker == 1:
-            return collectives.all_gather(payload)
-        length = payload.shape[0]
-        share = -(-length // cluster.replicas_per_worker)
-        padding = share * cluster.replicas_per_worker - length
-        shares = tf.reshape(tf.pad(payload, [[0, padding]]), [-1, share])
-        gathered = watchdog.watched(
-            lambda: keras_internals.gather_among_workers(
-                shares, cluster.worker, cluster.num_workers
-            )
+        return collectives.gather_among_workers(
+            payload, cluster.worker, cluster.num_workers
         )
-        return tf.reshape(gathered, [cluster.num_workers, -1])[:, :length]
 
     def sent_bytes(self, num_bytes: int, cluster: Cluster) -> float:
         return exchanges.to_all(num_bytes, cluster.num_workers)

@@ -11,6 +11,7 @@ from tf_regtopk.keras_internals.checkpoints import CheckpointedAsInner
 from tf_regtopk.keras_internals.collectives import abort_collectives
 from tf_regtopk.keras_internals.collectives import can_exchange_at_once
 from tf_regtopk.keras_internals.collectives import can_gather_at_once
+from tf_regtopk.keras_internals.collectives import exchange_among_workers
 from tf_regtopk.keras_internals.collectives import exchange_at_once
 from tf_regtopk.keras_internals.collectives import gather_among_workers
 from tf_regtopk.keras_internals.collectives import gather_at_once
@@ -44,6 +45,7 @@ __all__ = [
     "can_gather_at_once",
     "check_upstream",
     "divide_by_no_zeros",
+    "exchange_among_workers",
     "exchange_at_once",
     "exchange_in_group",
     "gather_among_workers",

@@ -186,15 +186,64 @@ def gather_among_workers(
     """
     within, across = _launchers_of_worker(worker, num_workers)
     num_replicas, length = shares.shape
-    # Each share begins with its place, because TensorFlow gathers the devices
-    # of a worker in an order of its own.
-    places = tf.range(num_replicas, dtype=shares.dtype)[:, tf.newaxis]
-    shares = tf.concat([places, shares], axis=1)
     share = shares[tf.distribute.get_replica_context()._replica_id]
-    gathered = _gather(_gather(share, across), within)
-    gathered = tf.reshape(gathered, [num_replicas, num_workers, 1 + length])
-    gathered = tf.gather(gathered, tf.argsort(gathered[:, 0, 0]))
-    return tf.transpose(gathered[..., 1:], [1, 0, 2])
+    received = tf.reshape(_gather(share, across), [num_workers, length])
+    return _gather_shares(received, within, num_replicas)
+
+
+def exchange_among_workers(
+    shares: tf.Tensor, worker: int, num_workers: int
+) -> tf.Tensor:
+    """Sends each worker its payload, which each worker sends only once.
+
+    As `gather_among_workers`, but to each worker another payload.
+
+    Args:
+        shares: Tensor `[number of workers, replicas of a worker, length]`, the
+            same on all replicas of a worker: the row of each worker is for that
+            worker.
+        worker: Rank of this worker.
+        num_workers: Number of workers.
+
+    Returns:
+        Tensor `[number of workers, replicas of a worker, length]`: the row of
+        each worker is from that worker.
+    """
+    within, across = _launchers_of_worker(worker, num_workers)
+    share = shares[:, tf.distribute.get_replica_context()._replica_id]
+    with tf.device(across._device):
+        received = collective_ops.all_to_all_v2(share, *_arguments(across))
+    return _gather_shares(received, within, shares.shape[1])
+
+
+def _gather_shares(
+    received: tf.Tensor,
+    within: "cross_device_utils.CollectiveReplicaLauncher",
+    num_replicas: int,
+) -> tf.Tensor:
+    """Gathers what the replicas of a worker have received.
+
+    Args:
+        received: Tensor `[number of workers, length]`, of this replica's place.
+        within: The launcher of the replicas of this worker.
+        num_replicas: Number of replicas of a worker.
+
+    Returns:
+        Tensor `[number of workers, replicas of a worker, length]`.
+    """
+    num_workers, length = received.shape
+    # The place comes first, because TensorFlow gathers the devices of a worker
+    # in an order of its own.
+    place = tf.range(num_replicas, dtype=received.dtype)
+    place = place[tf.distribute.get_replica_context()._replica_id]
+    gathered = _gather(
+        tf.concat([place[tf.newaxis], tf.reshape(received, [-1])], axis=0),
+        within,
+    )
+    gathered = tf.reshape(gathered, [num_replicas, 1 + num_workers * length])
+    gathered = tf.gather(gathered, tf.argsort(gathered[:, 0]))
+    gathered = tf.reshape(gathered[:, 1:], [num_replicas, num_workers, length])
+    return tf.transpose(gathered, [1, 0, 2])
 
 
 def _gather(

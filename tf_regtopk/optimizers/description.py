@@ -26,7 +26,9 @@ def describe(optimizer: Any, index_code: str | None) -> str:
             _sparsifier(optimizer),
             type(optimizer.error_feedback).__name__,
             _codec(optimizer.codec, index_code),
-            f"{exchange} {type(optimizer.topology).__name__}",
+            exchange
+            if exchange == "all_gather"
+            else f"{exchange} {type(optimizer.topology).__name__}",
         ]
     if optimizer.accumulation_steps > 1:
         parts.append(f"{optimizer.accumulation_steps} batches a step")

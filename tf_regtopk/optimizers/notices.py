@@ -17,7 +17,10 @@ def tell_what_is_sent(
         sparsifier: Name of the sparsifier.
         density: The share of the entries that is sent.
     """
-    logger.info("%s", _line(report, sparsifier, density))
+    line = _line(report, sparsifier, density)
+    if report.measured:
+        line += f" The fastest of those measured a step: {report.measured}."
+    logger.info("%s", line)
     for warning in _warnings(report):
         logger.warning("%s", warning)
 

@@ -14,6 +14,7 @@ from tf_regtopk import error_feedback as error_feedback_lib
 from tf_regtopk import keras_internals
 from tf_regtopk import sparsifiers
 from tf_regtopk.distribute import replica_state
+from tf_regtopk.distribute import topology as topology_lib
 from tf_regtopk.optimizers import wrapper
 from tf_regtopk.saving import saved_config
 from tf_regtopk.saving import saved_state
@@ -31,6 +32,7 @@ class ReplicaSaving(wrapper.OptimizerWrapper):
     sparsifier: sparsifiers.Sparsifier
     error_feedback: error_feedback_lib.ErrorFeedback
     exchange: Literal["sparse", "dense", "auto"]
+    topology: topology_lib.Topology
     _partition: partition_lib.Partition
     _accumulation: local_accumulation.LocalAccumulation | None
 
@@ -139,10 +141,16 @@ class ReplicaSaving(wrapper.OptimizerWrapper):
         self, saved: saved_state.SavedState
     ) -> partition_lib.Partition:
         """The exchange by which the saved run went, and is to go on."""
+        candidates: tuple[str | None, ...] = (self.chosen_exchange,)
+        if self.exchange == "auto":
+            candidates = partition_lib.candidates(self.topology)
         kind = saved.moment.get("exchange", "sparse")
+        if kind == "all_gather" and kind not in candidates:
+            # The state is the same, and the topology that is given counts.
+            kind = "sparse"
         if kind == self.chosen_exchange:
             return self._partition
-        if self.exchange != "auto" or kind not in partition_lib.EXCHANGES:
+        if kind not in candidates:
             raise ValueError(
                 f'`exchange` must be "auto" or "{kind}" to load what was saved '
                 f'with exchange="{kind}". Received: exchange="{self.exchange}"'

@@ -22,6 +22,7 @@ from tf_regtopk import validation
 from tf_regtopk import version
 from tf_regtopk.distribute import agreement
 from tf_regtopk.distribute import mixing
+from tf_regtopk.distribute import reduce_scatter
 from tf_regtopk.distribute import replica_state
 from tf_regtopk.distribute import topology as topology_lib
 from tf_regtopk.error_feedback import error_accumulation
@@ -112,10 +113,12 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
             all-reduce, without sparsifier, codec and error, but with the
             momentum of `error_feedback`; or `"auto"`, which runs both a few
             times when the optimizer is built, on all workers at once, and takes
-            the faster one (`chosen_exchange`, `exchange_seconds`).
-        topology: `AllGather`, `Hierarchical`, `AllReduce` or another
-            `Topology`: who exchanges gradients with whom. `AllReduce()` is
-            `exchange="dense"`. Defaults to `AllGather()`.
+            the faster one (`chosen_exchange`, `exchange_seconds`). With
+            `ReduceScatter` a third one is run, the all-gather of as many
+            entries.
+        topology: `AllGather`, `Hierarchical`, `ReduceScatter`, `AllReduce` or
+            another `Topology`: who exchanges gradients with whom. `AllReduce()`
+            is `exchange="dense"`. Defaults to `AllGather()`.
         hierarchical: Boolean. True is `topology=Hierarchical()`: the replicas
             of each worker sum their gradients densely, and workers exchange
             entries. N then is the number of workers, and each sends its payload
@@ -304,10 +307,12 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
             lambda: tf.constant(0, tf.int64)
         )
         self._exchange_seconds: dict[str, float] | None = None
-        kind = self.exchange
-        if kind == "auto":
-            kind = self._choose_exchange(variables)
-        self._partition = self._new_partition(kind, variables)
+        self._partition = self._new_partition(
+            self._choose_exchange(variables)
+            if self.exchange == "auto"
+            else self.exchange,
+            variables,
+        )
         self._accumulation = None
         if self.accumulation_steps > 1:
             self._accumulation = local_accumulation.LocalAccumulation(
@@ -315,7 +320,7 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
             )
         if self._participants.cluster.worker == 0:
             notices.tell_what_is_sent(
-                self._partition.wire_report(is_quick=True),
+                self._report(is_quick=True),
                 type(self.sparsifier).__name__,
                 self._partition.density,
             )
@@ -368,7 +373,7 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
     def _choose_exchange(
         self, variables: Sequence[keras.Variable]
     ) -> partition_lib.Exchange:
-        """The faster exchange, of gradients that are random numbers."""
+        """The fastest exchange, of gradients that are random numbers."""
         if self._participants.count == 1:
             return "dense"
         self._exchange_seconds = auto_exchange.measure(
@@ -376,10 +381,17 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
                 kind: auto_exchange.trial(
                     self._new_partition(kind, variables), variables
                 )
-                for kind in partition_lib.EXCHANGES
+                for kind in partition_lib.candidates(self.topology)
             }
         )
         return auto_exchange.choose(self._exchange_seconds)
+
+    def _report(self, is_quick: bool = False) -> codecs.WireReport:
+        return dataclasses.replace(
+            self._partition.wire_report(is_quick),
+            exchange=self._partition.kind,
+            exchange_seconds=self._exchange_seconds,
+        )
 
     @property
     def dense_below(self) -> int:
@@ -403,12 +415,18 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
 
     @property
     def hierarchical(self) -> bool:
-        """True if the topology is `Hierarchical`."""
-        return isinstance(self.topology, topology_lib.Hierarchical)
+        """Whether every worker acts as one: by `Hierarchical` or owners."""
+        return isinstance(
+            self.topology, topology_lib.Hierarchical
+        ) or _has_workers_as_owners(self.topology)
 
     @property
-    def chosen_exchange(self) -> Literal["sparse", "dense"] | None:
-        """`"sparse"` or `"dense"`; None if it is to be chosen when built."""
+    def chosen_exchange(self) -> partition_lib.Exchange | None:
+        """`"sparse"` or `"dense"`; None if it is to be chosen when built.
+
+        Or `"all_gather"`, if `exchange="auto"` has chosen the all-gather in
+        place of a `ReduceScatter`.
+        """
         if self.built:
             return self._partition.kind
         return None if self.exchange == "auto" else self.exchange
@@ -497,11 +515,7 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
         56
         """
         training_validation.check_built(self, "wire_report")
-        return dataclasses.replace(
-            self._partition.wire_report(),
-            exchange=self._partition.kind,
-            exchange_seconds=self.exchange_seconds,
-        )
+        return self._report()
 
     def telemetry(self) -> list[dict[str, Any]]:
         """Returns numbers about the last step, for each replica.
@@ -612,12 +626,23 @@ def _choose_topology(
     validation.check_instance(
         "topology", topology, topology_lib.Topology, "Hierarchical()"
     )
-    if hierarchical and topology != topology_lib.Hierarchical():
+    if hierarchical and not (
+        topology == topology_lib.Hierarchical()
+        or _has_workers_as_owners(topology)
+    ):
         raise ValueError(
-            "`hierarchical=True` must go without another `topology`. "
-            f"Received: topology={topology!r}"
+            "`hierarchical=True` must go without another `topology`; for "
+            "workers that own entries write `ReduceScatter(hierarchical=True)`"
+            f". Received: topology={topology!r}"
         )
     return topology
+
+
+def _has_workers_as_owners(topology: topology_lib.Topology) -> bool:
+    return (
+        isinstance(topology, reduce_scatter.ReduceScatter)
+        and topology.hierarchical
+    )
 
 
 def _check_topology(

@@ -6,6 +6,7 @@ selected entries, and F the time of a pass over the gradient.
 """
 
 from collections.abc import Callable
+from collections.abc import Sequence
 import dataclasses
 import functools
 from typing import Literal
@@ -287,18 +288,36 @@ def _hierarchical(job: Job, network: network_lib.Network) -> Prediction:
     # A single device per worker is assumed, because `Hierarchical`
     # sends as many bytes as an all-gather of single devices.
     sparse = _sparse(dataclasses.replace(job, devices_per_worker=1), network)
+    return _by_worker(job, network, sparse, [sparse.sent_bytes])
+
+
+def _by_worker(
+    job: Job,
+    network: network_lib.Network,
+    between: Prediction,
+    received: Sequence[float],
+) -> Prediction:
+    """Adds what the devices of each worker do among themselves.
+
+    Args:
+        job: `Job`.
+        network: `Network`.
+        between: `Prediction` of workers with a single device each.
+        received: Bytes that a worker receives, in each round.
+    """
     local_seconds, local_passes = _local_sum(job, network)
-    # The entries that a worker has received are gathered once more, because
-    # each device needs a copy.
-    local_seconds += network_lib.gather_seconds(
-        2, sparse.sent_bytes, network.local
+    # What a worker has received is gathered once more, because each device
+    # needs a copy.
+    local_seconds += sum(
+        network_lib.gather_seconds(2, num_bytes, network.local)
+        for num_bytes in received
     )
     processing = local_passes * job.pass_seconds
     return Prediction(
-        sparse.step_seconds + local_seconds + processing,
-        sparse.exchange_seconds + local_seconds,
-        sparse.processing_seconds + processing,
-        sparse.sent_bytes,
+        between.step_seconds + local_seconds + processing,
+        between.exchange_seconds + local_seconds,
+        between.processing_seconds + processing,
+        between.sent_bytes,
     )
 
 
@@ -307,18 +326,23 @@ def _most_owned(num_devices: int) -> int:
     return 2**31 - 2 * num_devices
 
 
-def _owners(job: Job, network: network_lib.Network) -> Prediction:
-    num_devices, k = job.num_devices, job.num_selected
+def _owner_bytes(job: Job) -> tuple[int, int]:
+    """Returns the bytes to an owner and from it, of a device for another."""
     numbers = payload_sizes.Scattered.of(
         # At the limit of int32 the last entries do not matter here.
-        min(job.parameters, _most_owned(num_devices)),
-        num_devices,
-        k,
+        min(job.parameters, _most_owned(job.num_devices)),
+        job.num_devices,
+        job.num_selected,
         OWNER_CAPACITY,
         OWNER_KEEP,
     )
     there = 4 * numbers.num_words_to_owner(job.values)
-    back = 4 * numbers.num_words_to_all(job.values)
+    return there, 4 * numbers.num_words_to_all(job.values)
+
+
+def _owners(job: Job, network: network_lib.Network) -> Prediction:
+    num_devices, k = job.num_devices, job.num_selected
+    there, back = _owner_bytes(job)
     num_workers = members(job).workers
     own = num_devices // num_workers
     link = _link(job, network)
@@ -352,6 +376,12 @@ def _owners(job: Job, network: network_lib.Network) -> Prediction:
     )
 
 
+def _owners_by_worker(job: Job, network: network_lib.Network) -> Prediction:
+    alone = dataclasses.replace(job, devices_per_worker=1)
+    received = [(job.workers - 1) * number for number in _owner_bytes(alone)]
+    return _by_worker(job, network, _owners(alone, network), received)
+
+
 @dataclasses.dataclass(frozen=True)
 class Method:
     """A method to exchange gradients.
@@ -363,9 +393,9 @@ class Method:
         is_dense: True if whole gradients are sent.
         is_by_worker: True if a worker's devices first sum among themselves;
             such a method is not offered for workers with one device.
-        has_owners: True if each entry is summed by one device, so that a device
-            sends no more when there are more; such a method is offered from
-            `LEAST_OWNERS` devices on.
+        has_owners: True if each entry is summed by one device or worker, so
+            that each sends no more when there are more; such a method is
+            offered from `LEAST_OWNERS` of them on.
     """
 
     name: str
@@ -376,7 +406,7 @@ class Method:
     has_owners: bool = False
 
 
-# From so many devices on, entries that are summed by their owners are as
+# From so many owners on, entries that are summed by their owners are as
 # accurate as those of an all-gather of the same bytes (docs/results.md).
 LEAST_OWNERS = 32
 
@@ -423,12 +453,20 @@ METHODS = (
         _owners,
         has_owners=True,
     ),
+    Method(
+        "owners by worker",
+        "all-reduce inside each worker, then entries each summed by one "
+        "worker: ReduceScatter(hierarchical=True)",
+        _owners_by_worker,
+        is_by_worker=True,
+        has_owners=True,
+    ),
 )
 
 
-def _can_have_owners(job: Job) -> bool:
-    is_enough = job.num_devices >= LEAST_OWNERS
-    return is_enough and job.parameters <= _most_owned(job.num_devices)
+def _can_have_owners(job: Job, num_owners: int) -> bool:
+    is_enough = num_owners >= LEAST_OWNERS
+    return is_enough and job.parameters <= _most_owned(num_owners)
 
 
 def methods(job: Job) -> list[Method]:
@@ -438,7 +476,12 @@ def methods(job: Job) -> list[Method]:
         method
         for method in METHODS
         if (several or not method.is_by_worker)
-        and (not method.has_owners or _can_have_owners(job))
+        and (
+            not method.has_owners
+            or _can_have_owners(
+                job, job.workers if method.is_by_worker else job.num_devices
+            )
+        )
     ]
 
 

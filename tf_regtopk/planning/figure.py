@@ -18,6 +18,7 @@ _STYLES = {
     "sparse": ("tab:green", ":"),
     "hierarchical": ("tab:red", "-."),
     "owners": ("tab:purple", (0, (5, 1))),
+    "owners by worker": ("tab:brown", (0, (1, 1))),
 }
 
 

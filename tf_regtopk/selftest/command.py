@@ -2,7 +2,7 @@ r"""Checks in a few minutes that the library works on this machine's devices.
 
     python -m tf_regtopk.selftest
 
-docs/gpus.md explains the table. `checks.py` has the checks.
+docs/gpus.md explains the table. `checks/` has the checks.
 """
 
 from collections.abc import Sequence

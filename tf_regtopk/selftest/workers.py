@@ -45,6 +45,10 @@ FORMS: dict[str, dict[str, Any]] = {
         "sparsifier": tf_regtopk.TopK(0.01),
         "codec": tf_regtopk.Codec("golomb", "natural"),
     },
+    "RegTopK, ReduceScatter": {
+        "sparsifier": tf_regtopk.RegTopK(0.01),
+        "topology": tf_regtopk.ReduceScatter(),
+    },
 }
 
 

@@ -67,13 +67,14 @@ def descent_of(
     if not isinstance(optimizer, sparsified.SparsifiedOptimizer):
         return descents.DenseDescent(inner_optimizers.inner_of(optimizer))
     inner_optimizers.check_options(optimizer, _SPARSIFIED)
-    if not isinstance(
+    if optimizer.hierarchical or not isinstance(
         optimizer.topology,
         (topology_lib.AllGather, reduce_scatter.ReduceScatter),
     ):
         raise ValueError(
-            "`topology` must be `AllGather` or `ReduceScatter` in a "
-            f"simulation. Received: topology={optimizer.topology!r}"
+            "`topology` must be `AllGather` or `ReduceScatter` without "
+            "`hierarchical` in a simulation. "
+            f"Received: topology={optimizer.topology!r}"
         )
     return descents.SparseDescent(
         optimizer.sparsifier,

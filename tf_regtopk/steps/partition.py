@@ -34,7 +34,9 @@ from tf_regtopk.steps import variable_rules
 from tf_regtopk.steps import verdict
 from tf_regtopk.steps import weight_mark
 
-Exchange: TypeAlias = Literal["sparse", "dense"]
+# "all_gather" sends the entries to all where the topology sends them to owners.
+Exchange: TypeAlias = Literal["sparse", "all_gather", "dense"]
+# Those that users can ask for.
 EXCHANGES: tuple[Exchange, ...] = ("sparse", "dense")
 
 # The slots of some variables, the step by which they are exchanged, its state.
@@ -43,6 +45,24 @@ _Part: TypeAlias = tuple[
     dense_step.PlainStep | dense_step.DenseStep | sparse_step.SparseStep,
     round_lib.State,
 ]
+
+
+def candidates(topology_: topology.Topology) -> tuple[Exchange, ...]:
+    """The exchanges of which `exchange="auto"` chooses one.
+
+    Args:
+        topology_: `Topology` of the optimizer.
+
+    Example:
+
+    >>> candidates(topology.AllGather())
+    ('sparse', 'dense')
+    >>> candidates(reduce_scatter.ReduceScatter())
+    ('sparse', 'all_gather', 'dense')
+    """
+    if isinstance(topology_, reduce_scatter.ReduceScatter):
+        return ("sparse", "all_gather", "dense")
+    return EXCHANGES
 
 
 class Choices(NamedTuple):
@@ -72,9 +92,10 @@ class Partition:
     To be created in the scope of the strategy.
 
     Args:
-        kind: `"sparse"` or `"dense"`.
+        kind: `"sparse"`, `"all_gather"` or `"dense"`.
         variables: List of the trainable variables.
-        participants: `topology.Participants`.
+        participants: `topology.Participants`; by `"all_gather"` they exchange
+            as its `ReduceScatter.gathering` says.
         choices: `Choices`.
     """
 
@@ -86,15 +107,22 @@ class Partition:
         choices: Choices,
     ) -> None:
         self.kind = kind
-        if kind == "sparse":
+        if kind != "dense":
             device_kind.warn_of_serial_scatters()
+        if kind == "all_gather":
+            assert isinstance(
+                participants.topology, reduce_scatter.ReduceScatter
+            )
+            participants = topology.Participants(
+                participants.topology.gathering
+            )
         self._participants = participants
         self._choices = choices
         self._sampled = weight_mark.sample(variables)
         self._dense_rule = _rule_when_dense(choices.error_feedback)
         self._slots = (
             choices.rules.slots(variables)
-            if kind == "sparse"
+            if kind != "dense"
             else _all_dense(variables)
         )
         sparse, _, dense = self._slots
@@ -359,7 +387,7 @@ class Partition:
         local: tuple[tf.Tensor, ...] = ()
         shared: tuple[tf.Tensor, ...] = ()
         dense_shared: tuple[tf.Tensor, ...] = ()
-        if self.kind == "sparse":
+        if self.kind != "dense":
             args = self._buffer.size, self._buffer.dtype
             local = self._choices.error_feedback.initial_local(*args)
             shared = self._choices.error_feedback.initial_shared(*args)

@@ -83,6 +83,16 @@ def test_hierarchical_is_a_topology():
         )
         assert optimizer.hierarchical
         assert optimizer.topology == tf_regtopk.Hierarchical()
+    owners = tf_regtopk.ReduceScatter(hierarchical=True)
+    for kwargs in ({}, {"hierarchical": True}):
+        optimizer = tf_regtopk.SparsifiedOptimizer(
+            keras.optimizers.SGD(), topology=owners, **kwargs
+        )
+        assert optimizer.hierarchical
+        assert optimizer.topology == owners
+    assert not tf_regtopk.SparsifiedOptimizer(
+        keras.optimizers.SGD(), topology=tf_regtopk.ReduceScatter()
+    ).hierarchical
 
 
 def test_config():
@@ -106,6 +116,12 @@ def test_bad_arguments():
         tf_regtopk.SparsifiedOptimizer(sgd, topology="ring")
     with pytest.raises(ValueError, match="`hierarchical=True` must go without"):
         tf_regtopk.SparsifiedOptimizer(sgd, topology=Twice(), hierarchical=True)
+    with pytest.raises(
+        ValueError, match=r"write `ReduceScatter\(hierarchical=True\)`"
+    ):
+        tf_regtopk.SparsifiedOptimizer(
+            sgd, topology=tf_regtopk.ReduceScatter(), hierarchical=True
+        )
     with pytest.raises(ValueError, match="indices in a fixed length"):
         tf_regtopk.SparsifiedOptimizer(
             sgd, topology=Twice(), codec=tf_regtopk.Codec("golomb")
@@ -119,6 +135,9 @@ def test_bad_arguments():
         (tf_regtopk.AllGather(), 4, 1, 4, 3, 0),
         (tf_regtopk.Hierarchical(), 6, 3, 3, 2, 2),
         (tf_regtopk.Hierarchical(), 4, 1, 1, 0, 0),
+        (tf_regtopk.ReduceScatter(), 8, 4, 8, 7 / 8, 2 * 6 / 8),
+        (tf_regtopk.ReduceScatter(hierarchical=True), 8, 4, 4, 0.75, 0.75),
+        (tf_regtopk.ReduceScatter(hierarchical=True), 4, 1, 1, 0, 0),
         (tf_regtopk.AllReduce(), 4, 2, 4, 1.5, 1.5),
         (tf_regtopk.AllReduce(), 4, 1, 4, 1.5, 0),
     ],

@@ -205,6 +205,22 @@ def test_several_devices_as_simulated(num_workers, devices, name):
         gather(payload, num_workers, bandwidth, latency),
         gather((num_workers - 1) * payload, 2, *local),
     )
+    if num_workers < cost_model.LEAST_OWNERS:
+        return
+    codec = codecs.ScatteredCodec.of(
+        tf_regtopk.Codec(),
+        ownership.Ownership(job.parameters, num_workers),
+        k,
+        capacity=1.5,
+        keep=1.0,
+    )
+    rounds = 4 * codec.num_words_to_owner, 4 * codec.num_words_to_all
+    check(
+        "owners by worker",
+        inside,
+        *(gather(b, num_workers, bandwidth, latency) for b in rounds),
+        *(gather((num_workers - 1) * b, 2, *local) for b in rounds),
+    )
 
 
 @pytest.mark.parametrize(

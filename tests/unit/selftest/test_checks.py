@@ -31,8 +31,10 @@ from tf_regtopk.optimizers import wrapper
 from tf_regtopk.selftest import checks
 from tf_regtopk.selftest import trial
 from tf_regtopk.selftest import workers
+from tf_regtopk.selftest.checks import parts
 from tf_regtopk.steps import finiteness
 from tf_regtopk.steps import local_accumulation
+from tf_regtopk.steps import scattered_step
 
 CPUS = ("CPU:0", "CPU:1")
 
@@ -81,9 +83,7 @@ def failures(check, devices, cases):
 
 
 def xla_ignores_the_device(monkeypatch):
-    monkeypatch.setattr(
-        checks.tf, "device", lambda device: contextlib.nullcontext()
-    )
+    monkeypatch.setattr(tf, "device", lambda device: contextlib.nullcontext())
 
 
 def error_is_forgotten(monkeypatch):
@@ -133,6 +133,26 @@ def batches_are_forgotten(monkeypatch):
         local_accumulation.LocalAccumulation,
         "_mean",
         lambda self, gradients: list(gradients),
+    )
+
+
+def replicas_keep_their_words(monkeypatch):
+    monkeypatch.setattr(collectives, "all_to_all", lambda payloads: payloads)
+
+
+def a_word_is_lost_on_the_way(monkeypatch):
+    exchange = collectives.all_to_all
+
+    def exchange_some(payloads):
+        received = exchange(payloads)
+        return tf.concat([received[:, :-1], received[:, :1]], axis=1)
+
+    monkeypatch.setattr(collectives, "all_to_all", exchange_some)
+
+
+def what_finds_no_room_is_forgotten(monkeypatch):
+    monkeypatch.setattr(
+        scattered_step.ScatteredStep, "_taken_over", lambda self, reduced: None
     )
 
 
@@ -281,6 +301,24 @@ FAULTS = [
         "what was applied and what is held back differ",
     ),
     (
+        "reduce_scatter",
+        "known words",
+        replicas_keep_their_words,
+        "words that replica 0 has received differ from those sent to 0",
+    ),
+    (
+        "reduce_scatter",
+        "known words",
+        a_word_is_lost_on_the_way,
+        "words that replica . has received differ .* in 2 of 2000",
+    ),
+    (
+        "reduce_scatter",
+        "TopK",
+        what_finds_no_room_is_forgotten,
+        "what was applied and what is held back differ",
+    ),
+    (
         "placement",
         "EF21",
         state_is_on_the_first_device,
@@ -392,9 +430,9 @@ def test_a_missing_library_fails_only_what_needs_it(
 
 def test_the_cases_cover_all_parts(devices):
     """What the lists of the checks leave to other checks is in those."""
-    values = {values for _, values in checks.CODECS} | {"float32"}
+    values = {values for _, values in parts.CODECS} | {"float32"}
     assert values == set(payload_lib.value_codecs.CODECS)
-    indices = {indices for indices, _ in checks.CODECS} | {"auto"}
+    indices = {indices for indices, _ in parts.CODECS} | {"auto"}
     assert indices == {"auto", *payload_lib.index_codecs.CODECS}
 
     def classes(base):
@@ -403,13 +441,13 @@ def test_the_cases_cover_all_parts(devices):
             found |= {c for d in each.__subclasses__() for c in classes(d)}
         return {c for c in found if c.__name__ in tf_regtopk.__all__}
 
-    rules = {type(rule) for rule in checks.RULES.values()}
+    rules = {type(rule) for rule in parts.RULES.values()}
     rules |= {tf_regtopk.Accumulate}
     assert rules == classes(error_feedback.ErrorFeedback) - {
         error_feedback.ErrorFeedback
     }
     base = tf_regtopk.Sparsifier
-    sparsifiers = {type(s) for s in checks.SPARSIFIERS.values()}
+    sparsifiers = {type(s) for s in parts.SPARSIFIERS.values()}
     assert sparsifiers == classes(base) - {base}
     for check in checks.CHECKS.values():
         names = [name for name, _ in check(devices)]

@@ -35,6 +35,7 @@ def test_parts_of_an_optimizer():
         {"dense_below": 5},
         {"exchange": "dense"},
         {"topology": tf_regtopk.Hierarchical()},
+        {"topology": tf_regtopk.ReduceScatter(hierarchical=True)},
     ],
 )
 def test_refuses_options_without_a_counterpart(options):

@@ -81,7 +81,9 @@ def test_owners_get_and_send_as_counted(size, n, k, values):
     assert numbers.num_words_to_all(values) == codec.num_words_to_all
 
 
-@pytest.mark.parametrize("workers, devices", [(2, 1), (3, 4), (1, 8), (64, 1)])
+@pytest.mark.parametrize(
+    "workers, devices", [(2, 1), (3, 4), (1, 8), (64, 1), (32, 2)]
+)
 def test_predicted_bytes_are_those_of_the_topologies(workers, devices):
     job = cost_model.Job(
         10**6,
@@ -111,12 +113,19 @@ def test_predicted_bytes_are_those_of_the_topologies(workers, devices):
                 4 * payload.num_words, cluster
             )
         )
-    if "owners" in sent:
-        numbers = payload_sizes.Scattered.of(
-            job.parameters, job.num_devices, job.num_selected, 1.5, 1.0
-        )
-        words = numbers.num_words_to_owner("float32")
-        words += numbers.num_words_to_all("float32")
-        assert sent["owners"] == tf_regtopk.ReduceScatter().worker_sent_bytes(
-            4 * words * job.num_devices, cluster
-        )
+    for name, topology in (
+        ("owners", tf_regtopk.ReduceScatter()),
+        ("owners by worker", tf_regtopk.ReduceScatter(hierarchical=True)),
+    ):
+        n = topology.num_participants(cluster)
+        is_offered = n >= 32 and (not topology.hierarchical or devices > 1)
+        assert (name in sent) == is_offered
+        if is_offered:
+            numbers = payload_sizes.Scattered.of(
+                job.parameters, n, job.num_selected, 1.5, 1.0
+            )
+            words = numbers.num_words_to_owner("float32")
+            words += numbers.num_words_to_all("float32")
+            assert sent[name] == topology.worker_sent_bytes(
+                4 * words * n, cluster
+            )
