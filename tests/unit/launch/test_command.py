@@ -15,6 +15,7 @@ import paths
 import pytest
 import script_launcher
 
+from tf_regtopk.launch import bootstrap
 from tf_regtopk.launch import command
 from tf_regtopk.launch import groups
 from tf_regtopk.launch import notes
@@ -226,6 +227,34 @@ def test_all_lose_each_other(launch):
         )
     told = [line for line in err.splitlines() if line.startswith("worker")]
     assert not any("Additional" in line for line in told)
+
+
+PLACES = """Graph execution error:
+
+Detected at node Gather defined at (most recent call last):
+  File "train.py", line 1, in <module>
+
+  File "collectives.py", line 113, in _gather
+"""
+REST = "\nThe error could be from a previous operation.\n\t [[{{node Gather}}]]"
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("", ""),
+        (" \nbad\nworse", "bad"),
+        (f"{PLACES}\nAborted by: a worker.{REST}", "Aborted by: a worker."),
+        (
+            "Graph execution error:\n\nDetected at node Gather\n"
+            f"<stack traces unavailable>\nAborted.{REST}",
+            "Aborted.",
+        ),
+        ("Graph execution error:", "Graph execution error:"),
+    ],
+)
+def test_line_of_an_error_that_is_told(text, expected):
+    assert bootstrap.message_of(RuntimeError(text)) == expected
 
 
 def test_traceback_is_that_of_the_script(launch, tmp_path):
