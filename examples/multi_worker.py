@@ -50,6 +50,7 @@ def global_batches(x, y, batch_size, first_epoch):
         )
 
     options = tf.data.Options()
+    options.autotune.enabled = False  # Its thread may end a minute late.
     options.experimental_distribute.auto_shard_policy = (
         tf.data.experimental.AutoShardPolicy.DATA
     )
@@ -103,6 +104,7 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments: {argv[1:]}")
     args = flags.FLAGS
+    tf.get_logger().setLevel("WARNING")  # It would note every reduction.
     # Before the strategy, because nothing limits how long workers wait for
     # another one from there to the first weights.
     data = quickstart.load_digits()

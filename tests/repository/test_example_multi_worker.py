@@ -171,6 +171,7 @@ def test_replicas_see_different_images(mirrored):
 
     def parts_of(first_epoch, num_steps):
         dataset = multi_worker.global_batches(ids, ids, 8, first_epoch)
+        assert not dataset.options().autotune.enabled
         dataset = dataset.take(num_steps)
         return [
             [part.numpy() for part in strategy.experimental_local_results(x)]
