@@ -100,7 +100,7 @@ def complete_epoch(directory):
 def check_resumed(workers, first_epoch):
     """Raises if the first worker has begun to train from before."""
     output = workers[0].output
-    resumed = re.findall(r"Resuming after epoch (\d+)", output)
+    resumed = re.findall(r"Resuming \S+ after epoch (\d+)", output)
     if first_epoch and "Epoch " in output:
         assert resumed and int(resumed[0]) >= first_epoch, output[:3000]
 

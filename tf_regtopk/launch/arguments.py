@@ -58,7 +58,9 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     machines.add_argument(
         "--secret_file",
         help="File with a secret that all machines know, in place of the "
-        "environment variable TF_REGTOPK_SECRET.",
+        "environment variable TF_REGTOPK_SECRET. The launchers ask each other "
+        "for it. TensorFlow's own ports know no password: let only the "
+        "machines reach them.",
     )
     machines.add_argument(
         "--port",

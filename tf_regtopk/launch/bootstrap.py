@@ -33,6 +33,8 @@ _LOST_ERRORS = (
     "DeadlineExceededError",
     "UnavailableError",
 )
+# How lines begin on where an operation was made.
+_PLACES = ("Detected at node", '  File "', "<stack traces unavailable>")
 _PR_SET_PDEATHSIG = 1
 # Modules whose import takes seconds.
 _SLOW_MODULES = ("tensorflow", "keras", "tf_regtopk")
@@ -46,6 +48,17 @@ def status_of(error: BaseException) -> int:
     if is_tensorflows and type(error).__name__ in _LOST_ERRORS:
         return LOST_A_WORKER
     return FAILED
+
+
+def message_of(error: BaseException) -> str:
+    """Returns the line of an error that says what has happened."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    if lines and lines[0].startswith("Graph execution error:"):
+        # TensorFlow first says where its operations were made.
+        places = [i for i, x in enumerate(lines) if x.startswith(_PLACES)]
+        lines = lines[max(places, default=0) + 1 :] or lines
+    # The rest of what TensorFlow says are its own operations.
+    return lines[0].strip() if lines else ""
 
 
 def main(settings: dict[str, Any], command: list[str]) -> None:
@@ -90,9 +103,8 @@ def main(settings: dict[str, Any], command: list[str]) -> None:
         _end(error_file, status, f"sys.exit({end.code!r})")
     except BaseException as error:
         _print_traceback(error)
-        # The rest of what TensorFlow says are its own operations.
-        first = str(error).strip().partition("\n")[0]
-        _end(error_file, status_of(error), f"{type(error).__name__}: {first}")
+        message = f"{type(error).__name__}: {message_of(error)}"
+        _end(error_file, status_of(error), message)
 
 
 def _stand_by() -> dict[str, Any]:

@@ -15,6 +15,7 @@ the launcher starts this one.
 
 import argparse
 from collections.abc import Sequence
+import contextlib
 import dataclasses
 import itertools
 import pathlib
@@ -122,16 +123,15 @@ class _Launcher:
 
     def _run(self, directory: pathlib.Path) -> int:
         num_port_tries = 1
-        # A launcher of several may have been started again.
-        num_before = len(list(directory.glob("attempt-*")))
-        for attempt in itertools.count(num_before):
-            of_attempt = directory / f"attempt-{attempt}"
-            of_attempt.mkdir(parents=True)
+        while True:
+            of_attempt = _make_folder_of_attempt(directory)
             status = self._attempt(of_attempt)
             if status == 0:
                 return 0
             if self._ending.is_requested:
-                return 128 + signal.SIGTERM
+                status = 128 + signal.SIGTERM
+                self._say_end(status, of_attempt)
+                return status
             num_port_tries += 1
             if status != bootstrap.PORT_TAKEN or not self._group.chooses_ports:
                 num_port_tries = 1
@@ -139,8 +139,8 @@ class _Launcher:
                 terminal.say("A port was taken meanwhile. Trying others.")
                 continue
             if not self._starts_again(status, of_attempt):
+                self._say_end(status, of_attempt)
                 return status
-        raise AssertionError("An attempt follows another without end.")
 
     def _starts_again(self, status: int, directory: pathlib.Path) -> bool:
         """Says whether and from where the workers start again."""
@@ -158,6 +158,15 @@ class _Launcher:
         )
         time.sleep(group.pause)
         return True
+
+    def _say_end(self, status: int, directory: pathlib.Path) -> None:
+        """Says that the launcher ends, and what another start would do."""
+        num_restarts, most = self._group.num_restarts, self._args.max_restarts
+        terminal.say(
+            f"The launcher ends with status {status}, after {num_restarts} of "
+            f"{most} restarts (`--max_restarts`). The same command starts "
+            f"again, {_where_it_goes_on(directory)}."
+        )
 
     def _attempt(self, directory: pathlib.Path) -> int:
         """Starts all workers once, and returns the status of their end."""
@@ -299,16 +308,25 @@ def _where_it_goes_on(directory: pathlib.Path) -> str:
 
 
 def _log_directory(log_dir: str | None, folder: str) -> pathlib.Path:
-    """Returns the folder for the output of this machine's workers."""
+    """Makes the folder for the output of this machine's workers."""
     parent = log_dir or tempfile.mkdtemp(prefix="tf_regtopk-")
     # A script may change its working directory.
     directory = (pathlib.Path(parent) / folder).resolve()
-    if not folder and list(directory.glob("attempt-*")):
-        raise ValueError(
-            "`--log_dir` must hold no output of an earlier run. "
-            f"Received: {directory}"
-        )
+    directory.mkdir(parents=True, exist_ok=True)
     return directory
+
+
+def _make_folder_of_attempt(directory: pathlib.Path) -> pathlib.Path:
+    """Makes the folder after those of all attempts, also of earlier runs."""
+    names = [path.name for path in directory.glob("attempt-*")]
+    numbers = [int(name.rpartition("-")[2]) for name in names]
+    for number in itertools.count(max(numbers, default=-1) + 1):
+        # Another launcher may be quicker.
+        with contextlib.suppress(FileExistsError):
+            folder = directory / f"attempt-{number}"
+            folder.mkdir()
+            return folder
+    raise AssertionError("There is no largest number.")
 
 
 def _count(number: int, noun: str) -> str:

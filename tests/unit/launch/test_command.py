@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import paths
 import pytest
 import script_launcher
 
+from tf_regtopk.launch import bootstrap
 from tf_regtopk.launch import command
 from tf_regtopk.launch import groups
 from tf_regtopk.launch import notes
@@ -227,6 +229,34 @@ def test_all_lose_each_other(launch):
     assert not any("Additional" in line for line in told)
 
 
+PLACES = """Graph execution error:
+
+Detected at node Gather defined at (most recent call last):
+  File "train.py", line 1, in <module>
+
+  File "collectives.py", line 113, in _gather
+"""
+REST = "\nThe error could be from a previous operation.\n\t [[{{node Gather}}]]"
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("", ""),
+        (" \nbad\nworse", "bad"),
+        (f"{PLACES}\nAborted by: a worker.{REST}", "Aborted by: a worker."),
+        (
+            "Graph execution error:\n\nDetected at node Gather\n"
+            f"<stack traces unavailable>\nAborted.{REST}",
+            "Aborted.",
+        ),
+        ("Graph execution error:", "Graph execution error:"),
+    ],
+)
+def test_line_of_an_error_that_is_told(text, expected):
+    assert bootstrap.message_of(RuntimeError(text)) == expected
+
+
 def test_traceback_is_that_of_the_script(launch, tmp_path):
     launch("def f(): raise ValueError('bad')\nf()", workers=1)
     log = (tmp_path / "logs/attempt-0/worker-0.log").read_text()
@@ -257,7 +287,8 @@ def test_restarts_end(launch):
     status, _, err = launch("sys.exit(5)", "--max_restarts=1", workers=1)
     assert status == 1
     assert err.count("worker 0 ended with sys.exit(5)") == 2
-    assert "has not called `tf_regtopk.Backup.restore`" in err
+    assert err.count("has not called `tf_regtopk.Backup.restore`") == 2
+    assert "ends with status 1, after 1 of 1 restarts" in err
 
 
 def test_fewer_workers_after_a_loss_and_all_of_them_when_asked(launch):
@@ -494,11 +525,23 @@ def test_wrong_arguments(capsys, argv, message):
     assert message in capsys.readouterr().err
 
 
-def test_logs_of_an_earlier_run_are_kept(launch):
-    launch("", workers=1)
+def test_logs_of_an_earlier_run_are_kept(launch, tmp_path):
+    """The same command goes on, also with `--log_dir`."""
+    for text in ("first", "second", "third"):
+        status, _, _ = launch(f"print({text!r})", workers=1)
+        assert status == 0
+        if text == "second":
+            shutil.rmtree(tmp_path / "logs" / "attempt-0")
+    for number, text in ((1, "second"), (2, "third")):
+        log = tmp_path / "logs" / f"attempt-{number}" / "worker-0.log"
+        assert log.read_text() == f"{text}\n"
+
+
+def test_a_folder_of_logs_that_is_a_file(launch, tmp_path):
+    (tmp_path / "logs").touch()
     status, _, err = launch("", workers=1)
     assert status == 2
-    assert "`--log_dir` must hold no output of an earlier run." in err
+    assert "File exists" in err and "Traceback" not in err
 
 
 def test_notes(tmp_path, monkeypatch):
