@@ -19,7 +19,7 @@ def tell_what_is_sent(
     """
     line = _line(report, sparsifier, density)
     if report.measured:
-        line += f" The fastest of those measured a step: {report.measured}."
+        line += f" Measured a step: {report.measured}."
     logger.info("%s", line)
     for warning in _warnings(report):
         logger.warning("%s", warning)
