@@ -247,7 +247,7 @@ def test_machines_that_come_and_go(place, run):
     for launcher in (chief, launchers[2]):
         assert launcher.wait() == 0, launcher.output
         assert "Restart" not in launcher.output
-    assert re.findall(r"(\d) replicas", chief.output)[-1] == "2"
+    assert re.findall(r"(\d) replicas, \d+ images", chief.output)[-1] == "2"
 
 
 # ----- Slurm -----
