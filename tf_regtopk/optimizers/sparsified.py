@@ -21,8 +21,6 @@ from tf_regtopk import training_validation
 from tf_regtopk import validation
 from tf_regtopk import version
 from tf_regtopk.distribute import agreement
-from tf_regtopk.distribute import mixing
-from tf_regtopk.distribute import reduce_scatter
 from tf_regtopk.distribute import replica_state
 from tf_regtopk.distribute import topology as topology_lib
 from tf_regtopk.error_feedback import error_accumulation
@@ -30,6 +28,7 @@ from tf_regtopk.optimizers import description
 from tf_regtopk.optimizers import momentum
 from tf_regtopk.optimizers import notices
 from tf_regtopk.optimizers import replica_saving
+from tf_regtopk.optimizers import topology_argument
 from tf_regtopk.saving import saved_config
 from tf_regtopk.steps import auto_exchange
 from tf_regtopk.steps import flat_buffer
@@ -211,8 +210,8 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
         validation.check_boolean("hierarchical", hierarchical)
         validation.check_integer("accumulation_steps", accumulation_steps, 1)
         validation.check_boolean("telemetry", telemetry, others=["ages"])
-        topology = _choose_topology(topology, hierarchical)
-        _check_topology(topology, codec, exchange)
+        topology = topology_argument.choose(topology, hierarchical)
+        topology_argument.check(topology, codec, exchange)
         if not isinstance(topology, topology_lib.EntryTopology):
             exchange = "dense"
         if exchange != "sparse":
@@ -415,10 +414,8 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
 
     @property
     def hierarchical(self) -> bool:
-        """Whether every worker acts as one: by `Hierarchical` or owners."""
-        return isinstance(
-            self.topology, topology_lib.Hierarchical
-        ) or _has_workers_as_owners(self.topology)
+        """True if the replicas of a worker act as one, as by `Hierarchical`."""
+        return topology_argument.is_hierarchical(self.topology)
 
     @property
     def chosen_exchange(self) -> partition_lib.Exchange | None:
@@ -613,61 +610,3 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
                 else {}
             ),
         }
-
-
-def _choose_topology(
-    topology: topology_lib.Topology | None, hierarchical: bool
-) -> topology_lib.Topology:
-    """The topology that the two arguments ask for."""
-    if topology is None:
-        if hierarchical:
-            return topology_lib.Hierarchical()
-        return topology_lib.AllGather()
-    validation.check_instance(
-        "topology", topology, topology_lib.Topology, "Hierarchical()"
-    )
-    if hierarchical and not (
-        topology == topology_lib.Hierarchical()
-        or _has_workers_as_owners(topology)
-    ):
-        raise ValueError(
-            "`hierarchical=True` must go without another `topology`; for "
-            "workers that own entries write `ReduceScatter(hierarchical=True)`"
-            f". Received: topology={topology!r}"
-        )
-    return topology
-
-
-def _has_workers_as_owners(topology: topology_lib.Topology) -> bool:
-    return (
-        isinstance(topology, reduce_scatter.ReduceScatter)
-        and topology.hierarchical
-    )
-
-
-def _check_topology(
-    topology: topology_lib.Topology, codec: codecs.Codec, exchange: str
-) -> None:
-    """Raises where the other arguments do not fit the topology."""
-    if isinstance(topology, mixing.MixingTopology):
-        raise ValueError(
-            "`topology` must be one by which all replicas get the same sum, "
-            "such as `AllGather()`: for replicas that average their weights "
-            "with neighbours use `DecentralizedOptimizer`. "
-            f"Received: topology={topology!r}"
-        )
-    if not isinstance(topology, topology_lib.EntryTopology):
-        if exchange == "auto":
-            raise ValueError(
-                '`exchange` must be "sparse" or "dense" with a topology that '
-                f"sends whole gradients. Received: topology={topology!r}, "
-                'exchange="auto"'
-            )
-    elif (
-        codec.payload(k=1, size=2).is_variable and not topology.can_vary_length
-    ):
-        raise ValueError(
-            "`codec` must write indices in a fixed length with a topology "
-            f"whose `can_vary_length` is False. Received: {topology=}, "
-            f'indices="{codec.indices}"'
-        )
