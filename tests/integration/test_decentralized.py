@@ -290,7 +290,13 @@ def test_the_average_at_the_end(mirrored):
     assert history["loss"][-1] < loss
 
 
-@pytest.mark.parametrize("rule", [tf_regtopk.EF21(), tf_regtopk.NoFeedback()])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        tf_regtopk.EF21(),
+        pytest.param(tf_regtopk.NoFeedback(), marks=pytest.mark.slow),
+    ],
+)
 def test_another_optimizer_starts_with_the_average(rule, mirrored, caplog):
     """As after a `fit` that was interrupted."""
     strategy = mirrored(3)
@@ -409,7 +415,9 @@ def test_the_average_is_evaluated(mirrored):
         assert history[f"average_{name}"][-1] == pytest.approx(value)
 
 
-@pytest.mark.parametrize("way", ["keras", "checkpoint"])
+@pytest.mark.parametrize(
+    "way", ["keras", pytest.param("checkpoint", marks=pytest.mark.slow)]
+)
 def test_a_single_replica_saves_all(way, tmp_path):
     """It is the inner optimizer alone, and goes on to the bit."""
     models = [

@@ -70,7 +70,10 @@ CASES = [
         marks=pytest.mark.slow,
     ),
     ("regtopk", tf_regtopk.Accumulate(), reference.Accumulate, 3, 1.0),
-    ("regtopk", tf_regtopk.EF21(), reference.EF21, 3, 0.5),
+    pytest.param(
+        *("regtopk", tf_regtopk.EF21(), reference.EF21, 3, 0.5),
+        marks=pytest.mark.slow,
+    ),
     ("regtopk", tf_regtopk.LearnedShift(), reference.LearnedShift, 3, 1.5),
     (
         "topk",
@@ -122,8 +125,8 @@ def test_weights_follow_the_reference(
 @pytest.mark.parametrize(
     "values, capacity",
     [
-        ("natural", 1.0),
         ("sign", 2.0),
+        pytest.param("natural", 1.0, marks=pytest.mark.slow),
         pytest.param("float32", 1.0, marks=pytest.mark.slow),
         pytest.param("natural", 2.0, marks=pytest.mark.slow),
         pytest.param("sign", 1.0, marks=pytest.mark.slow),

@@ -17,7 +17,8 @@ BOTH = ("reduce_scatter", "all_gather")
 @pytest.fixture(
     scope="module",
     params=[
-        (3, "reduce_scatter"),
+        # The self-test, which a test runs, has two of them.
+        pytest.param((3, "reduce_scatter"), marks=pytest.mark.slow),
         pytest.param((4, *BOTH), marks=pytest.mark.slow),
         pytest.param((8, *BOTH), marks=pytest.mark.slow),
     ],

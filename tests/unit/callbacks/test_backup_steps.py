@@ -138,11 +138,11 @@ def resume(strategy, folder, data=DATA["dataset"], extra=(), **for_compile):
 
 CASES = [
     # Replicas, data, steps per execution, and the step of SIGTERM.
-    (0, "arrays", 1, 4),
     (2, "dataset", 3, 3),
     *(
         pytest.param(*case, marks=pytest.mark.slow)
         for case in [
+            (0, "arrays", 1, 4),
             (0, "of unknown length", 3, 6),
             (2, "steps_per_epoch", 1, 1),
             (0, "dataset", 3, 6),

@@ -164,10 +164,14 @@ def test_shift_loses_nothing(mirrored):
     "name",
     [
         "dgc",
-        "downlink of ef21",
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("ef21-sgdm", "shift, momentum", "none")
+            for name in (
+                "downlink of ef21",
+                "ef21-sgdm",
+                "shift, momentum",
+                "none",
+            )
         ),
     ],
 )

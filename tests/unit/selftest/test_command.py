@@ -70,7 +70,7 @@ def command(tmp_path, monkeypatch, capsys):
     return run
 
 
-@pytest.mark.parametrize("jobs", [1, 3])
+@pytest.mark.parametrize("jobs", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_each_check_is_reported(command, jobs):
     """Also after one has failed, crashed, or (once) not come to an end."""
     names = ["options", "codecs", "sparsifiers", "saving", "speed"]

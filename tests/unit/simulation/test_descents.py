@@ -75,7 +75,11 @@ def test_follows_the_reference(sparsifier, error_feedback, score, rule):
 
 @pytest.mark.parametrize(
     "topology",
-    [None, tf_regtopk.AllGather(), tf_regtopk.ReduceScatter(keep=0.5)],
+    [
+        None,
+        pytest.param(tf_regtopk.AllGather(), marks=pytest.mark.slow),
+        tf_regtopk.ReduceScatter(keep=0.5),
+    ],
 )
 def test_takes_the_steps_of_the_optimizer(mirrored, topology):
     """With the same random rounding, and the inner optimizer's state."""
