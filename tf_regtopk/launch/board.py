@@ -104,6 +104,9 @@ class Gathering:
         return min((s for s in statuses if s in _END_OF_TRAINING), default=None)
 
 
+_NOBODY = Gathering()
+
+
 class Board:
     """The posts of all machines, and who takes part in the newest attempt."""
 
@@ -113,13 +116,15 @@ class Board:
         self._lock = threading.Lock()
 
     def exchange(
-        self, machine: str, post: Post
+        self, machine: str, post: Post, known: Gathering = _NOBODY
     ) -> tuple[dict[str, tuple[Post, float]], Gathering] | None:
         """Puts a machine's post up, and returns all with their ages.
 
         Args:
             machine: Name of the machine.
             post: Its `Post`, in place of an earlier one.
+            known: The newest `Gathering` that the machine knows. A board that
+                is begun anew learns from it who has met on the one before.
 
         Returns:
             A dict from the names of machines to `(post, seconds since then)`,
@@ -137,6 +142,8 @@ class Board:
             elif earlier and earlier.post.attempt == post.attempt:
                 arrived = earlier.arrived
             self._posts[machine] = _Pinned(post, now, arrived)
+            if known.attempt > self._gathering.attempt:
+                self._gathering = known
             self._gather(now)
             posts = {
                 name: (pinned.post, now - pinned.since)

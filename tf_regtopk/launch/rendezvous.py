@@ -327,7 +327,9 @@ class Member:
                     manager = board_lib.Manager(self._address, self._secret)
                     manager.connect()
                     board = manager.board()  # type: ignore[attr-defined]
-                answer = board.exchange(self._machine, self._post)
+                answer = board.exchange(
+                    self._machine, self._post, self._gathering
+                )
                 if answer is not None:
                     named_at = time.monotonic()
                 elif _age(named_at) > _NAME_SECONDS:

@@ -1,5 +1,6 @@
 """Launchers of several machines, played by addresses of this one."""
 
+import dataclasses
 import json
 import signal
 import socket
@@ -14,6 +15,7 @@ from tf_regtopk.launch import board
 from tf_regtopk.launch import bootstrap
 from tf_regtopk.launch import command
 from tf_regtopk.launch import hosts
+from tf_regtopk.launch import rendezvous
 from tf_regtopk.launch import shares
 
 LIMIT = 90
@@ -157,7 +159,11 @@ def test_a_machine_that_comes_later_is_taken_in(machines):
     assert "has begun without this machine" in outputs[3]
 
 
-def test_the_others_go_on_without_a_machine_that_leaves(machines):
+@pytest.mark.parametrize(
+    "leaving", [3, pytest.param(1, marks=pytest.mark.slow)]
+)
+def test_the_others_go_on_without_a_machine_that_leaves(machines, leaving):
+    """Also without the first, which keeps the board."""
     machines.write("""
     meet(run)
     (folder / f"met-{len(workers)}").touch()
@@ -166,12 +172,13 @@ def test_the_others_go_on_without_a_machine_that_leaves(machines):
     """)
     machines.start_elastic("2:3", 1, 2, 3)
     machines.wait_for("*/all_can_back_up")
-    machines.launchers[3].send_signal(signal.SIGTERM)
+    machines.launchers[leaving].send_signal(signal.SIGTERM)
     statuses, outputs = machines.wait()
-    assert statuses == {1: 0, 2: 0, 3: 128 + 15}, outputs
+    expected = dict.fromkeys((1, 2, 3), 0) | {leaving: 128 + 15}
+    assert statuses == expected, outputs
     assert (machines.script.parent / "met-2").exists()
-    assert "SIGTERM ends the launcher" in outputs[3]
-    assert "Restart" not in outputs[1]
+    assert "SIGTERM ends the launcher" in outputs[leaving]
+    assert "Restart" not in outputs[2]
 
 
 def test_a_machine_that_waits_ends_with_the_training(machines):
@@ -222,6 +229,66 @@ def test_nothing_begins_while_machines_were_told_otherwise():
     post = board.Post("b", 0, machines=("a", "b"))
     _, gathering = posts.exchange("b", post)
     assert gathering.attempt == 0
+
+
+def test_a_board_that_is_begun_anew_knows_who_has_met():
+    """As where the launcher that kept the board leaves before all have read."""
+    waiting = {
+        name: board.Post(name, 4, addresses=(f"{name}:1",), machines=(2, 3))
+        for name in "abc"
+    }
+    first = board.Board()
+    for name, post in waiting.items():
+        _, gathering = first.exchange(name, post)
+    assert gathering.attempt == 4 and [*gathering.posts] == ["a", "b", "c"]
+
+    anew = board.Board()
+    _, unknown = anew.exchange("b", waiting["b"])
+    assert unknown.attempt == -1
+    members = frozenset("abc")
+    taking_part = dataclasses.replace(waiting["a"], members=members)
+    anew.exchange("a", taking_part, gathering)
+    _, known = anew.exchange("b", waiting["b"])
+    assert known == gathering
+    # What is older is no news.
+    _, known = anew.exchange("b", waiting["b"], board.Gathering(3))
+    assert known == gathering
+
+
+def test_a_launcher_tells_a_new_board_who_has_met(monkeypatch):
+    boards = [board.Board()]
+
+    class Manager:
+        def __init__(self, address, secret):
+            del address, secret
+
+        def connect(self):
+            pass
+
+        def board(self):
+            return self
+
+        def exchange(self, *args):
+            return boards[-1].exchange(*args)
+
+    monkeypatch.setattr(board, "Manager", Manager)
+    monkeypatch.setattr(board, "keep_board", lambda *_: False)
+    monkeypatch.setattr(board, "BEAT_SECONDS", 0.01)
+    waiting = board.Post("b's", 0, addresses=("b:1",), machines=("a", "b"))
+    boards[0].exchange("b", waiting)
+    member = rendezvous.Member("a", ("a", "b"), ("127.0.0.1", 1), b"s")
+    assert member.meet(["a:1"], LIMIT).addresses == ("a:1", "b:1")
+    # Where "b" has not read so much yet.
+    boards.append(board.Board())
+    deadline = time.monotonic() + LIMIT
+    while True:
+        _, gathering = boards[-1].exchange("b", waiting)
+        if gathering.has("b's"):
+            break
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert gathering.attempt == 0
+    member.leave(0)
 
 
 @pytest.mark.parametrize(
