@@ -69,7 +69,10 @@ CASES = [
         *("topk", tf_regtopk.Accumulate(), reference.Accumulate, 2, 1.0),
         marks=pytest.mark.slow,
     ),
-    ("regtopk", tf_regtopk.Accumulate(), reference.Accumulate, 3, 1.0),
+    pytest.param(
+        *("regtopk", tf_regtopk.Accumulate(), reference.Accumulate, 3, 1.0),
+        marks=pytest.mark.slow,
+    ),
     pytest.param(
         *("regtopk", tf_regtopk.EF21(), reference.EF21, 3, 0.5),
         marks=pytest.mark.slow,
@@ -512,7 +515,7 @@ def test_what_loses_less_is_taken_unless_it_is_slower(
     "saved_with, chosen",
     [
         ("all_gather", "sparse"),
-        ("sparse", "all_gather"),
+        pytest.param("sparse", "all_gather", marks=pytest.mark.slow),
         pytest.param("all_gather", "dense", marks=pytest.mark.slow),
         pytest.param("dense", "all_gather", marks=pytest.mark.slow),
     ],

@@ -186,6 +186,13 @@ def test_collectives_of_workers_that_own_entries_have_one_order(of_two_devices):
         assert not result["order"]["unordered"]
 
 
-def test_workers_that_may_own_entries_choose_alike(of_two_devices):
-    results, _ = only_if_workers_own(of_two_devices)
+@pytest.mark.slow
+def test_workers_that_may_own_entries_choose_alike(tmp_path):
+    results = multi_worker_launcher.run_workers(
+        owners_by_worker_program.__file__,
+        num_workers=2,
+        directory=tmp_path,
+        timeout=300,
+        args=["auto"],
+    )
     check_choices(results)

@@ -51,16 +51,29 @@ def train(strategy, g, topology, **kwargs):
     }
 
 
-def main(result_path, owners):
-    """Trains with a topology, and where workers are the owners does more."""
+def main(result_path, task):
+    """Chooses an exchange, or trains by one; by workers' entries does more.
+
+    Args:
+        result_path: Path of the JSON file to write.
+        task: "auto", or a name in `TOPOLOGIES`.
+    """
     exchange_program.two_devices(
         collective_all_reduce_strategy.CollectiveAllReduceExtended
     )
     strategy = tf_regtopk.MultiWorkerMirroredStrategy(timeout_seconds=60)
-    g = exchange_program.gradients(strategy.num_replicas_in_sync)
-    topology = TOPOLOGIES[owners]
-    result = train(strategy, g, topology)
-    if owners == "workers":
+    if task == "auto":
+        optimizer, _ = exchange_program.make(
+            strategy, exchange="auto", topology=TOPOLOGIES["workers"]
+        )
+        result = {
+            "auto": [optimizer.chosen_exchange, optimizer.exchange_seconds]
+        }
+    else:
+        g = exchange_program.gradients(strategy.num_replicas_in_sync)
+        topology = TOPOLOGIES[task]
+        result = train(strategy, g, topology)
+    if task == "workers":
         result["shift, resumed"], _ = exchange_program.train(
             strategy,
             g,
@@ -75,10 +88,6 @@ def main(result_path, owners):
         result["order"] = exchange_program.order_of_collectives(
             strategy, topology=topology
         )
-        auto, _ = exchange_program.make(
-            strategy, exchange="auto", topology=topology
-        )
-        result["auto"] = [auto.chosen_exchange, auto.exchange_seconds]
     with open(result_path, "w", encoding="utf-8") as f:
         json.dump(result, f)
     sys.stdout.flush()
