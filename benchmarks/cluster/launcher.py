@@ -27,9 +27,10 @@ class Workers:
         log_dir: Folder for what they print.
         timeout: Seconds that an answer may take.
         threads: Threads that a worker computes with; 0 for the default.
+        training: Dict of further arguments of all workers.
     """
 
-    def __init__(self, kind, network, log_dir, timeout, threads):
+    def __init__(self, kind, network, log_dir, timeout, threads, training):
         self._kind, self._timeout = kind, timeout
         self._processes, self._logs, self._unread = [], [], []
         port = _PORTS[kind]
@@ -42,6 +43,7 @@ class Workers:
                 "port": port,
                 "timeout": timeout,
                 "threads": threads,
+                **training,
             }
             config = {
                 "cluster": {"worker": hosts},
@@ -73,7 +75,7 @@ class Workers:
 
     @classmethod
     @contextlib.contextmanager
-    def start_all(cls, threads, network, log_dir, timeout):
+    def start_all(cls, threads, network, log_dir, timeout, training):
         """Starts the workers of several kinds, and ends them at the end.
 
         Args:
@@ -81,6 +83,7 @@ class Workers:
             network: As of the class.
             log_dir: As of the class.
             timeout: As of the class.
+            training: As of the class.
 
         Yields:
             Dict from kind to `Workers`.
@@ -88,7 +91,9 @@ class Workers:
         workers = {}
         try:
             for kind, number in threads.items():
-                workers[kind] = cls(kind, network, log_dir, timeout, number)
+                workers[kind] = cls(
+                    kind, network, log_dir, timeout, number, training
+                )
             for started in workers.values():
                 started.versions = started._answers()[0]["versions"]
             yield workers

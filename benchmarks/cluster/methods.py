@@ -1,8 +1,8 @@
 """The methods that `step.py` compares, as one worker runs them.
 
-All train the same network: 784 inputs, two dense layers with ReLU and a softmax
-over 10 classes, on 16 random examples a worker and step that differ from worker
-to worker, by SGD with a momentum.
+All train the same network: 784 inputs, dense layers with ReLU and a softmax
+over 10 classes, on random examples that differ from worker to worker, by SGD
+with a momentum.
 """
 
 import datetime
@@ -16,44 +16,50 @@ import numpy as np
 
 _NUM_INPUTS = 784
 _NUM_CLASSES = 10
-_BATCH_SIZE = 16
 _NUM_BATCHES = 16
 _LEARNING_RATE = 0.01
 _MOMENTUM = 0.9
 
 
-def hidden_units(size):
-    """Width of the two hidden layers for about `size` parameters.
+def hidden_units(size, hidden_layers=2):
+    """Width of the hidden layers for about `size` parameters.
 
     A multiple of 32, as of most networks: TensorFlow then splits the aggregate
     without copying it.
 
     >>> hidden_units(1_000_000), hidden_units(11_000_000)
     (672, 2944)
+    >>> hidden_units(1_000_000, hidden_layers=8)
+    320
     """
-    linear = _NUM_INPUTS + 2 + _NUM_CLASSES
-    root = math.isqrt(linear**2 + 4 * max(0, size - _NUM_CLASSES))
-    units = (root - linear) / 2
+    linear = _NUM_INPUTS + hidden_layers + _NUM_CLASSES
+    constant = max(0, size - _NUM_CLASSES)
+    if hidden_layers == 1:
+        units = constant / linear
+    else:
+        square = hidden_layers - 1
+        root = math.isqrt(linear**2 + 4 * square * constant)
+        units = (root - linear) / (2 * square)
     return max(1, round(units / 32) * 32 if units >= 32 else int(units))
 
 
-def num_parameters(size):
+def num_parameters(size, hidden_layers=2):
     """How many parameters that network has.
 
     >>> num_parameters(1_000_000)
     986506
     """
-    return sum(math.prod(shape) for shape in shapes(size))
+    return sum(math.prod(shape) for shape in shapes(size, hidden_layers))
 
 
-def shapes(size):
+def shapes(size, hidden_layers=2):
     """The shapes of its kernels and biases.
 
     >>> shapes(1_000_000)[:4]
     [(784, 672), (672,), (672, 672), (672,)]
     """
-    units = hidden_units(size)
-    widths = (_NUM_INPUTS, units, units, _NUM_CLASSES)
+    units = hidden_units(size, hidden_layers)
+    widths = (_NUM_INPUTS, *[units] * hidden_layers, _NUM_CLASSES)
     return [
         shape
         for inputs, outputs in itertools.pairwise(widths)
@@ -61,12 +67,61 @@ def shapes(size):
     ]
 
 
-def batches(index):
+def batches(index, batch_size):
     """Random examples and classes of worker `index`."""
     rng = np.random.default_rng(1000 + index)
-    shape = (_NUM_BATCHES, _BATCH_SIZE)
+    shape = (_NUM_BATCHES, batch_size)
     inputs = rng.standard_normal((*shape, _NUM_INPUTS), np.float32)
     return inputs, rng.integers(_NUM_CLASSES, size=shape)
+
+
+def cut(sizes, count):
+    """Cuts variables into groups of neighbours, of about as many entries.
+
+    Args:
+        sizes: The number of entries of each variable.
+        count: The number of groups.
+
+    Returns:
+        A slice for each group; fewer than `count` where variables are few.
+
+    >>> cut([1, 1, 1, 1, 4], 2)
+    [slice(0, 4, None), slice(4, 5, None)]
+    """
+    ends = np.cumsum(sizes)
+    marks = [
+        int(np.searchsorted(ends, ends[-1] * i / count - 0.5)) + 1
+        for i in range(1, count)
+    ]
+    edges = sorted({0, *marks, len(sizes)})
+    return [slice(a, b) for a, b in itertools.pairwise(edges)]
+
+
+class Buckets:
+    """Optimizers that each exchange a part of the variables.
+
+    The last variables are exchanged first, because their gradients are there
+    first: the exchange may go on beside the rest of the backward pass.
+
+    Args:
+        make_optimizer: Function that returns an optimizer.
+        count: The number of them.
+    """
+
+    def __init__(self, make_optimizer, count):
+        self._make_optimizer, self._count = make_optimizer, count
+        self._parts = []
+
+    def build(self, variables):
+        sizes = [math.prod(v.shape) for v in variables]
+        for part in reversed(cut(sizes, self._count)):
+            optimizer = self._make_optimizer()
+            optimizer.build(variables[part])
+            self._parts.append((optimizer, part))
+
+    def apply(self, gradients, variables):
+        for optimizer, part in self._parts:
+            optimizer.apply(gradients[part], variables[part])
 
 
 class TensorFlowWorker:
@@ -94,7 +149,8 @@ class TensorFlowWorker:
         )
         # TensorFlow takes SIGTERM for itself, and goes on.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        inputs, classes = batches(args["index"])
+        self._hidden_layers = args["hidden_layers"]
+        inputs, classes = batches(args["index"], args["batch_size"])
         self._data = [
             (tf.constant(x), tf.constant(y))
             for x, y in zip(inputs, classes, strict=True)
@@ -120,12 +176,15 @@ class TensorFlowWorker:
     def _model(self, size):
         keras = self._keras
         keras.utils.set_random_seed(0)
-        units = hidden_units(size)
+        units = hidden_units(size, self._hidden_layers)
+        hidden = [
+            keras.layers.Dense(units, activation="relu")
+            for _ in range(self._hidden_layers)
+        ]
         return keras.Sequential(
             [
                 keras.Input((_NUM_INPUTS,)),
-                keras.layers.Dense(units, activation="relu"),
-                keras.layers.Dense(units, activation="relu"),
+                *hidden,
                 keras.layers.Dense(_NUM_CLASSES),
             ]
         )
@@ -135,6 +194,11 @@ class TensorFlowWorker:
         if kind in ("local", "dense"):
             return self._sgd()
         library = self._library
+        if kind.startswith("buckets"):
+            return Buckets(
+                lambda: self._optimizer(":".join(["sparse", *rest])),
+                int(kind.removeprefix("buckets")),
+            )
         sparsifier = library.RegTopK(float(rest[0]))
         if kind == "auto":
             return library.SparsifiedOptimizer(
@@ -223,7 +287,8 @@ class TorchWorker:
             world_size=len(args["addresses"]),
             timeout=datetime.timedelta(seconds=args["timeout"]),
         )
-        inputs, classes = batches(args["index"])
+        self._hidden_layers = args["hidden_layers"]
+        inputs, classes = batches(args["index"], args["batch_size"])
         self._data = [
             (torch.from_numpy(x), torch.from_numpy(y))
             for x, y in zip(inputs, classes, strict=True)
@@ -244,13 +309,13 @@ class TorchWorker:
         from torch.nn.parallel import DistributedDataParallel
 
         torch.manual_seed(0)
-        units = hidden_units(size)
+        units = hidden_units(size, self._hidden_layers)
+        hidden, width = [], _NUM_INPUTS
+        for _ in range(self._hidden_layers):
+            hidden += [torch.nn.Linear(width, units), torch.nn.ReLU()]
+            width = units
         model = torch.nn.Sequential(
-            torch.nn.Linear(_NUM_INPUTS, units),
-            torch.nn.ReLU(),
-            torch.nn.Linear(units, units),
-            torch.nn.ReLU(),
-            torch.nn.Linear(units, _NUM_CLASSES),
+            *hidden, torch.nn.Linear(width, _NUM_CLASSES)
         )
         count = sum(p.numel() for p in model.parameters())
         kind, _, hook = method.partition(":")

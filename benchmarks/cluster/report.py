@@ -26,6 +26,8 @@ def label(method):
 
     >>> label("sparse:0.001:auto+natural"), label("ddp:powersgd4")
     ('sparse 0.1 %, natural', 'DDP, PowerSGD rank 4')
+    >>> label("buckets2:0.01:auto")
+    'buckets2 1 %, coded'
     >>> label("auto:0.001"), label("torch_local")
     ('auto 0.1 %', 'local, PyTorch')
     """

@@ -12,6 +12,8 @@ they are missing.
 Methods: `dense` is Keras's SGD, which sums gradients by an all-reduce;
 `sparse:DENSITY:INDICES+VALUES` is SparsifiedOptimizer with RegTopK and that
 Codec, and `owners:DENSITY:INDICES+VALUES` the same with a ReduceScatter;
+`buckets4:DENSITY:INDICES+VALUES` has a `sparse` optimizer for each quarter of
+the variables, which may exchange beside the rest of the backward pass;
 `auto:DENSITY` is the one that chooses when it is built, so it is built
 anew in each network; `ddp`, `ddp:fp16`, `ddp:powersgd1` and `ddp:powersgd4` are
 PyTorch's data-parallel module and its hooks over gloo, left out without torch.
@@ -71,6 +73,10 @@ def define_flags():
     flags.DEFINE_list("sizes", ["1000000", "11000000"], "Parameters, about.")
     flags.DEFINE_list("methods", _METHODS, "See above.")
     flags.DEFINE_integer("num_workers", 4, "Workers.", lower_bound=2)
+    flags.DEFINE_integer("hidden_layers", 2, "Of the network.", lower_bound=1)
+    flags.DEFINE_integer(
+        "batch_size", 16, "Examples a worker and step.", lower_bound=1
+    )
     flags.DEFINE_integer("rounds", 5, "Timed rounds.", lower_bound=1)
     flags.DEFINE_float("seconds_per_turn", 1.0, "Of a method in a round.")
     flags.DEFINE_integer(
@@ -209,6 +215,10 @@ def write(summary):
 def start_and_run(methods):
     """Makes the network, starts the workers, and ends both in any case."""
     args = flags.FLAGS
+    training = {
+        "hidden_layers": args.hidden_layers,
+        "batch_size": args.batch_size,
+    }
     threads = {
         kind: args[f"{kind}_threads"].value
         for kind in map(report.kind_of, methods)
@@ -225,6 +235,7 @@ def start_and_run(methods):
             "rounds": args.rounds,
             "seconds_per_turn": args.seconds_per_turn,
             "threads": threads,
+            **training,
         },
         "networks": {},
         "results": [],
@@ -236,7 +247,7 @@ def start_and_run(methods):
         tempfile.TemporaryDirectory() as log_dir,
         namespaces.Network(args.num_workers) as network,
         launcher.Workers.start_all(
-            threads, network, log_dir, args.timeout
+            threads, network, log_dir, args.timeout, training
         ) as workers,
         tqdm.tqdm(total=total, mininterval=1.0) as progress,
     ):
