@@ -11,6 +11,7 @@ import small_models
 import tensorflow as tf
 
 import tf_regtopk
+from tf_regtopk import keras_internals
 from tf_regtopk.kernels import device_kind
 from tf_regtopk.kernels import tracing
 
@@ -141,6 +142,14 @@ def test_another_kind_of_device_is_compiled_for():
     assert tracing.of_equal(complex, 1) is on_cpu
     with device_kind.compile_for("GPU"):
         assert tracing.of_equal(complex, 1) is not on_cpu
+
+
+def test_deterministic_operations_are_compiled_for(monkeypatch):
+    before = tracing.of_equal(complex, 1)
+    monkeypatch.setattr(
+        keras_internals, "is_op_determinism_enabled", lambda: True
+    )
+    assert tracing.of_equal(complex, 1) is not before
 
 
 def test_code_of_users_is_compiled_each_time(mirrored, monkeypatch):
