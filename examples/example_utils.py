@@ -160,6 +160,8 @@ _COLOURS = {
     "regtopk": "tab:blue",
     "regtopk_local": "tab:cyan",
     "dgc": "tab:green",
+    "powersgd1": "gold",
+    "powersgd4": "darkkhaki",
     "ef21": "tab:purple",
     "shift": "tab:pink",
     "shift_regtopk": "tab:red",

@@ -12,6 +12,7 @@ sys.path.append(str(pathlib.Path(__file__).parent.parent))
 
 import example_utils
 import methods
+import powersgd
 import shift_variants
 import worker_data
 
@@ -34,6 +35,7 @@ methods.METHODS.update(
         if name != "dense"
     }
 )
+methods.METHODS.update(powersgd.METHODS)
 
 # Flags that say which runs there are, and nothing about each.
 _NOT_OF_A_RUN = (

@@ -26,6 +26,7 @@ sys.path.append(str(pathlib.Path(__file__).parent.parent))
 
 import comparison
 import methods
+import powersgd
 import quickstart
 import worker_data
 
@@ -165,7 +166,12 @@ def train(args, trainings, is_tuning, method, learning_rate, seed):
     optimizer = methods.make_optimizer(
         method, args, learning_rate, args.density, args.momentum, is_adam
     )
-    descent = simulation.descent_of(optimizer, args.num_workers)
+    shapes = [
+        shape
+        for inputs, outputs in itertools.pairwise(LAYERS)
+        for shape in ((inputs, outputs), (outputs,))
+    ]
+    descent = powersgd.descent_of(optimizer, args.num_workers, shapes)
     if method not in trainings:  # Compiled once for all seeds.
         trainings[method] = simulation.gradient_descent(
             descent,

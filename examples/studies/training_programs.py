@@ -16,6 +16,7 @@ sys.path.append(str(pathlib.Path(__file__).parent.parent))
 
 import image_training
 import methods
+import powersgd
 
 import tf_regtopk
 from tf_regtopk import simulation
@@ -110,14 +111,15 @@ class Method:
         # Some take a multiple of the learning rate.
         self._scale = float(optimizer.learning_rate)
         self.is_sparse = isinstance(optimizer, tf_regtopk.SparsifiedOptimizer)
-        self._descent = simulation.descent_of(optimizer, args.num_workers)
-        if self.is_sparse:
-            size = sum(math.prod(v.shape) for v in model.trainable_variables)
-            self.bytes_a_step = round(self._descent.sent_bytes(size))
-        else:
+        shapes = [v.shape for v in model.trainable_variables]
+        self._descent = powersgd.descent_of(optimizer, args.num_workers, shapes)
+        if isinstance(self._descent, simulation.DenseDescent):
             self.bytes_a_step = image_training.bytes_a_step(
                 optimizer, model, args.num_workers
             )
+        else:
+            size = sum(map(math.prod, shapes))
+            self.bytes_a_step = round(self._descent.sent_bytes(size))
 
     def start(self, weights):
         """The list of arrays of the state before the first step."""

@@ -156,7 +156,8 @@ def test_methods_are_what_their_flags_say():
         for keep in ("", 4)
     }
     with_signs = {f"{name}_sign" for name in {*expected} | with_owners}
-    assert {"dense", *expected} | with_owners | with_signs == set(
+    peers = {"powersgd1", "powersgd4"}
+    assert {"dense", *expected} | peers | with_owners | with_signs == set(
         methods.METHODS
     )
     # Owners take indices in a fixed length.
@@ -219,7 +220,7 @@ def test_methods_are_what_their_flags_say():
     sorted(
         name
         for name in {*methods.METHODS}
-        - {"dgc", "shift_masked", "shift_rounded"}
+        - {"dgc", "shift_masked", "shift_rounded", "powersgd1", "powersgd4"}
         # They round, or send another share of the entries.
         if not name.endswith("_sign") and "_owners" not in name
     ),

@@ -98,7 +98,7 @@ def test_digits_study_script(tmp_path):
     summary, _ = example_runner.run_example(
         "studies/digits_study",
         tmp_path,
-        methods="dense,shift_regtopk_inner,shift_masked",
+        methods="dense,shift_regtopk_inner,shift_masked,powersgd1",
         density=0.02,
         split="dirichlet:1",
         learning_rates=0.02,
