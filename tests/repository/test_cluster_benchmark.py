@@ -243,7 +243,8 @@ def start(output_dir, *args):
 
 def test_quick_run(needs_network, tmp_path):
     sparse = "sparse:0.25:int32+float32"
-    process = start(tmp_path, f"--methods=dense,{sparse}")
+    buckets = sparse.replace("sparse", "buckets2")
+    process = start(tmp_path, f"--methods=dense,{sparse},{buckets}")
     try:
         _, errors = process.communicate(timeout=150)
     finally:
@@ -255,9 +256,11 @@ def test_quick_run(needs_network, tmp_path):
     summary = json.loads((tmp_path / "summary.json").read_text("utf-8"))
     assert (tmp_path / "figure.png").exists()
     found = {r["method"]: r for r in summary["results"]}
-    assert set(found) == {"dense", sparse, "local"}
+    assert set(found) == {"dense", sparse, buckets, "local"}
     # About 40 KB of entries, and the 1,600 bytes of TensorFlow's own framing.
     assert 1 < found[sparse]["payload_over_reported"] < 1.1
+    # Two payloads send the same entries.
+    assert 1 < found[buckets]["sent_bytes"] / found[sparse]["sent_bytes"] < 1.2
     assert found["local"]["sent_bytes"] < 0.05 * found[sparse]["sent_bytes"]
     assert found["dense"]["exchange_share"] > 0
     assert summary["networks"]["unshaped"]["bulk_bits_per_second"] > 0
