@@ -1,4 +1,4 @@
-"""Starts the workers of `step.py`, and tells all of them what to do."""
+"""Starts the workers of a benchmark, and tells all of them what to do."""
 
 import contextlib
 import json
@@ -10,8 +10,45 @@ import subprocess
 import sys
 import time
 
+from benchmarks.cluster import namespaces
+
 _PROGRAM = "benchmarks.cluster.worker"
-_PORTS = {"tensorflow": 5301, "torch": 5302}
+_PORTS = {"tensorflow": 5301, "torch": 5302, "study": 5303}
+
+
+def run_and_clean_up(function, *args):
+    """Calls a function that starts workers in a `namespaces.Network`.
+
+    However it ends, by a signal too, nothing of the network is left; if
+    something is, that is printed.
+
+    Args:
+        function: What to call.
+        *args: Its arguments.
+
+    Returns:
+        Its result, or None if a worker failed, which is printed.
+    """
+
+    def exit_on(number, _):
+        for other in signals:
+            signal.signal(other, signal.SIG_IGN)
+        sys.exit(128 + number)  # By way of the clean-up.
+
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    for number in signals:
+        signal.signal(number, exit_on)
+    try:
+        return function(*args)
+    except WorkerError as e:
+        print(e, file=sys.stderr)
+        return None
+    finally:
+        namespaces.remove_rest()
+        left = namespaces.leftovers(os.getpid())
+        left += namespaces.children(os.getpid())
+        if left:
+            print(f"Left behind: {', '.join(left)}", file=sys.stderr)
 
 
 class WorkerError(Exception):
@@ -22,7 +59,7 @@ class Workers:
     """The processes of one kind, one in each worker's namespace.
 
     Args:
-        kind: `"tensorflow"` or `"torch"`.
+        kind: `"tensorflow"`, `"torch"` or `"study"`.
         network: `namespaces.Network`.
         log_dir: Folder for what they print.
         timeout: Seconds that an answer may take.

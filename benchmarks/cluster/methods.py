@@ -149,17 +149,21 @@ class TensorFlowWorker:
         )
         # TensorFlow takes SIGTERM for itself, and goes on.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        self._hidden_layers = args["hidden_layers"]
-        inputs, classes = batches(args["index"], args["batch_size"])
-        self._data = [
-            (tf.constant(x), tf.constant(y))
-            for x, y in zip(inputs, classes, strict=True)
-        ]
+        self._load(args)
         self._models, self._optimizers, self._steps = {}, {}, {}
         self.versions = {
             "tensorflow": tf.__version__,
             "keras": keras.__version__,
         }
+
+    def _load(self, args):
+        """Keeps what is trained, and on which batches."""
+        self._hidden_layers = args["hidden_layers"]
+        inputs, classes = batches(args["index"], args["batch_size"])
+        self._data = [
+            (self._tf.constant(x), self._tf.constant(y))
+            for x, y in zip(inputs, classes, strict=True)
+        ]
 
     def can_run(self, method):
         """None, or why not."""
@@ -258,9 +262,14 @@ class TensorFlowWorker:
             and {name: float(value) for name, value in seconds.items()},
         }
 
+    def _before_step(self, method, number):
+        """Makes ready for a step, and returns its batch."""
+        del method
+        return self._data[number % _NUM_BATCHES]
+
     def step(self, method, number):
         """Takes one step, and returns the loss when all of it is done."""
-        batch = self._data[number % _NUM_BATCHES]
+        batch = self._before_step(method, number)
         return float(self._steps[method](*batch).numpy())
 
     def free(self):

@@ -36,9 +36,9 @@ import importlib.util
 import json
 import os
 import platform
-import signal
 import sys
 import tempfile
+from typing import NamedTuple
 
 from absl import app
 from absl import flags
@@ -108,18 +108,36 @@ def takes_part(round_number, rounds, own_rounds):
     return (round_number + 1) * own_rounds // rounds > before
 
 
-def measure(size, network_name, methods, workers, progress):
+class Pace(NamedTuple):
+    """How long methods are timed.
+
+    Args:
+        rounds: Timed rounds.
+        seconds_per_turn: Of a method in a round.
+    """
+
+    rounds: int
+    seconds_per_turn: float
+
+
+def measure(methods, workers_of, pace, title, progress):
     """Times methods that are built in the network as it is.
+
+    Args:
+        methods: Their names.
+        workers_of: Function of a method that returns its `Workers`.
+        pace: `Pace`.
+        title: Of the progress bar.
+        progress: The bar, which counts turns.
 
     Returns:
         Dict from method to a record.
     """
-    args = flags.FLAGS
     plans, turns, numbers = {}, {m: [] for m in methods}, {}
 
     def take(method, lead_in, steps):
-        progress.set_description(f"{network_name} {size:,} {method}")
-        answers = workers[report.kind_of(method)].ask(
+        progress.set_description(f"{title} {method}")
+        answers = workers_of(method).ask(
             do="steps",
             method=method,
             first=numbers.get(method, 0),
@@ -134,15 +152,15 @@ def measure(size, network_name, methods, workers, progress):
         # The first step in a changed network is not like the others.
         answers = take(method, 0, 1)
         seconds = max(a["seconds"][0] for a in answers)
-        if seconds < args.seconds_per_turn:
+        if seconds < pace.seconds_per_turn:
             answers = take(method, 1, 2)
             seconds = max(sum(a["seconds"]) / 2 for a in answers)
         plans[method] = choose_steps(
-            seconds, args.seconds_per_turn, args.rounds
+            seconds, pace.seconds_per_turn, pace.rounds
         )
-    for number in range(args.rounds):
+    for number in range(pace.rounds):
         for method, (lead_in, steps, rounds) in plans.items():
-            if takes_part(number, args.rounds, rounds):
+            if takes_part(number, pace.rounds, rounds):
                 turns[method].append(take(method, lead_in, steps))
     return {
         method: report.make_record(turns[method], namespaces.HEADER_BYTES)
@@ -185,7 +203,11 @@ def run(network, workers, methods, summary, progress):
                 if m.startswith("auto"):
                     built[m] = build(m, size, workers, progress, steps=2)
             records = measure(
-                size, name, [m for m in methods if built[m]], workers, progress
+                [m for m in methods if built[m]],
+                lambda method: workers[report.kind_of(method)],
+                Pace(args.rounds, args.seconds_per_turn),
+                f"{name} {size:,}",
+                progress,
             )
             for method, record in records.items():
                 # Before the numbers, what they are of.
@@ -276,25 +298,9 @@ def main(argv):
         if report.LOCAL[kind] not in methods:
             methods.append(report.LOCAL[kind])
 
-    def exit_on(number, _):
-        for other in signals:
-            signal.signal(other, signal.SIG_IGN)
-        sys.exit(128 + number)  # By way of the clean-up.
-
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    for number in signals:
-        signal.signal(number, exit_on)
-    try:
-        summary = start_and_run(methods)
-    except launcher.WorkerError as e:
-        print(e, file=sys.stderr)
+    summary = launcher.run_and_clean_up(start_and_run, methods)
+    if summary is None:
         return 1
-    finally:
-        namespaces.remove_rest()
-        left = namespaces.leftovers(os.getpid())
-        left += namespaces.children(os.getpid())
-        if left:
-            print(f"Left behind: {', '.join(left)}", file=sys.stderr)
     write(summary)
     figure = os.path.join(args.output_dir, "figure.png")
     report.plot(summary, figure)

@@ -1,4 +1,4 @@
-"""What one worker of `step.py` runs: training steps, when told to.
+"""A worker of a benchmark between hosts: takes training steps when told to.
 
     python -m benchmarks.cluster.worker tensorflow '{"index": 0, ...}'
 
@@ -25,9 +25,19 @@ from benchmarks.cluster import namespaces
 
 # Traces, compiles, and lets PowerSGD begin, which it does after 5 steps.
 _WARM_UP_STEPS = 8
+
+
+def _study_worker(args):
+    # Others need not wait for the data sets' library.
+    from benchmarks.cluster import study_worker
+
+    return study_worker.StudyWorker(args)
+
+
 _KINDS = {
     "tensorflow": methods.TensorFlowWorker,
     "torch": methods.TorchWorker,
+    "study": _study_worker,
 }
 
 
@@ -35,7 +45,7 @@ def take_steps(worker, method, first, lead_in, steps):
     """Takes steps of a method, and counts their time and traffic.
 
     Args:
-        worker: One of `_KINDS`.
+        worker: What one of `_KINDS` makes.
         method: Name of the method.
         first: Number of the first step.
         lead_in: Steps before those that are timed: connections that were idle
@@ -94,6 +104,8 @@ def serve(kind, args, output):
                 *(worker, method, command["first"]),
                 *(command["lead_in"], command["steps"]),
             )
+        elif command["do"] == "test":
+            answer = {"accuracy": worker.accuracy(method)}
         elif command["do"] == "free":
             worker.free()
         if command["do"] != "steps":

@@ -9,13 +9,19 @@ import sys
 import threading
 import time
 
+from absl import flags
+import fork_server
+import numpy as np
+import old_versions
 import paths
 import pytest
+import run_with_mock_data
 
 from benchmarks.cluster import methods
 from benchmarks.cluster import namespaces
 from benchmarks.cluster import report
 from benchmarks.cluster import step
+from benchmarks.cluster import time_to_accuracy
 
 
 @pytest.fixture
@@ -264,6 +270,98 @@ def test_quick_run(needs_network, tmp_path):
     assert found["local"]["sent_bytes"] < 0.05 * found[sparse]["sent_bytes"]
     assert found["dense"]["exchange_share"] > 0
     assert summary["networks"]["unshaped"]["bulk_bits_per_second"] > 0
+
+
+STUDY = {
+    "num_workers": 2,
+    "batch_size": 3,
+    "rounds": 6,
+    "evaluate_every": 3,
+    "density": 0.001,
+}
+
+
+def write_runs(path, **accuracies):
+    """A file as the study writes it, with a run for each method."""
+    records = [
+        {
+            "setting": {
+                **STUDY,
+                "is_tuning": False,
+                "method": method,
+                "learning_rate": 0.1,
+                "seed": 0,
+            },
+            "result": {"round": [3, 6], "accuracy": accuracy},
+        }
+        for method, accuracy in accuracies.items()
+    ]
+    path.write_text("\n".join(map(json.dumps, records)), "utf-8")
+
+
+def study_flags(**others):
+    return [f"--{name}={value}" for name, value in {**STUDY, **others}.items()]
+
+
+def test_composed_times():
+    curves = {
+        "dense": ([3, 6], np.array([0.4, 0.8])),
+        "topk": ([3, 6], np.array([0.5, 0.7])),
+    }
+    milliseconds = {"dense": 100, "topk": 10}
+    assert time_to_accuracy.compose(curves, milliseconds, [0.5, 1.0]) == {
+        "dense": [pytest.approx(0.3), pytest.approx(0.6)],
+        "topk": [pytest.approx(0.03), None],
+    }
+
+
+def test_runs_of_another_setting_do_not_count(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    write_runs(path, dense=[0.4, 0.8])
+    values = flags.FlagValues()
+    for name, value in STUDY.items():
+        flags.DEFINE_float(name, value, "", flag_values=values)
+    flags.DEFINE_list("methods", ["dense"], "", flag_values=values)
+    values(["program"])
+    rate, [result] = time_to_accuracy.read_runs(path, values)["dense"]
+    assert (rate, result["accuracy"]) == (0.1, [0.4, 0.8])
+    values.density = 0.5
+    with pytest.raises(ValueError, match="must hold runs of `dense`"):
+        time_to_accuracy.read_runs(path, values)
+
+
+@old_versions.needs_data_sets
+def test_time_to_accuracy(needs_network, tmp_path):
+    """A whole training takes the steps of the study, and leaves nothing."""
+    write_runs(tmp_path / "runs.jsonl", dense=[0.1, 0.2], topk_sign=[0.1, 0.3])
+    result = fork_server.run_one(
+        run_with_mock_data.__file__,
+        [
+            *("60", "benchmarks.cluster.time_to_accuracy"),
+            *study_flags(
+                methods="dense,topk_sign",
+                networks="unshaped",
+                timed_rounds=1,
+                seconds_per_turn=0.1,
+                whole="unshaped:topk_sign",
+                runs=tmp_path / "runs.jsonl",
+                output_dir=tmp_path,
+            ),
+        ],
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "Left behind" not in result.stderr
+    assert "composed" in result.stdout
+    summary = json.loads((tmp_path / "summary.json").read_text("utf-8"))
+    assert (tmp_path / "time.png").exists()
+    assert set(summary["steps"]["unshaped"]) == {"dense", "topk_sign", "local"}
+    steps = summary["records"]["unshaped"]
+    assert steps["topk_sign"]["sent_bytes"] < steps["dense"]["sent_bytes"] / 50
+    assert (
+        summary["seconds"]["unshaped"]["dense"]
+        == [pytest.approx(6 * summary["steps"]["unshaped"]["dense"] / 1e3)] * 2
+    )
+    assert 0 <= summary["whole"]["unshaped:topk_sign"]["accuracy"] <= 1
 
 
 @pytest.mark.slow

@@ -1,0 +1,374 @@
+r"""Time to an accuracy: a study's accuracies, with the time of real steps.
+
+`examples/studies/cifar10_long.py` trains with workers that are simulated in one
+process, so its steps take other times than those of workers. Here each worker
+is a process in a network namespace of its own, behind a shaped link, and takes
+the steps of that study: with its network, shards, batches, optimizers and
+learning rates. Needs root; see `step.py`.
+
+    python -m benchmarks.cluster.time_to_accuracy --split=iid \
+        --runs=docs/results/cifar10_long_iid/runs.jsonl
+
+For each network the median time of a step of each method is measured, in turn
+within each round. The time to an accuracy is **composed**: the number of steps
+after which the study's mean accuracy over the seeds reaches it, times the
+median. `--whole=100mbit:dense` also takes all steps of a training, and prints
+their time and the accuracy beside those that are composed.
+
+Takes the flags of that study, which must be those of its runs, and the learning
+rate of each method from these runs.
+"""
+
+import json
+import os
+import pathlib
+import platform
+import statistics
+import sys
+import tempfile
+
+from absl import app
+from absl import flags
+import cifar10_long
+import example_utils
+import numpy as np
+import tqdm
+import worker_data
+
+from benchmarks.cluster import launcher
+from benchmarks.cluster import namespaces
+from benchmarks.cluster import report
+from benchmarks.cluster import step
+
+# Steps of a whole training between two answers of the workers.
+_STEPS_AT_ONCE = 100
+
+
+def define_flags():
+    cifar10_long.define_flags()
+    flags.DEFINE_list("networks", ["unshaped", "1gbit", "100mbit", "5ms"], "")
+    flags.DEFINE_integer("timed_rounds", 5, "Timed rounds.", lower_bound=1)
+    flags.DEFINE_float("seconds_per_turn", 2.0, "Of a method in a round.")
+    flags.DEFINE_integer(
+        "timeout", 600, "Seconds that a worker may take to answer."
+    )
+    flags.DEFINE_string(
+        "runs", "docs/results/cifar10_long_iid/runs.jsonl", "Of the study."
+    )
+    flags.DEFINE_list(
+        "targets", ["0.95", "0.98"], "Shares of the final accuracy of dense."
+    )
+    flags.DEFINE_list(
+        "whole", [], "NETWORK:METHOD of whole trainings, with the first seed."
+    )
+    # So that --help lists those too.
+    flags.adopt_module_key_flags(cifar10_long)
+
+
+def read_runs(path, args):
+    """The runs of the study with the setting of the flags.
+
+    Args:
+        path: A `runs.jsonl`.
+        args: The flags.
+
+    Returns:
+        Method to `(learning rate, results)`, a result a seed.
+
+    Raises:
+        ValueError: If a method of the flags has no runs, or those of several
+            learning rates.
+    """
+    found = {}
+    with open(path, encoding="utf-8") as f:
+        for record in map(json.loads, f):
+            setting = record["setting"]
+            if setting["is_tuning"] or any(
+                setting[name] != args[name].value
+                for name in setting
+                if name in args
+            ):
+                continue
+            rates = found.setdefault(setting["method"], {})
+            rates.setdefault(setting["learning_rate"], []).append(
+                record["result"]
+            )
+    for method in args.methods:
+        if len(found.get(method, {})) != 1:
+            raise ValueError(
+                f"`runs` must hold runs of `{method}` with the setting of the "
+                "flags, and one learning rate. Received: learning rates "
+                f"{sorted(found.get(method, {}))} in {path}"
+            )
+    return {m: next(iter(found[m].items())) for m in args.methods}
+
+
+def mean_curve(results):
+    """`(steps, accuracies)`: the mean over the runs of a method."""
+    return (
+        np.array(results[0]["round"]),
+        np.mean([result["accuracy"] for result in results], axis=0),
+    )
+
+
+def steps_to(curve, accuracy):
+    """The first step of a curve with at least an accuracy, or None.
+
+    >>> steps_to(([10, 20, 30], np.array([0.1, 0.5, 0.4])), 0.4)
+    20
+    >>> steps_to(([10, 20, 30], np.array([0.1, 0.5, 0.4])), 0.6)
+    """
+    reached = np.flatnonzero(curve[1] >= accuracy)
+    return int(curve[0][reached[0]]) if len(reached) else None
+
+
+def compose(curves, milliseconds, targets):
+    """Times to shares of the final accuracy of dense training.
+
+    Args:
+        curves: Method to a curve, as of `mean_curve`; `dense` among them.
+        milliseconds: Method to the median time of a step.
+        targets: List of shares.
+
+    Returns:
+        Method to a list of seconds, None where an accuracy is not reached.
+    """
+    final = curves["dense"][1][-1]
+    found = {}
+    for method, curve in curves.items():
+        steps = [steps_to(curve, target * final) for target in targets]
+        found[method] = [
+            count and count * milliseconds[method] / 1e3 for count in steps
+        ]
+    return found
+
+
+def markdown_table(summary):
+    """Rows are methods; a network has a column for a step and each target."""
+    targets, networks = summary["targets"], list(summary["steps"])
+    heading = "".join(
+        f" {network}, ms a step |"
+        + "".join(f" s to {100 * t:g} % |" for t in targets)
+        for network in networks
+    )
+    count = len(networks) * (1 + len(targets))
+    lines = [f"| method |{heading}", f"| --- |{' ---: |' * count}"]
+    for method in summary["methods"]:
+        cells = []
+        for network in networks:
+            cells.append(f"{summary['steps'][network][method]:.0f}")
+            cells += [
+                "-" if seconds is None else f"{seconds:,.0f}"
+                for seconds in summary["seconds"][network][method]
+            ]
+        lines.append(f"| `{method}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def train_whole(network, method, workers, num_steps):
+    """Takes all steps of a training, from its first weights on.
+
+    Returns:
+        Dict: seconds of all steps but the first, which compiles the program;
+        their median; and the accuracy.
+    """
+    workers.ask(do="free")
+    workers.ask(do="build", method=method, size=None, steps=0)
+    seconds = []
+    with tqdm.tqdm(
+        total=num_steps, desc=f"{network} {method}", mininterval=5
+    ) as progress:
+        for first in range(0, num_steps, _STEPS_AT_ONCE):
+            count = min(_STEPS_AT_ONCE, num_steps - first)
+            answers = workers.ask(
+                do="steps", method=method, first=first, lead_in=0, steps=count
+            )
+            seconds += map(
+                max, zip(*(a["seconds"] for a in answers), strict=True)
+            )
+            progress.update(count)
+    [answer, *_] = workers.ask(do="test", method=method)
+    return {
+        "seconds": sum(seconds[1:]),
+        "median_milliseconds": 1e3 * statistics.median(seconds),
+        **answer,
+    }
+
+
+def save_data(folder, args):
+    """Writes images and labels, once for all workers of this machine."""
+    for split in ("train", "test"):
+        images, labels = worker_data.load_images(
+            "cifar10", split, args.data_dir, max_images=args.max_images
+        )
+        np.save(pathlib.Path(folder, f"{split}_images.npy"), images)
+        np.save(pathlib.Path(folder, f"{split}_labels.npy"), labels)
+
+
+def start_and_run(runs):
+    """Makes the network, starts the workers, measures, and ends them."""
+    args = flags.FLAGS
+    curves = {
+        method: mean_curve(results) for method, (_, results) in runs.items()
+    }
+    targets = [float(target) for target in args.targets]
+    summary = {
+        "config": example_utils.config(),
+        "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
+        "methods": list(runs),
+        "targets": targets,
+        "steps": {},
+        "records": {},
+        "seconds": {},
+        "whole": {},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        save_data(folder, args)
+        rates = {method: rate for method, (rate, _) in runs.items()}
+        training = {
+            "data": folder,
+            "flags": example_utils.config(),
+            "learning_rates": rates | {"local": rates["dense"]},
+            "seed": int(args.seeds[0]),
+        }
+        with (
+            namespaces.Network(args.num_workers) as network,
+            launcher.Workers.start_all(
+                {"study": 1}, network, folder, args.timeout, training
+            ) as started,
+        ):
+            workers = started["study"]
+            summary["machine"] |= workers.versions
+            _time_steps(network, workers, list(runs), summary)
+            for name, milliseconds in summary["steps"].items():
+                summary["seconds"][name] = compose(
+                    curves, milliseconds, targets
+                )
+            for whole in args.whole:
+                name, method = whole.split(":", 1)
+                network.change(name)
+                summary["whole"][whole] = train_whole(
+                    name, method, workers, args.rounds
+                )
+    return summary, curves
+
+
+def _time_steps(network, workers, methods, summary):
+    """Adds to the summary the times of a step."""
+    args = flags.FLAGS
+    methods = [*methods, "local"]
+    turns = len(args.networks) * len(methods) * (args.timed_rounds + 2)
+    with tqdm.tqdm(total=turns, mininterval=1) as progress:
+        for method in methods:
+            progress.set_description(f"building {method}")
+            [answer, *_] = workers.ask(do="build", method=method, size=None)
+            summary["parameters"] = answer["parameters"]
+        for name in args.networks:
+            network.change(name)
+            records = step.measure(
+                methods,
+                lambda method: workers,
+                step.Pace(args.timed_rounds, args.seconds_per_turn),
+                name,
+                progress,
+            )
+            summary["records"][name] = records
+            summary["steps"][name] = {
+                method: record["milliseconds"]
+                for method, record in records.items()
+            }
+
+
+def plot(summary, curves, path):
+    """Draws accuracy against seconds, a panel for each network."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # Writes files; needs no display.
+    from matplotlib import pyplot as plt
+
+    networks = list(summary["steps"])
+    figure, axes = plt.subplots(
+        *(1, len(networks)),
+        figsize=(1 + 3.5 * len(networks), 3.5),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, network in zip(axes[0], networks, strict=True):
+        for method, (steps, accuracies) in curves.items():
+            seconds = steps * summary["steps"][network][method] / 1e3
+            axis.plot(seconds, accuracies, label=method)
+        axis.set_xscale("log")
+        axis.set_title(network, fontsize=10)
+        axis.set_xlabel("seconds (composed)")
+    axes[0, 0].set_ylabel("test accuracy")
+    axes[0, -1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def print_whole(summary):
+    """Prints whole trainings beside what is composed."""
+    for whole, found in summary["whole"].items():
+        name, method = whole.split(":", 1)
+        composed = (
+            summary["config"]["rounds"] * summary["steps"][name][method] / 1e3
+        )
+        print(
+            f"{whole}: {found['seconds']:.0f} s in all, composed "
+            f"{composed:.0f} s; accuracy {found['accuracy']:.4f}, median step "
+            f"{found['median_milliseconds']:.1f} ms"
+        )
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"Unknown arguments: {argv[1:]}")
+    args = flags.FLAGS
+    for whole in args.whole:
+        name, _, method = whole.partition(":")
+        if name not in args.networks or method not in args.methods:
+            raise app.UsageError(
+                "`whole` must name a network and a method that are timed, as "
+                f"100mbit:dense. Received: {whole}"
+            )
+    if "dense" not in args.methods:
+        raise app.UsageError(
+            "`methods` must hold dense, which the others are compared with. "
+            f"Received: {','.join(args.methods)}"
+        )
+    for name in args.networks:
+        namespaces.parse_condition(name)
+    runs = read_runs(args.runs, args)
+    if reason := namespaces.why_not():
+        print(f"This benchmark cannot run here: {reason}.", file=sys.stderr)
+        return 2
+    result = launcher.run_and_clean_up(start_and_run, runs)
+    if result is None:
+        return 1
+    summary, curves = result
+    os.makedirs(args.output_dir, exist_ok=True)
+    with open(os.path.join(args.output_dir, "summary.json"), "w") as f:
+        json.dump(summary, f, indent=2)
+    plot(summary, curves, os.path.join(args.output_dir, "time.png"))
+    records = [
+        {
+            "network": name,
+            "size": summary["parameters"],
+            "method": method,
+            **record,
+        }
+        for name, of_network in summary["records"].items()
+        for method, record in of_network.items()
+    ]
+    report.compare(records)
+    print(report.text_table(records))
+    print(markdown_table(summary))
+    print_whole(summary)
+    print(f"Wrote summary.json and time.png in {args.output_dir}.")
+    return 0
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)
