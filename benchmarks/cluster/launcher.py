@@ -13,7 +13,12 @@ import time
 from benchmarks.cluster import namespaces
 
 _PROGRAM = "benchmarks.cluster.worker"
-_PORTS = {"tensorflow": 5301, "torch": 5302, "study": 5303}
+_PORTS = {
+    "tensorflow": 5301,
+    "torch": 5302,
+    "study": 5303,
+    "torch_study": 5304,
+}
 
 
 def run_and_clean_up(function, *args):
@@ -59,7 +64,7 @@ class Workers:
     """The processes of one kind, one in each worker's namespace.
 
     Args:
-        kind: `"tensorflow"`, `"torch"` or `"study"`.
+        kind: One of `worker.py`'s.
         network: `namespaces.Network`.
         log_dir: Folder for what they print.
         timeout: Seconds that an answer may take.

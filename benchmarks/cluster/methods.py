@@ -296,19 +296,35 @@ class TorchWorker:
             world_size=len(args["addresses"]),
             timeout=datetime.timedelta(seconds=args["timeout"]),
         )
+        self._load(args)
+        self._models, self._optimizers = {}, {}
+        self.versions = {"torch": torch.__version__}
+
+    def _load(self, args):
+        """Keeps what is trained, and on which batches."""
         self._hidden_layers = args["hidden_layers"]
         inputs, classes = batches(args["index"], args["batch_size"])
         self._data = [
-            (torch.from_numpy(x), torch.from_numpy(y))
+            (self._torch.from_numpy(x), self._torch.from_numpy(y))
             for x, y in zip(inputs, classes, strict=True)
         ]
-        self._models, self._optimizers = {}, {}
-        self.versions = {"torch": torch.__version__}
 
     def can_run(self, method):
         """None, or why not."""
         del method
         return None
+
+    def _model(self, size):
+        torch = self._torch
+        torch.manual_seed(0)
+        units = hidden_units(size, self._hidden_layers)
+        hidden, width = [], _NUM_INPUTS
+        for _ in range(self._hidden_layers):
+            hidden += [torch.nn.Linear(width, units), torch.nn.ReLU()]
+            width = units
+        return torch.nn.Sequential(
+            *hidden, torch.nn.Linear(width, _NUM_CLASSES)
+        )
 
     def build(self, method, size):
         """Makes the model and the optimizer."""
@@ -317,15 +333,7 @@ class TorchWorker:
         from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
         from torch.nn.parallel import DistributedDataParallel
 
-        torch.manual_seed(0)
-        units = hidden_units(size, self._hidden_layers)
-        hidden, width = [], _NUM_INPUTS
-        for _ in range(self._hidden_layers):
-            hidden += [torch.nn.Linear(width, units), torch.nn.ReLU()]
-            width = units
-        model = torch.nn.Sequential(
-            *hidden, torch.nn.Linear(width, _NUM_CLASSES)
-        )
+        model = self._model(size)
         count = sum(p.numel() for p in model.parameters())
         kind, _, hook = method.partition(":")
         if kind == "ddp":
@@ -351,9 +359,12 @@ class TorchWorker:
         )
         return {"parameters": count}
 
+    def _batch(self, number):
+        return self._data[number % _NUM_BATCHES]
+
     def step(self, method, number):
         """Takes one step, and returns the loss when all of it is done."""
-        inputs, classes = self._data[number % _NUM_BATCHES]
+        inputs, classes = self._batch(number)
         optimizer = self._optimizers[method]
         optimizer.zero_grad()
         loss = self._torch.nn.functional.cross_entropy(

@@ -16,9 +16,12 @@ median. `--whole=100mbit:dense` also takes all steps of a training, and prints
 their time and the accuracy beside those that are composed.
 
 Takes the flags of that study, which must be those of its runs, and the learning
-rate of each method from these runs.
+rate of each method from these runs. The accuracy of `powersgd1` and `powersgd4`
+is the study's; the time of a step is that of PyTorch's hook, with a network of
+the same layers, where torch is installed.
 """
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -56,13 +59,24 @@ def define_flags():
         "runs", "docs/results/cifar10_long_iid/runs.jsonl", "Of the study."
     )
     flags.DEFINE_list(
-        "targets", ["0.95", "0.98"], "Shares of the final accuracy of dense."
+        "targets",
+        ["0.9", "0.95", "0.99"],
+        "Shares of the final accuracy of dense.",
     )
     flags.DEFINE_list(
         "whole", [], "NETWORK:METHOD of whole trainings, with the first seed."
     )
     # So that --help lists those too.
     flags.adopt_module_key_flags(cifar10_long)
+
+
+def kind_of(method):
+    """Which workers of `worker.py` take the steps of a method.
+
+    >>> kind_of("topk_sign"), kind_of("powersgd1")
+    ('study', 'torch_study')
+    """
+    return "torch_study" if method.startswith("powersgd") else "study"
 
 
 def read_runs(path, args):
@@ -234,11 +248,13 @@ def start_and_run(runs):
         with (
             namespaces.Network(args.num_workers) as network,
             launcher.Workers.start_all(
-                {"study": 1}, network, folder, args.timeout, training
-            ) as started,
+                # One thread for each kind, as in `step.py`.
+                dict.fromkeys(map(kind_of, runs), 1),
+                *(network, folder, args.timeout, training),
+            ) as workers,
         ):
-            workers = started["study"]
-            summary["machine"] |= workers.versions
+            for kind in workers.values():
+                summary["machine"] |= kind.versions
             _time_steps(network, workers, list(runs), summary)
             for name, milliseconds in summary["steps"].items():
                 summary["seconds"][name] = compose(
@@ -248,7 +264,7 @@ def start_and_run(runs):
                 name, method = whole.split(":", 1)
                 network.change(name)
                 summary["whole"][whole] = train_whole(
-                    name, method, workers, args.rounds
+                    name, method, workers["study"], args.rounds
                 )
     return summary, curves
 
@@ -261,13 +277,15 @@ def _time_steps(network, workers, methods, summary):
     with tqdm.tqdm(total=turns, mininterval=1) as progress:
         for method in methods:
             progress.set_description(f"building {method}")
-            [answer, *_] = workers.ask(do="build", method=method, size=None)
+            [answer, *_] = workers[kind_of(method)].ask(
+                do="build", method=method, size=None
+            )
             summary["parameters"] = answer["parameters"]
         for name in args.networks:
             network.change(name)
             records = step.measure(
                 methods,
-                lambda method: workers,
+                lambda method: workers[kind_of(method)],
                 step.Pace(args.timed_rounds, args.seconds_per_turn),
                 name,
                 progress,
@@ -327,10 +345,15 @@ def main(argv):
     args = flags.FLAGS
     for whole in args.whole:
         name, _, method = whole.partition(":")
-        if name not in args.networks or method not in args.methods:
+        if (
+            name not in args.networks
+            or method not in args.methods
+            or kind_of(method) != "study"
+        ):
             raise app.UsageError(
                 "`whole` must name a network and a method that are timed, as "
-                f"100mbit:dense. Received: {whole}"
+                "100mbit:dense; PyTorch's steps are timed only. "
+                f"Received: {whole}"
             )
     if "dense" not in args.methods:
         raise app.UsageError(
@@ -340,6 +363,11 @@ def main(argv):
     for name in args.networks:
         namespaces.parse_condition(name)
     runs = read_runs(args.runs, args)
+    if not importlib.util.find_spec("torch"):
+        left_out = [m for m in runs if kind_of(m) == "torch_study"]
+        runs = {m: run for m, run in runs.items() if m not in left_out}
+        if left_out:
+            print(f"Without {', '.join(left_out)}: torch is not installed.")
     if reason := namespaces.why_not():
         print(f"This benchmark cannot run here: {reason}.", file=sys.stderr)
         return 2

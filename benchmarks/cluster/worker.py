@@ -34,10 +34,17 @@ def _study_worker(args):
     return study_worker.StudyWorker(args)
 
 
+def _torch_study_worker(args):
+    from benchmarks.cluster import study_worker
+
+    return study_worker.TorchStudyWorker(args)
+
+
 _KINDS = {
     "tensorflow": methods.TensorFlowWorker,
     "torch": methods.TorchWorker,
     "study": _study_worker,
+    "torch_study": _torch_study_worker,
 }
 
 
