@@ -7,7 +7,8 @@ the steps of that study: with its network, shards, batches, optimizers and
 learning rates. Needs root; see `step.py`.
 
     python -m benchmarks.cluster.time_to_accuracy --split=iid \
-        --runs=docs/results/cifar10_long_iid/runs.jsonl
+        --runs=docs/results/cifar10_long_iid/runs.jsonl \
+        --methods=dense,topk_sign,shift_masked_sign
 
 For each network the median time of a step of each method is measured, in turn
 within each round. The time to an accuracy is **composed**: the number of steps
