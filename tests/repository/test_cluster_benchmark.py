@@ -343,6 +343,7 @@ def test_time_to_accuracy(needs_network, tmp_path):
                 networks="unshaped",
                 timed_rounds=1,
                 seconds_per_turn=0.1,
+                targets="0.9,0.99",
                 whole="unshaped:topk_sign",
                 runs=tmp_path / "runs.jsonl",
                 output_dir=tmp_path,
