@@ -51,6 +51,7 @@ _STEPS_AT_ONCE = 100
 
 def define_flags():
     cifar10_long.define_flags()
+    flags.FLAGS.set_default("output_dir", "results/time_to_accuracy")
     flags.DEFINE_list("networks", ["unshaped", "1gbit", "100mbit", "5ms"], "")
     flags.DEFINE_integer("timed_rounds", 9, "Timed rounds.", lower_bound=1)
     flags.DEFINE_float("seconds_per_turn", 3.0, "Of a method in a round.")

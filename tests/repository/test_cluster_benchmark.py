@@ -144,7 +144,7 @@ def test_tables():
     assert "800.0" in lines[1] and "400.0" in lines[2]
 
 
-@pytest.mark.parametrize("module", [report, methods])
+@pytest.mark.parametrize("module", [report, methods, time_to_accuracy])
 def test_examples_of_docstrings(module):
     results = doctest.testmod(module)
     assert results.attempted > 0
