@@ -16,6 +16,8 @@ after which the study's mean accuracy over the seeds reaches it, times the
 median. `--whole=100mbit:dense` also takes all steps of a training, and prints
 their time and the accuracy beside those that are composed. Composed times mean
 little where the two differ by more than a tenth, as on a busy machine.
+`--times=SUMMARY` composes the times of the steps that an earlier `summary.json`
+has with the accuracies of `--runs`, and measures nothing.
 
 Takes the flags of that study, which must be those of its runs, and the learning
 rate of each method from these runs. The accuracy of `powersgd1` and `powersgd4`
@@ -36,6 +38,7 @@ from absl import app
 from absl import flags
 import cifar10_long
 import example_utils
+import kept_runs
 import numpy as np
 import tqdm
 import worker_data
@@ -47,6 +50,8 @@ from benchmarks.cluster import step
 
 # Steps of a whole training between two answers of the workers.
 _STEPS_AT_ONCE = 100
+# Flags that the time of a step depends on.
+_OF_A_STEP = ("batch_size", "density", "model", "momentum", "num_workers")
 
 
 def define_flags():
@@ -69,6 +74,7 @@ def define_flags():
     flags.DEFINE_list(
         "whole", [], "NETWORK:METHOD of whole trainings, with the first seed."
     )
+    flags.DEFINE_string("times", None, "The summary.json of measured steps.")
     # So that --help lists those too.
     flags.adopt_module_key_flags(cifar10_long)
 
@@ -82,52 +88,6 @@ def kind_of(method):
     return "torch_study" if method.startswith("powersgd") else "study"
 
 
-def read_runs(path, args):
-    """The runs of the study with the setting of the flags.
-
-    Args:
-        path: A `runs.jsonl`.
-        args: The flags.
-
-    Returns:
-        Method to `(learning rate, results)`, a result a seed.
-
-    Raises:
-        ValueError: If a method of the flags has no runs, or those of several
-            learning rates.
-    """
-    found = {}
-    with open(path, encoding="utf-8") as f:
-        for record in map(json.loads, f):
-            setting = record["setting"]
-            if setting["is_tuning"] or any(
-                setting[name] != args[name].value
-                for name in setting
-                if name in args
-            ):
-                continue
-            rates = found.setdefault(setting["method"], {})
-            rates.setdefault(setting["learning_rate"], []).append(
-                record["result"]
-            )
-    for method in args.methods:
-        if len(found.get(method, {})) != 1:
-            raise ValueError(
-                f"`runs` must hold runs of `{method}` with the setting of the "
-                "flags, and one learning rate. Received: learning rates "
-                f"{sorted(found.get(method, {}))} in {path}"
-            )
-    return {m: next(iter(found[m].items())) for m in args.methods}
-
-
-def mean_curve(results):
-    """`(steps, accuracies)`: the mean over the runs of a method."""
-    return (
-        np.array(results[0]["round"]),
-        np.mean([result["accuracy"] for result in results], axis=0),
-    )
-
-
 def steps_to(curve, accuracy):
     """The first step of a curve with at least an accuracy, or None.
 
@@ -139,11 +99,17 @@ def steps_to(curve, accuracy):
     return int(curve[0][reached[0]]) if len(reached) else None
 
 
+def milliseconds_of(records):
+    """Method to the median time of a step, in one network."""
+    return {m: record["milliseconds"] for m, record in records.items()}
+
+
 def compose(curves, milliseconds, targets):
     """Times to shares of the final accuracy of dense training.
 
     Args:
-        curves: Method to a curve, as of `mean_curve`; `dense` among them.
+        curves: Method to a curve, as of `kept_runs.mean_curve`; `dense` is
+            among them.
         milliseconds: Method to the median time of a step.
         targets: List of shares.
 
@@ -162,7 +128,7 @@ def compose(curves, milliseconds, targets):
 
 def markdown_table(summary):
     """Rows are methods; a network has a column for a step and each target."""
-    targets, networks = summary["targets"], list(summary["steps"])
+    targets, networks = summary["targets"], list(summary["records"])
     heading = "".join(
         f" {network}, ms a step |"
         + "".join(f" s to {100 * t:g} % |" for t in targets)
@@ -173,7 +139,8 @@ def markdown_table(summary):
     for method in summary["methods"]:
         cells = []
         for network in networks:
-            cells.append(f"{summary['steps'][network][method]:.0f}")
+            record = summary["records"][network][method]
+            cells.append(f"{record['milliseconds']:.0f}")
             cells += [
                 "-" if seconds is None else f"{seconds:,.0f}"
                 for seconds in summary["seconds"][network][method]
@@ -223,20 +190,19 @@ def save_data(folder, args):
 
 
 def start_and_run(runs):
-    """Makes the network, starts the workers, measures, and ends them."""
+    """Makes the network, starts the workers, measures, and ends them.
+
+    Args:
+        runs: As of `kept_runs.read`.
+
+    Returns:
+        Dict: what was measured, where, and how.
+    """
     args = flags.FLAGS
-    curves = {
-        method: mean_curve(results) for method, (_, results) in runs.items()
-    }
-    targets = [float(target) for target in args.targets]
     summary = {
         "config": example_utils.config(),
         "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
-        "methods": list(runs),
-        "targets": targets,
-        "steps": {},
         "records": {},
-        "seconds": {},
         "whole": {},
     }
     with tempfile.TemporaryDirectory() as folder:
@@ -259,17 +225,13 @@ def start_and_run(runs):
             for kind in workers.values():
                 summary["machine"] |= kind.versions
             _time_steps(network, workers, list(runs), summary)
-            for name, milliseconds in summary["steps"].items():
-                summary["seconds"][name] = compose(
-                    curves, milliseconds, targets
-                )
             for whole in args.whole:
                 name, method = whole.split(":", 1)
                 network.change(name)
                 summary["whole"][whole] = train_whole(
                     name, method, workers["study"], args.rounds
                 )
-    return summary, curves
+    return summary
 
 
 def _time_steps(network, workers, methods, summary):
@@ -286,18 +248,50 @@ def _time_steps(network, workers, methods, summary):
             summary["parameters"] = answer["parameters"]
         for name in args.networks:
             network.change(name)
-            records = step.measure(
+            summary["records"][name] = step.measure(
                 methods,
                 lambda method: workers[kind_of(method)],
                 step.Pace(args.timed_rounds, args.seconds_per_turn),
                 name,
                 progress,
             )
-            summary["records"][name] = records
-            summary["steps"][name] = {
-                method: record["milliseconds"]
-                for method, record in records.items()
-            }
+
+
+def read_times(path, args):
+    """The measurements of an earlier run, in the networks of the flags.
+
+    Args:
+        path: A `summary.json`.
+        args: The flags.
+
+    Returns:
+        As of `start_and_run`.
+
+    Raises:
+        ValueError: If the steps were others, or if a method was not timed in
+            one of the networks.
+    """
+    summary = json.loads(pathlib.Path(path).read_text("utf-8"))
+    for name in _OF_A_STEP:
+        if summary["config"][name] != args[name].value:
+            raise ValueError(
+                f"`{name}` must be that of the steps in `times`, "
+                f"{summary['config'][name]}. Received: "
+                f"{name}={args[name].value}"
+            )
+    timed = summary["records"]
+    missing = [
+        f"{name}:{method}"
+        for name in args.networks
+        for method in args.methods
+        if method not in timed.get(name, {})
+    ]
+    if missing:
+        raise ValueError(
+            "`times` must hold the times of all networks and methods of the "
+            f"flags. Received: {path} without {', '.join(missing)}"
+        )
+    return summary | {"records": {name: timed[name] for name in args.networks}}
 
 
 def plot(summary, curves, path):
@@ -307,7 +301,7 @@ def plot(summary, curves, path):
     matplotlib.use("Agg")  # Writes files; needs no display.
     from matplotlib import pyplot as plt
 
-    networks = list(summary["steps"])
+    networks = list(summary["records"])
     figure, axes = plt.subplots(
         *(1, len(networks)),
         figsize=(1 + 3.5 * len(networks), 3.5),
@@ -316,8 +310,9 @@ def plot(summary, curves, path):
         layout="constrained",
     )
     for axis, network in zip(axes[0], networks, strict=True):
+        milliseconds = milliseconds_of(summary["records"][network])
         for method, (steps, accuracies) in curves.items():
-            seconds = steps * summary["steps"][network][method] / 1e3
+            seconds = steps * milliseconds[method] / 1e3
             axis.plot(seconds, accuracies, label=method)
         axis.set_xscale("log")
         axis.set_title(network, fontsize=10)
@@ -332,9 +327,10 @@ def print_whole(summary):
     """Prints whole trainings beside what is composed."""
     for whole, found in summary["whole"].items():
         name, method = whole.split(":", 1)
-        composed = (
-            summary["config"]["rounds"] * summary["steps"][name][method] / 1e3
-        )
+        if method not in summary["records"].get(name, {}):
+            continue  # A part of the times was asked for.
+        milliseconds = milliseconds_of(summary["records"][name])[method]
+        composed = summary["config"]["rounds"] * milliseconds / 1e3
         print(
             f"{whole}: {found['seconds']:.0f} s in all, composed "
             f"{composed:.0f} s; accuracy {found['accuracy']:.4f}, median step "
@@ -363,21 +359,55 @@ def main(argv):
             "`methods` must hold dense, which the others are compared with. "
             f"Received: {','.join(args.methods)}"
         )
+    if args.times and args.whole:
+        raise app.UsageError(
+            "`whole` needs a network, and `times` makes none: leave out one. "
+            f"Received: whole={','.join(args.whole)}, times={args.times}"
+        )
     for name in args.networks:
         namespaces.parse_condition(name)
-    runs = read_runs(args.runs, args)
-    if not importlib.util.find_spec("torch"):
-        left_out = [m for m in runs if kind_of(m) == "torch_study"]
-        runs = {m: run for m, run in runs.items() if m not in left_out}
-        if left_out:
-            print(f"Without {', '.join(left_out)}: torch is not installed.")
-    if reason := namespaces.why_not():
-        print(f"This benchmark cannot run here: {reason}.", file=sys.stderr)
-        return 2
-    result = launcher.run_and_clean_up(start_and_run, runs)
-    if result is None:
-        return 1
-    summary, curves = result
+    runs = kept_runs.read(
+        args.runs, flags.FLAGS.flag_values_dict(), args.methods
+    )
+    if args.times:
+        summary = read_times(args.times, args)
+    else:
+        if not importlib.util.find_spec("torch"):
+            left_out = [m for m in runs if kind_of(m) == "torch_study"]
+            runs = {m: run for m, run in runs.items() if m not in left_out}
+            if left_out:
+                print(f"Without {', '.join(left_out)}: torch is not installed.")
+        if reason := namespaces.why_not():
+            print(f"This benchmark cannot run here: {reason}.", file=sys.stderr)
+            return 2
+        summary = launcher.run_and_clean_up(start_and_run, runs)
+        if summary is None:
+            return 1
+    report_all(summary, runs)
+    return 0
+
+
+def report_all(summary, runs):
+    """Composes, and writes and prints what was found.
+
+    Args:
+        summary: As of `start_and_run`.
+        runs: As of `kept_runs.read`.
+    """
+    args = flags.FLAGS
+    curves = {
+        method: kept_runs.mean_curve(of_seeds)
+        for method, (_, of_seeds) in runs.items()
+    }
+    targets = [float(target) for target in args.targets]
+    summary |= {
+        "methods": list(runs),
+        "targets": targets,
+        "seconds": {
+            name: compose(curves, milliseconds_of(records), targets)
+            for name, records in summary["records"].items()
+        },
+    }
     os.makedirs(args.output_dir, exist_ok=True)
     with open(os.path.join(args.output_dir, "summary.json"), "w") as f:
         json.dump(summary, f, indent=2)
@@ -397,7 +427,6 @@ def main(argv):
     print(markdown_table(summary))
     print_whole(summary)
     print(f"Wrote summary.json and time.png in {args.output_dir}.")
-    return 0
 
 
 if __name__ == "__main__":

@@ -281,26 +281,20 @@ STUDY = {
 }
 
 
-def write_runs(path, **accuracies):
-    """A file as the study writes it, with a run for each method."""
-    records = [
-        {
-            "setting": {
-                **STUDY,
-                "is_tuning": False,
-                "method": method,
-                "learning_rate": 0.1,
-                "seed": 0,
-            },
-            "result": {"round": [3, 6], "accuracy": accuracy},
-        }
-        for method, accuracy in accuracies.items()
-    ]
-    path.write_text("\n".join(map(json.dumps, records)), "utf-8")
-
-
 def study_flags(**others):
     return [f"--{name}={value}" for name, value in {**STUDY, **others}.items()]
+
+
+def study_values():
+    """The flags of a study of `dense`, parsed."""
+    values = flags.FlagValues()
+    for name, value in {**STUDY, "momentum": 0.9}.items():
+        flags.DEFINE_float(name, value, "", flag_values=values)
+    flags.DEFINE_string("model", "resnet8", "", flag_values=values)
+    flags.DEFINE_list("methods", ["dense"], "", flag_values=values)
+    flags.DEFINE_list("networks", ["5ms"], "", flag_values=values)
+    values(["program"])
+    return values
 
 
 def test_composed_times():
@@ -315,19 +309,23 @@ def test_composed_times():
     }
 
 
-def test_runs_of_another_setting_do_not_count(tmp_path):
-    path = tmp_path / "runs.jsonl"
-    write_runs(path, dense=[0.4, 0.8])
-    values = flags.FlagValues()
-    for name, value in STUDY.items():
-        flags.DEFINE_float(name, value, "", flag_values=values)
-    flags.DEFINE_list("methods", ["dense"], "", flag_values=values)
-    values(["program"])
-    rate, [result] = time_to_accuracy.read_runs(path, values)["dense"]
-    assert (rate, result["accuracy"]) == (0.1, [0.4, 0.8])
+def test_times_of_other_steps_are_refused(tmp_path):
+    path = tmp_path / "summary.json"
+    records = {"5ms": {"dense": {"milliseconds": 7.0}}}
+    values = study_values()
+    summary = {
+        "config": values.flag_values_dict(),
+        "records": records | {"1gbit": {}},
+    }
+    path.write_text(json.dumps(summary), "utf-8")
+    summary = time_to_accuracy.read_times(path, values)
+    assert summary["records"] == records
+    values.networks = ["5ms", "1gbit"]
+    with pytest.raises(ValueError, match="without 1gbit:dense"):
+        time_to_accuracy.read_times(path, values)
     values.density = 0.5
-    with pytest.raises(ValueError, match="must hold runs of `dense`"):
-        time_to_accuracy.read_runs(path, values)
+    with pytest.raises(ValueError, match="`density` must be that of the"):
+        time_to_accuracy.read_times(path, values)
 
 
 @old_versions.needs_data_sets
@@ -366,13 +364,32 @@ def test_time_to_accuracy(needs_network, tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     assert "Left behind" not in result.stderr
     assert "composed" in result.stdout
-    summary = json.loads((tmp_path / "summary.json").read_text("utf-8"))
+    path = tmp_path / "summary.json"
+    summary = json.loads(path.read_text("utf-8"))
     assert (tmp_path / "time.png").exists()
-    assert set(summary["steps"]["unshaped"]) == {"dense", "topk_sign", "local"}
     steps = summary["records"]["unshaped"]
+    assert set(steps) == {"dense", "topk_sign", "local"}
     assert steps["topk_sign"]["sent_bytes"] < steps["dense"]["sent_bytes"] / 50
     whole = summary["whole"]["unshaped:topk_sign"]
     assert whole["accuracy"] == simulated["accuracy"][-1]
+
+    result = fork_server.run_one(
+        run_with_mock_data.__file__,
+        [
+            *("60", "benchmarks.cluster.time_to_accuracy"),
+            *study_flags(
+                methods="dense,topk_sign",
+                networks="unshaped",
+                targets="0.9,0.99",
+                runs=tmp_path / "runs.jsonl",
+                times=path,
+                output_dir=tmp_path / "again",
+            ),
+        ],
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    again = json.loads((tmp_path / "again" / "summary.json").read_text("utf-8"))
+    assert again["seconds"] == summary["seconds"]
 
 
 @pytest.mark.slow

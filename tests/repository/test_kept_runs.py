@@ -1,0 +1,126 @@
+"""Kept runs: what is read of them, and the published table."""
+
+import doctest
+import json
+
+import example_runner
+import kept_runs
+import paths
+import pytest
+
+RESULTS = paths.ROOT / "docs" / "results"
+SETTING = {"split": "iid", "rounds": 6, "density": 0.001}
+
+
+def write(path, *runs, **changes):
+    """A file as the studies write it.
+
+    Args:
+        path: Of the file.
+        *runs: Tuples of a method, a learning rate, a seed and accuracies.
+        **changes: Of the setting.
+    """
+    lines = [
+        json.dumps(
+            {
+                "setting": {
+                    **SETTING,
+                    "is_tuning": False,
+                    "method": method,
+                    "learning_rate": rate,
+                    "seed": seed,
+                    **changes,
+                },
+                "result": {"round": [3, 6], "accuracy": accuracies},
+            }
+        )
+        for method, rate, seed, accuracies in runs
+    ]
+    with open(path, "a", encoding="utf-8") as f:
+        f.write("".join(f"{line}\n" for line in lines))
+    return path
+
+
+def test_examples_of_docstrings():
+    results = doctest.testmod(kept_runs)
+    assert results.attempted > 0
+    assert results.failed == 0
+
+
+def test_runs_of_another_setting_do_not_count(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    write(path, ("dense", 0.1, 0, [0.4, 0.8]), ("dense", 0.1, 1, [0.5, 0.7]))
+    write(path, ("dense", 0.2, 0, [0.1, 0.1]), density=0.5)
+    write(path, ("dense", 0.3, 0, [0.1, 0.1]), is_tuning=True)
+    found = kept_runs.read(path, {"density": 0.001, "unknown": 7})
+    rate, runs = found["dense"]
+    assert (rate, list(runs)) == (0.1, [0, 1])
+    assert kept_runs.final(runs) == {0: 0.8, 1: 0.7}
+    steps, accuracies = kept_runs.mean_curve(runs)
+    assert list(steps) == [3, 6]
+    assert list(accuracies) == pytest.approx([0.45, 0.75])
+    with pytest.raises(ValueError, match=r"one learning rate.*\[0.1, 0.2\]"):
+        kept_runs.read(path, {})
+    with pytest.raises(ValueError, match="must hold runs of `topk`"):
+        kept_runs.read(path, {"density": 0.001}, ["topk"])
+
+
+def test_one_split_a_file(tmp_path):
+    path = write(tmp_path / "runs.jsonl", ("dense", 0.1, 0, [0.4, 0.8]))
+    assert kept_runs.read_split(path, {})[0] == "iid"
+    write(path, ("dense", 0.1, 0, [0.4, 0.8]), split="by_label")
+    with pytest.raises(ValueError, match=r"one split.*by_label"):
+        kept_runs.read_split(path, {})
+
+
+def test_points_are_of_seeds_that_both_have(tmp_path):
+    path = write(
+        tmp_path / "runs.jsonl",
+        ("dense", 0.1, 0, [0.4, 0.8]),
+        ("dense", 0.1, 1, [0.4, 0.6]),
+        ("dense", 0.1, 2, [0.4, 0.1]),
+        ("topk", 0.3, 0, [0.4, 0.7]),
+        ("topk", 0.3, 1, [0.4, 0.3]),
+    )
+    split, found = kept_runs.read_split(path, SETTING)
+    *_, dense, topk = kept_runs.markdown_table({split: found}, "dense").split(
+        "\n"
+    )
+    assert dense == "| `dense` | .500 ± .361 |  |"
+    assert topk == "| `topk` | .500 ± .283 | \N{MINUS SIGN}20.0 ± 10.0 |"
+
+
+def test_program(tmp_path):
+    paths_of_runs = [
+        write(
+            tmp_path / f"{split}.jsonl",
+            ("dense", 0.1, 0, [0.4, 0.8]),
+            ("topk", 0.1, 0, [0.3, 0.6]),
+            split=split,
+        )
+        for split in ("iid", "by_label")
+    ]
+    output = example_runner.output_of(
+        "studies/kept_runs",
+        f"--runs={','.join(map(str, paths_of_runs))}",
+        "--rounds=6",
+        "--pairs=topk-dense",
+        f"--output={tmp_path / 'figures' / 'figure.png'}",
+    )
+    assert "| method | iid | from dense | by_label | from" in output
+    assert "by_label: topk - dense: \N{MINUS SIGN}20.0" in output
+    assert (tmp_path / "figures" / "figure.png").exists()
+
+
+def test_published_table_is_that_of_the_kept_runs():
+    splits = dict(
+        kept_runs.read_split(
+            RESULTS / f"cifar10_long_{split}" / "runs.jsonl", {"rounds": 6000}
+        )
+        for split in ("iid", "dirichlet")
+    )
+    made = kept_runs.markdown_table(splits, "dense").splitlines()[2:]
+    page = (paths.ROOT / "docs" / "results.md").read_text("utf-8")
+    published = page.replace("**", "").splitlines()
+    assert len(made) == 7
+    assert [row for row in made if row not in published] == []
