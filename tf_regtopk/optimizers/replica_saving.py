@@ -19,6 +19,7 @@ from tf_regtopk.optimizers import wrapper
 from tf_regtopk.saving import saved_config
 from tf_regtopk.saving import saved_state
 from tf_regtopk.saving import worker_files
+from tf_regtopk.steps import layout as layout_lib
 from tf_regtopk.steps import local_accumulation
 from tf_regtopk.steps import partition as partition_lib
 
@@ -43,7 +44,7 @@ class ReplicaSaving(wrapper.OptimizerWrapper):
 
     @property
     @abc.abstractmethod
-    def chosen_exchange(self) -> partition_lib.Exchange | None:
+    def chosen_exchange(self) -> layout_lib.Exchange | None:
         """The kind of exchange in force."""
 
     @abc.abstractmethod
@@ -52,7 +53,7 @@ class ReplicaSaving(wrapper.OptimizerWrapper):
 
     @abc.abstractmethod
     def _new_partition(
-        self, kind: partition_lib.Exchange, variables: Sequence[keras.Variable]
+        self, kind: layout_lib.Exchange, variables: Sequence[keras.Variable]
     ) -> partition_lib.Partition:
         """Creates a `Partition` with the optimizer's parts."""
 
@@ -89,10 +90,12 @@ class ReplicaSaving(wrapper.OptimizerWrapper):
         saved_state.check_layout(self._completed(saved.layout, layout), layout)
         state = exchange.feedback_state
         # Older ones could not have another than the sparsifier's.
-        density = saved.moment.get("density", exchange.default_density)
+        density = saved.moment.get("density", exchange.layout.default_density)
         local, *other_parts = state.initial_arrays()
         shared = [*itertools.chain(*other_parts)]
-        initial_memory = [p.numpy() for p in exchange.initial_memory(density)]
+        initial_memory = [
+            p.numpy() for p in exchange.layout.initial_memory(density)
+        ]
         ranks = state.replicas, state.num_replicas
         complete = worker_files.complete(saved, *ranks)
         replicas = saved_state.state_of_replicas(
@@ -107,7 +110,7 @@ class ReplicaSaving(wrapper.OptimizerWrapper):
             replicas, [*local, *shared, *initial_memory], split
         )
         for parts in replicas:
-            exchange.check_memory(parts[split:])
+            exchange.layout.check_memory(parts[split:])
         if self._accumulation:
             load_accumulated = self._accumulation.prepare(complete, *ranks)
         else:
@@ -143,7 +146,7 @@ class ReplicaSaving(wrapper.OptimizerWrapper):
         """The exchange by which the saved run went, and is to go on."""
         candidates: tuple[str | None, ...] = (self.chosen_exchange,)
         if self.exchange == "auto":
-            candidates = partition_lib.candidates(self.topology)
+            candidates = layout_lib.candidates(self.topology)
         kind = saved.moment.get("exchange", "sparse")
         if kind == "all_gather" and kind not in candidates:
             # The state is the same, and the topology that is given counts.
@@ -174,7 +177,7 @@ class ReplicaSaving(wrapper.OptimizerWrapper):
     def _layout_of(self, exchange: partition_lib.Partition) -> dict[str, Any]:
         """Returns the facts in which a saved state must agree to fit."""
         return {
-            **exchange.layout(),
+            **exchange.layout.facts(),
             **{
                 name: saved_config.describe(record)
                 for name, record in self._compared_records().items()

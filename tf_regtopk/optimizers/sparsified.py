@@ -32,6 +32,7 @@ from tf_regtopk.optimizers import topology_argument
 from tf_regtopk.saving import saved_config
 from tf_regtopk.steps import auto_exchange
 from tf_regtopk.steps import flat_buffer
+from tf_regtopk.steps import layout as layout_lib
 from tf_regtopk.steps import local_accumulation
 from tf_regtopk.steps import partition as partition_lib
 from tf_regtopk.steps import step
@@ -205,7 +206,7 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
         )
         validation.check_choice("clipping", clipping, ("aggregate", "replica"))
         validation.check_choice(
-            "exchange", exchange, (*partition_lib.EXCHANGES, "auto")
+            "exchange", exchange, (*layout_lib.EXCHANGES, "auto")
         )
         validation.check_boolean("hierarchical", hierarchical)
         validation.check_integer("accumulation_steps", accumulation_steps, 1)
@@ -236,7 +237,7 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
             return object.__repr__(self)
         index_code = None
         if self.built:
-            index_code = self._partition.wire_report(is_quick=True).index_code
+            index_code = self._report(is_quick=True).index_code
         return description.describe(self, index_code)
 
     def _step(
@@ -353,13 +354,13 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
         }
 
     def _new_partition(
-        self, kind: partition_lib.Exchange, variables: Sequence[keras.Variable]
+        self, kind: layout_lib.Exchange, variables: Sequence[keras.Variable]
     ) -> partition_lib.Partition:
-        return partition_lib.Partition(
+        layout = layout_lib.Layout(
             kind,
             variables,
             self._participants,
-            partition_lib.Choices(
+            layout_lib.Choices(
                 self.sparsifier,
                 self.codec,
                 self.error_feedback,
@@ -368,10 +369,11 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
                 self.has_telemetry,
             ),
         )
+        return partition_lib.Partition(layout, variables)
 
     def _choose_exchange(
         self, variables: Sequence[keras.Variable]
-    ) -> partition_lib.Exchange:
+    ) -> layout_lib.Exchange:
         """The fastest exchange, of gradients that are random numbers."""
         if self._participants.count == 1:
             return "dense"
@@ -380,15 +382,17 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
                 kind: auto_exchange.trial(
                     self._new_partition(kind, variables), variables
                 )
-                for kind in partition_lib.candidates(self.topology)
+                for kind in layout_lib.candidates(self.topology)
             }
         )
         return auto_exchange.choose(self._exchange_seconds)
 
     def _report(self, is_quick: bool = False) -> codecs.WireReport:
         return dataclasses.replace(
-            self._partition.wire_report(is_quick),
-            exchange=self._partition.kind,
+            self._partition.layout.wire_report(
+                self._partition.density, is_quick
+            ),
+            exchange=self._partition.layout.kind,
             exchange_seconds=self._exchange_seconds,
         )
 
@@ -418,14 +422,14 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
         return topology_argument.is_hierarchical(self.topology)
 
     @property
-    def chosen_exchange(self) -> partition_lib.Exchange | None:
+    def chosen_exchange(self) -> layout_lib.Exchange | None:
         """`"sparse"` or `"dense"`; None if it is to be chosen when built.
 
         Or `"all_gather"`, if `exchange="auto"` has chosen the all-gather in
         place of a `ReduceScatter`.
         """
         if self.built:
-            return self._partition.kind
+            return self._partition.layout.kind
         return None if self.exchange == "auto" else self.exchange
 
     @property
@@ -447,7 +451,7 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
     def default_density(self) -> float:
         """The share of the entries that the sparsifier sends by itself."""
         training_validation.check_built(self, "default_density")
-        return self._partition.default_density
+        return self._partition.layout.default_density
 
     def set_density(self, density: float) -> None:
         """Sends another share of the entries from the next step on.
@@ -565,7 +569,7 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
     def sparse_variables(self) -> list[str]:
         """The paths of the variables exchanged sparsely, as in `telemetry`."""
         training_validation.check_built(self, "sparse_variables")
-        return self._partition.sparse_paths()
+        return self._partition.layout.sparse_paths()
 
     def residual_errors(self) -> list[list[np.ndarray]]:
         """Returns the residual error of each replica of this process.

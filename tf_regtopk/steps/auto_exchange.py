@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from tf_regtopk import error_feedback
 from tf_regtopk.distribute import collectives
+from tf_regtopk.steps import layout as layout_lib
 from tf_regtopk.steps import partition as partition_lib
 
 # Timed runs of each, if in the first no other is slower by a factor of
@@ -19,7 +20,7 @@ _CLEAR_RATIO = 2.0
 # The dense exchange loses nothing, and owners keep fewer entries than an
 # all-gather has. So an exchange has to be faster than those before by this.
 _ADVANTAGE = 1.05
-_BY_ACCURACY: tuple[partition_lib.Exchange, ...] = (
+_BY_ACCURACY: tuple[layout_lib.Exchange, ...] = (
     "dense",
     "all_gather",
     "sparse",
@@ -108,7 +109,7 @@ def trial(
     return run
 
 
-def choose(seconds: Mapping[str, float]) -> partition_lib.Exchange:
+def choose(seconds: Mapping[str, float]) -> layout_lib.Exchange:
     """The best of the measured exchanges.
 
     Args:
