@@ -218,6 +218,14 @@ class TensorFlowWorker:
             topology=topology,
         )
 
+    def weights_of(self, method):
+        """A name of the weights that a method trains.
+
+        The methods share weights, to need less memory, but `local`, which is
+        outside of the strategy.
+        """
+        return "local" if method == "local" else "shared"
+
     def build(self, method, size):
         """Makes the model where there is none, and a new optimizer."""
         tf = self._tf
@@ -230,11 +238,10 @@ class TensorFlowWorker:
         self._steps.pop(method, None)
         gc.collect()
         with strategy.scope():
-            # The methods share the weights, to need less memory.
-            is_local = method == "local"
-            if is_local not in self._models:
-                self._models[is_local] = self._model(size)
-            model = self._models[is_local]
+            name = self.weights_of(method)
+            if name not in self._models:
+                self._models[name] = self._model(size)
+            model = self._models[name]
             optimizer = self._optimizers[method] = self._optimizer(method)
             optimizer.build(model.trainable_variables)
 

@@ -120,7 +120,9 @@ class Pace(NamedTuple):
     seconds_per_turn: float
 
 
-def measure(methods, workers_of, pace, title, progress):
+def measure(
+    methods, workers_of, pace, title, progress, before_round=lambda number: None
+):
     """Times methods that are built in the network as it is.
 
     Args:
@@ -129,6 +131,8 @@ def measure(methods, workers_of, pace, title, progress):
         pace: `Pace`.
         title: Of the progress bar.
         progress: The bar, which counts turns.
+        before_round: Function that is called with the number of each round,
+            before its turns.
 
     Returns:
         Dict from method to a record.
@@ -159,6 +163,7 @@ def measure(methods, workers_of, pace, title, progress):
             seconds, pace.seconds_per_turn, pace.rounds
         )
     for number in range(pace.rounds):
+        before_round(number)
         for method, (lead_in, steps, rounds) in plans.items():
             if takes_part(number, pace.rounds, rounds):
                 turns[method].append(take(method, lead_in, steps))

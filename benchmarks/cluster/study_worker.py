@@ -13,6 +13,7 @@ import simulated_training
 from benchmarks.cluster import methods
 
 _NUM_PREDICTED = 500
+_WHOLE = "whole:"
 
 
 class Data:
@@ -47,7 +48,10 @@ class Data:
 
 
 class StudyWorker(methods.TensorFlowWorker):
-    """The network, shards, batches, optimizers and rates of the study."""
+    """The network, shards, batches, optimizers and rates of the study.
+
+    `whole:METHOD` is a method with weights that no other one changes.
+    """
 
     def _load(self, args):
         self._index, self._seed = args["index"], args["seed"]
@@ -64,11 +68,15 @@ class StudyWorker(methods.TensorFlowWorker):
         self._keras.utils.set_random_seed(self._seed)
         return cifar10_resnet.build_model(self._data.flags)
 
+    def weights_of(self, method):
+        if method.startswith(_WHOLE):
+            return method
+        return super().weights_of(method)
+
     def _optimizer(self, method):
-        name = "dense" if method == "local" else method
         args = self._data.flags
         optimizer = study_methods.make_optimizer(
-            name, args, 1.0, args.density, args.momentum
+            _name(method), args, 1.0, args.density, args.momentum
         )
         # Some take a multiple of the learning rate.
         self._scales[method] = float(
@@ -79,7 +87,7 @@ class StudyWorker(methods.TensorFlowWorker):
     def _before_step(self, method, number):
         args = self._data.flags
         rate = simulated_training.learning_rate_at(
-            *(number % args.rounds, args.rounds, self._rates[method]),
+            *(number % args.rounds, args.rounds, self._rates[_name(method)]),
             *(args.warm_up, args.schedule),
         )
         self._optimizers[method].learning_rate = self._scales[method] * rate
@@ -89,7 +97,7 @@ class StudyWorker(methods.TensorFlowWorker):
         """That of the first worker's model on the test images; else None."""
         if self._index:
             return None
-        model = self._models[method == "local"]
+        model = self._models[self.weights_of(method)]
         images, labels = self._data.test
         predict = self._tf.function(
             lambda images: self._tf.argmax(model(images, training=False), -1)
@@ -99,6 +107,11 @@ class StudyWorker(methods.TensorFlowWorker):
             for i in range(0, len(images), _NUM_PREDICTED)
         ]
         return float(np.mean(np.concatenate(predicted) == labels))
+
+
+def _name(method):
+    """The method of the study whose optimizer and rate a method has."""
+    return "dense" if method == "local" else method.removeprefix(_WHOLE)
 
 
 class TorchStudyWorker(methods.TorchWorker):

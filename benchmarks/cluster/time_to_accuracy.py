@@ -13,9 +13,10 @@ learning rates. Needs root; see `step.py`.
 For each network the median time of a step of each method is measured, in turn
 within each round. The time to an accuracy is **composed**: the number of steps
 after which the study's mean accuracy over the seeds reaches it, times the
-median. `--whole=100mbit:dense` also takes all steps of a training, and prints
-their time and the accuracy beside those that are composed. Composed times mean
-little where the two differ by more than a tenth, as on a busy machine.
+median. `--whole=100mbit:dense` also takes all steps of a training, a part of
+them before each round, so that a machine that becomes slower hurts both alike.
+Their time and the accuracy are printed beside those that are composed. Composed
+times mean little where the two differ by more than a tenth.
 `--times=SUMMARY` composes the times of the steps that an earlier `summary.json`
 has with the accuracies of `--runs`, and measures nothing.
 
@@ -48,7 +49,7 @@ from benchmarks.cluster import namespaces
 from benchmarks.cluster import report
 from benchmarks.cluster import step
 
-# Steps of a whole training between two answers of the workers.
+# Steps of a whole training between two answers of the workers, at most.
 _STEPS_AT_ONCE = 100
 # Flags that the time of a step depends on.
 _OF_A_STEP = ("batch_size", "density", "model", "momentum", "num_workers")
@@ -149,34 +150,58 @@ def markdown_table(summary):
     return "\n".join(lines)
 
 
-def train_whole(network, method, workers, num_steps):
-    """Takes all steps of a training, from its first weights on.
+class Whole:
+    """A training, all steps of which are taken.
 
-    Returns:
-        Dict: seconds of all steps but the first, which compiles the program;
-        their median; and the accuracy.
+    Args:
+        method: Its method.
+        workers: `Workers` of `StudyWorker`.
+        num_steps: The number of steps.
+        num_parts: The number of parts in which the steps are taken.
     """
-    workers.ask(do="free")
-    workers.ask(do="build", method=method, size=None, steps=0)
-    seconds = []
-    with tqdm.tqdm(
-        total=num_steps, desc=f"{network} {method}", mininterval=5
-    ) as progress:
-        for first in range(0, num_steps, _STEPS_AT_ONCE):
-            count = min(_STEPS_AT_ONCE, num_steps - first)
-            answers = workers.ask(
-                do="steps", method=method, first=first, lead_in=0, steps=count
-            )
-            seconds += map(
-                max, zip(*(a["seconds"] for a in answers), strict=True)
-            )
-            progress.update(count)
-    [answer, *_] = workers.ask(do="test", method=method)
-    return {
-        "seconds": sum(seconds[1:]),
-        "median_milliseconds": 1e3 * statistics.median(seconds),
-        **answer,
-    }
+
+    def __init__(self, method, workers, num_steps, num_parts):
+        self._method, self._workers = f"whole:{method}", workers
+        self._num_steps, self._num_parts = num_steps, num_parts
+        self._seconds = []
+        workers.ask(do="build", method=self._method, size=None, steps=0)
+
+    def take_part(self, number):
+        """Takes the steps of a part, the first of which is number 0."""
+        end = (number + 1) * self._num_steps // self._num_parts
+        with tqdm.tqdm(
+            *(None, self._method),
+            total=self._num_steps,
+            initial=len(self._seconds),
+            leave=False,
+            mininterval=5,
+        ) as progress:
+            while (first := len(self._seconds)) < end:
+                answers = self._workers.ask(
+                    do="steps",
+                    method=self._method,
+                    first=first,
+                    lead_in=0,
+                    steps=min(_STEPS_AT_ONCE, end - first),
+                )
+                self._seconds += map(
+                    max, zip(*(a["seconds"] for a in answers), strict=True)
+                )
+                progress.update(len(self._seconds) - first)
+
+    def result(self):
+        """Sums up what `take_part` has found.
+
+        Returns:
+            Dict: seconds of all steps but the first, which compiles the
+            program; their median; and the accuracy.
+        """
+        [answer, *_] = self._workers.ask(do="test", method=self._method)
+        return {
+            "seconds": sum(self._seconds[1:]),
+            "median_milliseconds": 1e3 * statistics.median(self._seconds),
+            **answer,
+        }
 
 
 def save_data(folder, args):
@@ -225,12 +250,6 @@ def start_and_run(runs):
             for kind in workers.values():
                 summary["machine"] |= kind.versions
             _time_steps(network, workers, list(runs), summary)
-            for whole in args.whole:
-                name, method = whole.split(":", 1)
-                network.change(name)
-                summary["whole"][whole] = train_whole(
-                    name, method, workers["study"], args.rounds
-                )
     return summary
 
 
@@ -246,15 +265,25 @@ def _time_steps(network, workers, methods, summary):
                 do="build", method=method, size=None
             )
             summary["parameters"] = answer["parameters"]
+        wholes = dict(whole.split(":", 1) for whole in args.whole)
         for name in args.networks:
             network.change(name)
+            whole = None
+            if name in wholes:
+                whole = Whole(
+                    *(wholes[name], workers["study"]),
+                    *(args.rounds, args.timed_rounds),
+                )
             summary["records"][name] = step.measure(
                 methods,
                 lambda method: workers[kind_of(method)],
                 step.Pace(args.timed_rounds, args.seconds_per_turn),
                 name,
                 progress,
+                whole.take_part if whole else lambda number: None,
             )
+            if whole:
+                summary["whole"][f"{name}:{wholes[name]}"] = whole.result()
 
 
 def read_times(path, args):
@@ -342,6 +371,12 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments: {argv[1:]}")
     args = flags.FLAGS
+    names = [whole.partition(":")[0] for whole in args.whole]
+    if len(set(names)) < len(names):
+        raise app.UsageError(
+            "`whole` must name each network once. "
+            f"Received: {','.join(args.whole)}"
+        )
     for whole in args.whole:
         name, _, method = whole.partition(":")
         if (
