@@ -18,7 +18,6 @@ Source: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images"
 (2009).
 """
 
-import functools
 import os
 import pathlib
 import sys
@@ -32,7 +31,6 @@ sys.path.append(str(pathlib.Path(__file__).parent.parent))
 from absl import app
 from absl import flags
 import cifar10_resnet
-import comparison
 import image_training
 import resnet
 import simulated_training
@@ -48,27 +46,10 @@ def define_flags():
         "norm", "group", ["group"], "Normalisation: of each image alone."
     )
     worker_data.define_loading_flags()
-    comparison.define_flags(
+    simulated_training.define_flags(
         output_dir="results/cifar10_long",
         learning_rates=(0.01, 0.03, 0.1),
         batch_size=5,
-        rounds=6000,
-    )
-    flags.DEFINE_integer(
-        "tuning_rounds",
-        2000,
-        "Number of steps with which learning rates are compared.",
-        lower_bound=1,
-    )
-    flags.DEFINE_enum(
-        "schedule", "cosine", ["cosine", "constant"], "Of the learning rate."
-    )
-    flags.DEFINE_float(
-        "warm_up",
-        0.05,
-        "Share of the steps in which the learning rate rises.",
-        lower_bound=0.0,
-        upper_bound=0.5,
     )
     flags.DEFINE_integer(
         "max_images",
@@ -77,7 +58,7 @@ def define_flags():
         lower_bound=1,
     )
     # So that --help lists those too.
-    flags.adopt_module_key_flags(comparison)
+    flags.adopt_module_key_flags(simulated_training)
 
 
 def main(argv):
@@ -98,14 +79,7 @@ def main(argv):
         test,
         min(cifar10_resnet.HELD_OUT, len(labels) // 10),
     )
-    comparison.report(
-        comparison.run(
-            functools.partial(simulated_training.train, task, args), args
-        ),
-        args,
-        f"{args.model}, {args.num_workers} workers, "
-        f"{worker_data.describe(args)}, density {args.density:g}",
-    )
+    simulated_training.compare(task, args, args.model)
 
 
 if __name__ == "__main__":

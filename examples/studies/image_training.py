@@ -58,6 +58,14 @@ class Task:
     labels: np.ndarray
     test: tuple
     held_out: int
+    # By which images are shared out; the labels, if None.
+    classes: np.ndarray | None = None
+
+    @property
+    def classes_to_train_on(self):
+        """The class of each image that is not held out."""
+        classes = self.labels if self.classes is None else self.classes
+        return classes[: len(classes) - self.held_out]
 
 
 def train(task, strategy, args, is_tuning, method, learning_rate, seed):
@@ -69,7 +77,7 @@ def train(task, strategy, args, is_tuning, method, learning_rate, seed):
     """
     images, labels = task.images, task.labels
     held_out = len(labels) - task.held_out
-    numbers = numbers_of(labels[:held_out], args, seed, args.rounds)
+    numbers = numbers_of(task.classes_to_train_on, args, seed, args.rounds)
     test = task.test
     if is_tuning:
         test = images[held_out:], labels[held_out:]
@@ -107,10 +115,10 @@ def train(task, strategy, args, is_tuning, method, learning_rate, seed):
     }
 
 
-def numbers_of(labels, args, seed, num_steps):
+def numbers_of(classes, args, seed, num_steps):
     """The images in every batch of a run, as of `worker_data.batches`."""
     parts = worker_data.shards(
-        labels,
+        classes,
         args.num_workers,
         args.split,
         args.shard_sizes,

@@ -5,17 +5,21 @@ a step is one compiled program, with the step of the library in it. A run uses
 one core, goes on where it was stopped, and may have others beside it.
 """
 
+import functools
 import json
 import math
 import os
 import pathlib
 
+from absl import flags
+import comparison
 import image_training
 import keras
 import numpy as np
 import tensorflow as tf
 import tqdm
 import training_programs
+import worker_data
 
 from tf_regtopk.kernels import tracing
 
@@ -23,6 +27,45 @@ from tf_regtopk.kernels import tracing
 _SAVE_EVERY = 500
 _MEASURE_EVERY = 100
 _NUM_PREDICTED = 500
+
+
+def define_flags(output_dir, learning_rates, batch_size):
+    """Defines the flags of a study; the arguments are defaults."""
+    comparison.define_flags(output_dir, learning_rates, batch_size, rounds=6000)
+    flags.DEFINE_integer(
+        "tuning_rounds",
+        2000,
+        "Number of steps with which learning rates are compared.",
+        lower_bound=1,
+    )
+    flags.DEFINE_enum(
+        "schedule", "cosine", ["cosine", "constant"], "Of the learning rate."
+    )
+    flags.DEFINE_float(
+        "warm_up",
+        0.05,
+        "Share of the steps in which the learning rate rises.",
+        lower_bound=0.0,
+        upper_bound=0.5,
+    )
+    # So that who adopts these flags adopts those too.
+    flags.adopt_module_key_flags(comparison)
+
+
+def compare(task, args, name):
+    """Compares the methods, and writes the report.
+
+    Args:
+        task: `image_training.Task`.
+        args: The flags.
+        name: Of the network.
+    """
+    comparison.report(
+        comparison.run(functools.partial(train, task, args), args),
+        args,
+        f"{name}, {args.num_workers} workers, {worker_data.describe(args)}, "
+        f"density {args.density:g}",
+    )
 
 
 def use_one_core():
@@ -81,7 +124,7 @@ def train(task, args, is_tuning, method, learning_rate, seed):
     held_out = len(labels) - task.held_out
     test = (images[held_out:], labels[held_out:]) if is_tuning else task.test
     numbers = image_training.numbers_of(
-        labels[:held_out], args, seed, num_steps
+        task.classes_to_train_on, args, seed, num_steps
     )
 
     keras.backend.clear_session()  # The run before is not needed any more.
