@@ -48,6 +48,8 @@ _NOT_OF_A_RUN = (
     "tuning_rounds",  # Counts as `rounds` of the runs that it is for.
     "tuning_seeds",
 )
+# Of flags that came later, the value of the runs from before.
+VALUES_BEFORE = {"inner_optimizer": "sgd", "look_ahead": "none"}
 # What most comparisons lack: the same without error feedback, and others'
 # answers to its weakness.
 _METHODS = (
@@ -264,9 +266,7 @@ def shared_setting(config):
     return {
         name: value
         for name, value in config.items()
-        if name not in _NOT_OF_A_RUN
-        # There are runs from before the flag.
-        and (name, value) != ("inner_optimizer", "sgd")
+        if name not in _NOT_OF_A_RUN and VALUES_BEFORE.get(name) != value
     }
 
 

@@ -21,6 +21,7 @@ import numpy as np
 
 sys.path.append(str(pathlib.Path(__file__).parent.parent))
 
+import comparison
 import example_utils
 
 _PAIRS = [
@@ -56,12 +57,15 @@ def read(path, setting, methods=()):
     Raises:
         ValueError: If a method has no runs, or those of several learning rates.
     """
+    # Those of flags that came later are what the runs before them had.
+    setting = {**comparison.VALUES_BEFORE, **setting}
     found = {}
     for line in pathlib.Path(path).read_text("utf-8").splitlines():
         record = json.loads(line)
         own = record["setting"]
         if own["is_tuning"] or any(
-            own.get(name, value) != value for name, value in setting.items()
+            own.get(name, comparison.VALUES_BEFORE.get(name, value)) != value
+            for name, value in setting.items()
         ):
             continue
         rates = found.setdefault(own["method"], {})

@@ -48,6 +48,14 @@ def define_flags(output_dir, learning_rates, batch_size):
         lower_bound=0.0,
         upper_bound=0.5,
     )
+    flags.DEFINE_enum(
+        "look_ahead",
+        "none",
+        ["none", *training_programs.LOOK_AHEAD],
+        "Take each worker's gradient at the weights that there would be if the "
+        "residual errors of all had been sent, which no worker could know; or "
+        "its own, as if those of the others were the same.",
+    )
     # So that who adopts these flags adopts those too.
     flags.adopt_module_key_flags(comparison)
 
@@ -157,7 +165,7 @@ def train(task, args, is_tuning, method, learning_rate, seed):
             t, num_steps, learning_rate, args.warm_up, args.schedule
         )
         gradients = run.gradients(
-            arrays[0], images[numbers[t]], labels[numbers[t]]
+            rate, arrays, images[numbers[t]], labels[numbers[t]]
         )
         if run.is_sparse and t % _MEASURE_EVERY == _MEASURE_EVERY - 1:
             found = run.telemetry(gradients, t, rate, arrays)
@@ -190,11 +198,15 @@ class _Run:
 
         @tf.function(autograph=False)
         def gradients(weights, images, labels):
+            # Those of each worker where they look ahead.
+            at = [weights] * args.num_workers
+            if weights.shape.rank == 2:
+                at = tf.unstack(weights)
             # Not a loop of TensorFlow's, in which its convolutions are slower
             # by half.
             return tf.stack(
                 [
-                    network.gradient(weights, images[n], labels[n])
+                    network.gradient(at[n], images[n], labels[n])
                     for n in range(args.num_workers)
                 ]
             )
@@ -203,11 +215,20 @@ class _Run:
         self._predict = tf.function(network.predict, autograph=False)
         self._step = tracing.compiled(self._method.step)
         self._telemetry = tracing.compiled(self._method.telemetry)
+        self._look_ahead = None
+        if args.look_ahead != "none":
+            self._method.check_look_ahead()
+            self._look_ahead = tracing.compiled(
+                functools.partial(self._method.look_ahead, args.look_ahead)
+            )
 
     def start(self, weights):
         return self._method.start(weights)
 
-    def gradients(self, weights, images, labels):
+    def gradients(self, rate, arrays, images, labels):
+        weights = arrays[0]
+        if self._look_ahead:
+            weights = self._look_ahead(tf.constant(rate, tf.float32), *arrays)
         return self._gradients(
             weights, tf.constant(images), tf.constant(labels, tf.int32)
         )

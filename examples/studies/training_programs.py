@@ -22,6 +22,9 @@ import tf_regtopk
 from tf_regtopk import simulation
 from tf_regtopk.steps import telemetry
 
+# Whose residual errors a worker takes for sent when it looks ahead.
+LOOK_AHEAD = ("all", "own")
+
 
 class Network:
     """The model as functions of its weights in one vector.
@@ -129,17 +132,49 @@ class Method:
         """Those after a step, of which the weights are the first."""
         return tf.nest.flatten(
             self._descent.step(
-                self._state(gradients, arrays),
+                self._state(gradients[0], arrays),
                 gradients,
                 t,
                 self._scale * learning_rate,
             )
         )
 
+    def check_look_ahead(self):
+        """Raises unless what is held back is applied as a step of SGD."""
+        rule = getattr(self._descent, "error_feedback", None)
+        if rule is None or rule.residual_place is None:
+            raise ValueError(
+                "`look_ahead` must be none for methods without a residual "
+                f"error. Received: {self._descent!r}"
+            )
+        if self._descent.inner != simulation.MomentumSGD(0.0):
+            raise ValueError(
+                "`look_ahead` must be none where the inner optimizer is not "
+                f"plain SGD. Received: {self._descent.inner!r}"
+            )
+
+    def look_ahead(self, whose, learning_rate, *arrays):
+        """The weights if the residual errors e had been sent, `[N, J]`.
+
+            x - rate (sum of all e)     or     x - rate N e of worker n
+
+        Args:
+            whose: One of `LOOK_AHEAD`.
+            learning_rate: Scalar float tensor.
+            *arrays: As of `step`.
+        """
+        state = self._state(arrays[0], arrays)
+        e = state.local[self._descent.error_feedback.residual_place]
+        n = self._descent.num_workers
+        held = n * e
+        if whose == "all":
+            held = tf.broadcast_to(tf.reduce_sum(e, axis=0), e.shape)
+        return state.weights - self._scale * learning_rate * held
+
     def telemetry(self, gradients, t, learning_rate, *arrays):
         """The numbers of each worker, as of `SparseDescent.telemetry`."""
         return self._descent.telemetry(
-            self._state(gradients, arrays),
+            self._state(gradients[0], arrays),
             gradients,
             t,
             self._scale * learning_rate,
@@ -166,8 +201,8 @@ class Method:
             "residual": means["residual"] / means["gradient"],
         }
 
-    def _state(self, gradients, arrays):
-        weights = tf.TensorSpec(gradients.shape[1:], gradients.dtype)
+    def _state(self, like_weights, arrays):
+        weights = tf.TensorSpec(like_weights.shape, like_weights.dtype)
         return tf.nest.pack_sequence_as(
             tf.function(self._descent.initial_state)
             .get_concrete_function(weights)

@@ -52,6 +52,7 @@ def test_runs_of_another_setting_do_not_count(tmp_path):
     write(path, ("dense", 0.1, 0, [0.4, 0.8]), ("dense", 0.1, 1, [0.5, 0.7]))
     write(path, ("dense", 0.2, 0, [0.1, 0.1]), density=0.5)
     write(path, ("dense", 0.3, 0, [0.1, 0.1]), is_tuning=True)
+    write(path, ("dense", 0.1, 1, [0.1, 0.1]), look_ahead="own")
     found = kept_runs.read(path, {"density": 0.001, "unknown": 7})
     rate, runs = found["dense"]
     assert (rate, list(runs)) == (0.1, [0, 1])
@@ -59,6 +60,8 @@ def test_runs_of_another_setting_do_not_count(tmp_path):
     steps, accuracies = kept_runs.mean_curve(runs)
     assert list(steps) == [3, 6]
     assert list(accuracies) == pytest.approx([0.45, 0.75])
+    _, others = kept_runs.read(path, {"look_ahead": "own"})["dense"]
+    assert kept_runs.final(others) == {1: 0.1}
     with pytest.raises(ValueError, match=r"one learning rate.*\[0.1, 0.2\]"):
         kept_runs.read(path, {})
     with pytest.raises(ValueError, match="must hold runs of `topk`"):

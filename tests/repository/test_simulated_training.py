@@ -21,6 +21,7 @@ ARGS = types.SimpleNamespace(
     tuning_rounds=2,
     evaluate_every=2,
     schedule="constant",
+    look_ahead="none",
     warm_up=0.0,
     split="iid",
     shard_sizes="equal",
@@ -116,6 +117,57 @@ def test_goes_on_where_it_was_stopped(
     assert steps == [0, 1, 2, 3, 2, 3, 4, 5]
     assert resumed == whole
     np.testing.assert_array_equal(weights_after, expected)
+
+
+def test_looks_ahead_of_the_residual_errors(task, args, monkeypatch):
+    """The gradients are those at weights from which the errors are taken."""
+    seen = []
+    gradient = training_programs.Network.gradient
+
+    def noted(self, weights, images, labels):
+        seen.append(weights)
+        return gradient(self, weights, images, labels)
+
+    monkeypatch.setattr(training_programs.Network, "gradient", noted)
+    model = build_model()
+    args.look_ahead = "all"
+    run = simulated_training._Run(model, "dgc", args)
+    weights = tf.concat(
+        [tf.reshape(v, [-1]) for v in model.trainable_variables], axis=0
+    )
+    arrays = run.start(weights)
+    place = next(i for i, a in enumerate(arrays) if a.shape.rank == 2)
+    rng = np.random.default_rng(0)
+    e = rng.standard_normal(arrays[place].shape).astype(np.float32)
+    arrays[place] = tf.constant(e)
+    x = weights.numpy()
+    for whose, held in (("all", e.sum(axis=0)), ("own", 2 * e)):
+        args.look_ahead = whose
+        run = simulated_training._Run(model, "dgc", args)
+        found = run._look_ahead(tf.constant(0.5), *arrays)
+        expected = np.broadcast_to(x - 0.5 * held, e.shape)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+        seen.clear()
+        batch = task.images[:8].numpy().reshape([2, 4, 5, 4])
+        labels = task.labels[:8].reshape([2, 4])
+        together = run.gradients(0.5, arrays, batch, labels)
+        assert len(seen) == 2
+        args.look_ahead = "none"
+        plain = simulated_training._Run(model, "dgc", args)
+        for n in range(2):
+            at = [tf.constant(expected[n]), *arrays[1:]]
+            one = plain.gradients(0.5, at, batch, labels)[n]
+            np.testing.assert_allclose(together[n], one, rtol=1e-4, atol=1e-6)
+
+
+def test_looks_ahead_only_where_errors_are_applied_as_they_are(args):
+    args.look_ahead = "own"
+    for method, message in (
+        ("dense", "without a residual error"),
+        ("topk", "not plain SGD"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            simulated_training._Run(build_model(), method, args)
 
 
 def test_tuning_is_shorter_and_on_images_held_out(task, args, monkeypatch):
