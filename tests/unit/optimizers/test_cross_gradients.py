@@ -46,7 +46,10 @@ def test_config():
 @pytest.mark.parametrize(
     "kwargs, message",
     [
-        (dict(sparsifier=tf_regtopk.TopK(0.1)), r"`sparsifier=Dense\(\)`"),
+        (
+            dict(sparsifier=tf_regtopk.TopK(0.1)),
+            r"`sparsifier=Dense\(density=1.0\)`",
+        ),
         (dict(codec=SIGN), r"`codec=Codec\(indices='auto', values='float32'"),
         (
             dict(error_feedback=tf_regtopk.Accumulate()),

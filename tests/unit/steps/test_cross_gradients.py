@@ -99,7 +99,8 @@ def test_each_neighbour_has_an_error_of_its_own():
 
 def test_neighbours_are_told_other_random_numbers():
     method = tf_regtopk.CrossGradients(
-        codec=tf_regtopk.Codec(values="natural")
+        codec=tf_regtopk.Codec(values="natural"),
+        error_feedback=tf_regtopk.NoFeedback(),
     ).method(100, tf.float32)
     found = cross_gradients.answer(
         method,
