@@ -10,9 +10,9 @@ own, and both the average of these and the workers' own are tested.
 `dense` is the all-reduce, and `topk` and `shift_regtopk_sign` are all-gathers
 of `--density`. The others have neighbours: `ring` and `one_peer` send whole
 weights, `one_peer_8_bits` rounds them, `choco` sends Top-k of 10 % around a
-ring, `ring_ngc` and `ring_comp_ngc` send back gradients, whole and as signs, and
-`cliques` are groups of 4 workers, chosen by their labels, which also average
-their gradients.
+ring, `ring_ngc` and `ring_comp_ngc` also send gradients back, whole and as
+signs, and `cliques` are groups of 4 workers, chosen by their labels, which also
+average their gradients.
 
 Source: the images ship with scikit-learn.
 """
