@@ -1,5 +1,7 @@
 """Cross gradients under `fit`: NGC and CompNGC."""
 
+import contextlib
+
 import decentralized_program
 import gossip_reference
 import keras
@@ -459,15 +461,19 @@ def test_labels_that_differ(mirrored):
             learning_rate=0.1,
             batch_size=n * batch,
         )
-        own = model.evaluate(test, test_digits, batch_size=n * 80, verbose=0)[1]
-        with tf_regtopk.averaged(model):
-            average = model.evaluate(test, test_digits, verbose=0)[1]
-        return own, average
+        found = []
+        for scope in (contextlib.nullcontext(), tf_regtopk.averaged(model)):
+            with scope:
+                # All replicas get as many images.
+                found.append(
+                    model.evaluate(
+                        test, test_digits, batch_size=len(test), verbose=0
+                    )[1]
+                )
+        return found
 
     own, average = accuracy(None, keras.Sequential)
-    print("plain", own, average)
     cross_own, cross_average = accuracy(tf_regtopk.CrossGradients(), Network)
-    print("cross", cross_own, cross_average)
-    assert cross_own > own + 0.02
-    assert cross_average > average - 0.01
-    assert cross_average > 0.9
+    assert cross_own > own + 0.1
+    assert cross_average > average + 0.02
+    assert cross_average > 0.94
