@@ -1,6 +1,7 @@
 """Answers to neighbours: to each of them something of its own."""
 
 from collections.abc import Sequence
+import functools
 import itertools
 from typing import NamedTuple
 
@@ -198,14 +199,8 @@ class AnsweringNeighbours(neighbours.Neighbours):
                 zip(self._table.rounds, self._answers_in_rounds, strict=True)
             ):
                 of_members = tf.gather(vectors, tf.constant(chosen)[place])
-                rows.append(
-                    neighbours.meet(
-                        meeting,
-                        lambda size, rows=of_members: rows[:size],
-                        place,
-                        key + 2 * i,
-                    )
-                )
+                first = functools.partial(_first, of_members)
+                rows.append(neighbours.meet(meeting, first, place, key + 2 * i))
         return rows
 
 
@@ -226,6 +221,10 @@ def check_no_cycles(steps: Sequence[mixing.Step]) -> None:
             "set `CrossGradients(alpha=0)`, which has no answers. Received: a "
             "topology with a `Cycle`"
         )
+
+
+def _first(rows: tf.Tensor, count: int | tf.Tensor) -> tf.Tensor:
+    return rows[:count]
 
 
 def _numbers_of(ranks: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ _Mapping = Sequence[tuple[keras.Variable, tf.Tensor]]
 # No model itself: Keras gives a functional model's class other bases, and with
 # it all of the models from which the class derives.
 if TYPE_CHECKING:
-    _Base = keras.Model
+    from keras import Model as _Base
 else:
     _Base = object
 
