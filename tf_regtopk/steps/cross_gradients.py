@@ -45,10 +45,11 @@ class CrossGradients(hyper_parameters.HyperParameters):
               + alpha sum over j of W_ij C(grad F_j(x_i))    j = i included
 
     Each replica takes the gradient of its batch at the weights of each of its
-    neighbours, which is one more forward and backward pass for each. Where
-    alpha > 0 it sends the result back to that neighbour, as the codec C writes
-    it: one payload more for each that is sent. With plain values this is NGC,
-    and with `Codec(values="sign")` CompNGC.
+    neighbours, which is one more forward and backward pass for each. (All take
+    as many passes, those of the replica and the step with most neighbours.)
+    Where alpha > 0 it sends the result back to that neighbour, as the codec C
+    writes it: one payload more for each that is sent. With plain values this is
+    NGC, and with `Codec(values="sign")` CompNGC.
 
     The model has to know the loss at other weights: its class derives from
     `CrossGradientTraining`. (A training loop of your own uses
