@@ -18,7 +18,8 @@ What there is, and for what:
       ReduceScatter,          Topology
       AllReduce
     DecentralizedOptimizer,   replicas with weights of their own; base class
-      Ring, averaged, ...     MixingTopology, MixingRule
+      Ring, averaged, ...     MixingTopology, MixingRule; CrossGradients and
+                              CrossGradientTraining for data that differ much
     methods                   published methods, with all of their parts
     MultiWorkerMirroredStrategy  for `fit` on several hosts
     Monitor, DensityWarmup    callbacks: numbers in the logs, more entries first
@@ -84,6 +85,9 @@ if not _needs_no_tensorflow():
     from tf_regtopk.error_feedback.error_accumulation import Accumulate
     from tf_regtopk.error_feedback.learned_shift import LearnedShift
     from tf_regtopk.error_feedback.no_feedback import NoFeedback
+    from tf_regtopk.optimizers.cross_gradient_training import (
+        CrossGradientTraining,
+    )
     from tf_regtopk.optimizers.decentralized import DecentralizedOptimizer
     from tf_regtopk.optimizers.layer_mask import LayerMask
     from tf_regtopk.optimizers.loss_scale import LossScaleOptimizer
@@ -96,6 +100,7 @@ if not _needs_no_tensorflow():
     from tf_regtopk.sparsifiers.random_k import RandomK
     from tf_regtopk.sparsifiers.reg_top_k import RegTopK
     from tf_regtopk.sparsifiers.top_k import TopK
+    from tf_regtopk.steps.cross_gradients import CrossGradients
 
 __all__ = [
     "EF21",
@@ -111,6 +116,8 @@ __all__ = [
     "Complete",
     "CompressedDownlink",
     "ConsensusDistance",
+    "CrossGradientTraining",
+    "CrossGradients",
     "DecentralizedOptimizer",
     "Dense",
     "DensityWarmup",

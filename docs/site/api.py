@@ -22,6 +22,7 @@ MODULES = (
 # The folders of the code, by the titles that readers know.
 SECTIONS = {
     "optimizers": "Optimizers",
+    "steps": "Optimizers",
     "sparsifiers": "Sparsifiers",
     "error_feedback": "Error feedback",
     "codecs": "Codecs",

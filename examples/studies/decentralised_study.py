@@ -10,7 +10,8 @@ own, and both the average of these and the workers' own are tested.
 `dense` is the all-reduce, and `topk` and `shift_regtopk_sign` are all-gathers
 of `--density`. The others have neighbours: `ring` and `one_peer` send whole
 weights, `one_peer_8_bits` rounds them, `choco` sends Top-k of 10 % around a
-ring, and `cliques` are groups of 4 workers, chosen by their labels, which also
+ring, `ring_ngc` and `ring_comp_ngc` also send gradients back, whole and as
+signs, and `cliques` are groups of 4 workers, chosen by their labels, which also
 average their gradients.
 
 Source: the images ship with scikit-learn.
@@ -51,6 +52,18 @@ METHODS = {
         tf_regtopk.OnePeerExponential(),
         codec=tf_regtopk.Codec(values=tf_regtopk.Uniform(num_bits=8)),
         error_feedback=tf_regtopk.Accumulate(),
+    ),
+    "ring_ngc": lambda h: _decentralised(
+        h,
+        tf_regtopk.Ring(),
+        cross_gradients=tf_regtopk.CrossGradients(),
+    ),
+    "ring_comp_ngc": lambda h: _decentralised(
+        h,
+        tf_regtopk.Ring(),
+        cross_gradients=tf_regtopk.CrossGradients(
+            codec=tf_regtopk.Codec(values="sign")
+        ),
     ),
     "cliques": lambda h: _decentralised(
         h, tf_regtopk.Cliques(h.cliques, average_gradients=True)

@@ -37,6 +37,7 @@ def damage(path, value):
     "n, rule, inner, every_steps",
     [
         (2, "tracker", "momentum", program.EVERY_STEPS),
+        (3, "CompNGC", "momentum", program.EVERY_STEPS),
         (0, "EF21", "momentum", None),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
@@ -187,6 +188,38 @@ def test_a_tracker_needs_what_was_tracked(mirrored, tmp_path):
     model = program.make_model(mirrored(2), "tracker")
     with pytest.raises(ValueError, match="must be of a `Dec.* with mixing_rul"):
         tf_regtopk.Backup(tmp_path).restore(model)
+
+
+def test_cross_gradients_need_what_was_rounded_off(
+    mirrored, tmp_path, monkeypatch
+):
+    """And the same neighbours; where nothing is kept, all fits."""
+    saved_replicas(mirrored(3), tmp_path, rule="CompNGC")
+    with pytest.raises(ValueError, match="must be of a `Dec.* with cross_grad"):
+        tf_regtopk.Backup(tmp_path).restore(
+            program.make_model(mirrored(3), "none")
+        )
+    rule = program.RULES["CompNGC"]
+    for other, message in (
+        (dict(topology=tf_regtopk.Complete()), "with topology="),
+        (
+            dict(cross_gradients=tf_regtopk.CrossGradients(alpha=0.5)),
+            "with cross_gradients=",
+        ),
+        (
+            dict(
+                cross_gradients=tf_regtopk.CrossGradients(
+                    0.5, rule["cross_gradients"].codec
+                )
+            ),
+            "with cross_gradients=",
+        ),
+    ):
+        monkeypatch.setitem(program.RULES, "CompNGC", {**rule, **other})
+        with pytest.raises(ValueError, match=message):
+            tf_regtopk.Backup(tmp_path).restore(
+                program.make_model(mirrored(3), "CompNGC")
+            )
 
 
 def test_the_file_of_another_optimizer_is_refused(tmp_path):

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 
 N = decentralized_program.N
-# Groups of two, groups that differ in size, cycles, and entries.
-QUICK = ("one peer", "cliques", "directed", "choco")
+# Groups of two, groups that differ in size, cycles, entries, and answers.
+QUICK = (
+    *("one peer", "cliques", "directed", "choco"),
+    "cross gradients of cliques",
+)
 
 
 @pytest.fixture(

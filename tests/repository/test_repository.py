@@ -13,6 +13,8 @@ import tf_regtopk
 
 PUBLIC = {
     "AverageTracker",
+    "CrossGradientTraining",
+    "CrossGradients",
     "LayerMask",
     "LinearGossip",
     "MixingRule",

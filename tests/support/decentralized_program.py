@@ -66,6 +66,25 @@ CASES = {
         mixing_rule=tf_regtopk.AverageTracker(),
         communication_period=2,
     ),
+    "cross gradients": dict(
+        topology=RING,
+        cross_gradients=tf_regtopk.CrossGradients(
+            alpha=0.75, codec=tf_regtopk.Codec(values="sign")
+        ),
+    ),
+    # Other neighbours in each step, some of whom there are fewer of.
+    "cross gradients of cliques": dict(
+        topology=tf_regtopk.PeriodicGlobalAveraging(
+            tf_regtopk.Cliques([[0, 3, 1], [2]]), 2
+        ),
+        cross_gradients=tf_regtopk.CrossGradients(
+            alpha=0.5, codec=tf_regtopk.Codec(values="natural")
+        ),
+    ),
+    "cross gradients of weights": dict(
+        topology=tf_regtopk.OnePeerExponential(directed=True),
+        cross_gradients=tf_regtopk.CrossGradients(alpha=0),
+    ),
 }
 
 
@@ -96,8 +115,46 @@ def make(strategy, learning_rate=0.1, dtype="float32", momentum=0.9, **kwargs):
 def make_step(strategy, **kwargs):
     """A function that takes a step, the variables, and their optimizer."""
     optimizer, variables = make(strategy, **kwargs)
-    step = flat_gradients.step_function(strategy, optimizer, variables)
+    step_function = (
+        cross_step_function
+        if optimizer.cross_gradients
+        else flat_gradients.step_function
+    )
+    step = step_function(strategy, optimizer, variables)
     return step, variables, optimizer
+
+
+def cross_step_function(strategy, optimizer, variables):
+    """As `flat_gradients.step_function`, of a loss with the sine of weights."""
+
+    @tf.function(autograph=False)
+    def step(flat):
+        def replica_step(flat):
+            def gradients_at(_, values):
+                parts = tf.split(flat, [np.prod(shape) for shape in SHAPES])
+                return [
+                    tf.reshape(part, shape) + tf.sin(3 * value) / N
+                    for part, shape, value in zip(
+                        parts, SHAPES, values, strict=True
+                    )
+                ]
+
+            values = [tf.convert_to_tensor(v) for v in variables]
+            with optimizer.with_gradients_at(gradients_at):
+                optimizer.apply(gradients_at(variables, values), variables)
+
+        strategy.run(replica_step, args=(flat,))
+
+    def take_step(gradients):
+        step(
+            strategy.experimental_distribute_values_from_function(
+                lambda ctx: tf.constant(
+                    gradients[ctx.replica_id_in_sync_group], tf.float32
+                )
+            )
+        )
+
+    return take_step
 
 
 def local_weights(strategy, variables):

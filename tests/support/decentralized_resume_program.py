@@ -44,6 +44,12 @@ RULES = {
         mixing_rule=tf_regtopk.AverageTracker(),
         communication_period=3,
     ),
+    "CompNGC": dict(
+        topology=RING,
+        cross_gradients=tf_regtopk.CrossGradients(
+            codec=tf_regtopk.Codec(values="sign")
+        ),
+    ),
 }
 INNER = {
     "momentum": lambda: keras.optimizers.SGD(0.1, momentum=0.9),
@@ -69,11 +75,17 @@ class StopAt(keras.callbacks.Callback):
             raise Stopped
 
 
+class CrossNetwork(tf_regtopk.CrossGradientTraining, keras.Sequential):
+    """A model for an optimizer with cross gradients."""
+
+
 def make_model(strategy, rule="EF21", inner="momentum", seed=3, units=5):
     """A model with moving statistics, random states and slots."""
     keras.utils.set_random_seed(seed)
+    has_cross_gradients = "cross_gradients" in RULES[rule]
+    kind = CrossNetwork if has_cross_gradients else keras.Sequential
     with strategy.scope():
-        model = keras.Sequential(
+        model = kind(
             [
                 keras.Input((4,)),
                 keras.layers.Dense(units, activation="tanh"),

@@ -106,6 +106,46 @@ class DACFL(DPSGD):
         self.tracker.step(w, self.x)
 
 
+def scaled_signs(row):
+    """C of CompNGC: the sign of each entry, times their mean magnitude."""
+    return np.where(row < 0, -1.0, 1.0) * np.abs(row).mean()
+
+
+class NGC(DPSGD):
+    """D-PSGD with gradients at the weights, and on the data, of neighbours."""
+
+    def __init__(self, x, alpha, compress=None, has_feedback=True):
+        super().__init__(x)
+        self.alpha, self.compress_gradient = alpha, compress
+        self.has_feedback = has_feedback
+        self.error = {}
+
+    def gradients(self, w, gradient_of):
+        """Those for the local optimizers; `gradient_of(i, x)` is node i's."""
+        g = np.zeros_like(self.x)
+        for i, x_i in enumerate(self.x):
+            for j, x_j in enumerate(self.x):
+                if w[i, j] == 0:
+                    continue
+                at_weights = gradient_of(i, x_j)
+                on_data = at_weights
+                if j != i:
+                    on_data = self.sent_back(j, i, gradient_of(j, x_i))
+                g[i] += (1 - self.alpha) * w[i, j] * at_weights
+                g[i] += self.alpha * w[i, j] * on_data
+        return g
+
+    def sent_back(self, j, i, gradient):
+        """What node j tells node i."""
+        if self.compress_gradient is None:
+            return gradient
+        p = gradient + self.error.get((j, i), 0)
+        delta = self.compress_gradient(p)
+        if self.has_feedback:
+            self.error[j, i] = p - delta
+        return delta
+
+
 def disagreement(x):
     """The consensus distance, sqrt of the mean of |x_i - mean|^2."""
     return np.sqrt(((x - x.mean(axis=0)) ** 2).sum(axis=1).mean())

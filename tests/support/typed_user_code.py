@@ -58,9 +58,21 @@ def decentralise(model: keras.Model) -> list[int]:
         tf_regtopk.AllGather(),  # type: ignore[arg-type]
     )
     tf_regtopk.Torus(rows="2")  # type: ignore[arg-type]
+    tf_regtopk.DecentralizedOptimizer(
+        keras.optimizers.SGD(),
+        cross_gradients=tf_regtopk.CrossGradients(alpha=0.5),
+    )
+    tf_regtopk.CrossGradients(codec="sign")  # type: ignore[arg-type]
     with tf_regtopk.averaged(model):
         counts: list[int] = optimizer.zeroed_gradients
     return counts
+
+
+class Network(tf_regtopk.CrossGradientTraining, keras.Model):
+    """A model of the user."""
+
+    def cross_gradient_loss(self, data: tf.Tensor) -> tf.Tensor:
+        return 2 * super().cross_gradient_loss(data)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The exchange of a replica with its neighbours, by a table of who meets."""
 
+from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Sequence
 import itertools
@@ -237,41 +238,61 @@ class Neighbours:
     def _meet(self, vector: tf.Tensor, number: tf.Tensor) -> list[tf.Tensor]:
         """The rows that arrive in each round."""
         rounds, passes = self._table.rounds, self._table.passes
+
+        def copies(num_rows: int | tf.Tensor) -> tf.Tensor:
+            return tf.tile(vector[tf.newaxis], [num_rows, 1])
+
         with tf.device("CPU:0"):
             place = self._place(number)
             # The keys of the step before may still be in use.
             key = self._first_key + tf.cast(number % 2, tf.int32)
             rows = [vector[tf.newaxis]]
             for i, meeting in enumerate(rounds):
-                rows.append(_meet_all(meeting, vector, place, key + 2 * i))
+                rows.append(meet(meeting, copies, place, key + 2 * i))
             key += 2 * len(rounds)
             for i, one in enumerate(passes):
                 rows.append(_pass_on(one, vector, place, key + 4 * i))
         return rows
 
 
-def _meet_all(
+def meet(
     meeting: meetings.Meeting,
-    vector: tf.Tensor,
+    payloads_for: Callable[[int | tf.Tensor], tf.Tensor],
     place: tf.Tensor,
     instance_key: tf.Tensor,
 ) -> tf.Tensor:
-    """The rows of the others in the group of one round."""
+    """Gives a worker the rows of the others in its group of one round.
+
+    Args:
+        meeting: `Meeting`, the round.
+        payloads_for: Function of the size n of the group that returns a tensor
+            `[n, length]`, of the same length for all sizes: the rows are for
+            the members in their order.
+        place: Scalar int32 tensor, the step's place in the tables.
+        instance_key: Scalar int32 tensor.
+
+    Returns:
+        Tensor `[rows, length]`. A worker that is in no group gets rows of its
+        own.
+    """
     size = tf.constant(meeting.sizes)[place]
     num_rows = meeting.others.shape[1]
+    own = payloads_for(num_rows)
 
-    def meet() -> tf.Tensor:
+    def exchange() -> tf.Tensor:
         received = keras_internals.exchange_in_group(
-            vector, size, tf.constant(meeting.keys)[place], instance_key
+            payloads_for(size),
+            size,
+            tf.constant(meeting.keys)[place],
+            instance_key,
         )
         return tf.gather(received, tf.constant(meeting.others)[place])
 
-    def stay() -> tf.Tensor:
-        return tf.tile(vector[tf.newaxis], [num_rows, 1])
-
     meets = meeting.sizes > 1
-    rows = meet() if meets.all() else tf.cond(size > 1, meet, stay)
-    return tf.ensure_shape(rows, [num_rows, *vector.shape])
+    rows = (
+        exchange() if meets.all() else tf.cond(size > 1, exchange, lambda: own)
+    )
+    return tf.ensure_shape(rows, own.shape)
 
 
 def _pass_on(

@@ -65,19 +65,20 @@ def take_instance_keys(count: int) -> int:
 
 
 def exchange_in_group(
-    payload: tf.Tensor,
+    payloads: tf.Tensor,
     group_size: tf.Tensor,
     group_key: tf.Tensor,
     instance_key: tf.Tensor,
 ) -> tf.Tensor:
-    """Gives each worker of a group the payloads of all of them.
+    """Gives each worker of a group what each of them has for that worker.
 
     Size and keys are tensors, which may differ from step to step, also in loops
     and branches. The same keys may serve again in the step after the next one,
     because a collective ends only when the others have taken what it sends.
 
     Args:
-        payload: Tensor `[length]`, of the same length on every worker.
+        payloads: Tensor `[group_size, length]`, of the same length on every
+            worker: the rows are for the workers in the order of the ranks.
         group_size: Scalar int32 tensor, at least 2.
         group_key: Scalar int32 tensor, from `group_keys`.
         instance_key: Scalar int32 tensor, from `take_instance_keys`.
@@ -88,9 +89,8 @@ def exchange_in_group(
     # The host sends, because NCCL would need a communicator for each group, and
     # could block where groups differ from worker to worker.
     with tf.device("CPU:0"):
-        copies = tf.tile(payload[tf.newaxis], [group_size, 1])
         return collective_ops.all_to_all_v2(
-            copies, group_size, group_key, instance_key
+            payloads, group_size, group_key, instance_key
         )
 
 

@@ -2,10 +2,14 @@
 
 from collections.abc import Callable
 from collections.abc import Iterable
+from collections.abc import Iterator
 from collections.abc import Sequence
+import contextlib
+import contextvars
 from typing import Any
 from typing import ClassVar
 from typing import Never
+from typing import TypeAlias
 
 import keras
 import tensorflow as tf
@@ -32,9 +36,21 @@ from tf_regtopk.optimizers import decentralized_saving
 from tf_regtopk.optimizers import exchange_schedule
 from tf_regtopk.optimizers import layer_mask as layer_mask_lib
 from tf_regtopk.saving import saved_config
+from tf_regtopk.steps import cross_gradients as cross_gradients_lib
 from tf_regtopk.steps import flat_buffer
 from tf_regtopk.steps import gossip
 from tf_regtopk.steps import own_gradients
+
+# Function of variables, and of other values for them, that returns the
+# gradients of this replica's loss at these values.
+GradientsAt: TypeAlias = Callable[
+    [Sequence[keras.Variable], Sequence[tf.Tensor]],
+    Sequence[flat_buffer.Gradient],
+]
+# A variable of the context, because replicas of a process are threads.
+_gradients_at: contextvars.ContextVar[GradientsAt | None] = (
+    contextvars.ContextVar("gradients_at", default=None)
+)
 
 
 @keras.saving.register_keras_serializable(package="tf_regtopk")
@@ -56,7 +72,9 @@ class DecentralizedOptimizer(decentralized_saving.DecentralizedSaving):
     the inner optimizer's clipping, momentum and weight decay are each replica's
     own. A gradient that holds NaN or infinity counts as zeros (and in
     `zeroed_gradients`): the replica goes on exchanging, because nobody could
-    tell all others to skip the step.
+    tell all others to skip the step. `cross_gradients` make this NGC or
+    CompNGC, where the gradient depends on the weights and the data of the
+    neighbours as well.
 
     While `fit` runs, the weights that Keras saves, evaluates or gives out are
     those of the first replica, or each replica's own. `averaged` gives all of
@@ -87,6 +105,8 @@ class DecentralizedOptimizer(decentralized_saving.DecentralizedSaving):
             all workers to the same number.
         layer_mask: `LayerMask`, the layers that only some of the replicas
             train, or None.
+        cross_gradients: `CrossGradients`, for a model whose class derives from
+            `CrossGradientTraining`, or None.
         average_at_end: Boolean. Whether all replicas have the mean of the
             weights at the end of `fit`.
         name: String. The name of the optimizer.
@@ -119,6 +139,7 @@ class DecentralizedOptimizer(decentralized_saving.DecentralizedSaving):
         consensus_step_size: float = 1.0,
         communication_period: int = 1,
         layer_mask: layer_mask_lib.LayerMask | None = None,
+        cross_gradients: cross_gradients_lib.CrossGradients | None = None,
         average_at_end: bool = True,
         name: str | None = None,
         # Arguments of the base class get an error that says where to set them.
@@ -148,6 +169,15 @@ class DecentralizedOptimizer(decentralized_saving.DecentralizedSaving):
             "communication_period", communication_period, 1
         )
         checks.check_layer_mask(layer_mask)
+        checks.check_cross_gradients(
+            cross_gradients,
+            sparsifier=sparsifier,
+            codec=codec,
+            error_feedback=error_feedback,
+            mixing_rule=mixing_rule,
+            communication_period=communication_period,
+            layer_mask=layer_mask,
+        )
         validation.check_boolean("average_at_end", average_at_end)
         super().__init__(inner_optimizer, name=name)
         self.topology = topology
@@ -160,6 +190,7 @@ class DecentralizedOptimizer(decentralized_saving.DecentralizedSaving):
             int(communication_period)
         )
         self.layer_mask = layer_mask
+        self.cross_gradients = cross_gradients
         self.average_at_end = average_at_end
         # The step after which all replicas were given the same weights.
         self._agreed_at: int | None = None
@@ -191,8 +222,13 @@ class DecentralizedOptimizer(decentralized_saving.DecentralizedSaving):
             self.topology, self.mixing_rule, self._num_replicas
         )
         self._masking: layer_mask_lib.Masking | None = None
+        checks.check_no_gradient_groups(
+            self.topology,
+            self._num_replicas,
+            layer_mask=self.layer_mask,
+            cross_gradients=self.cross_gradients,
+        )
         if self.layer_mask is not None:
-            checks.check_no_gradient_groups(self.topology, self._num_replicas)
             self._masking = layer_mask_lib.Masking(
                 self.layer_mask, variables, self._num_replicas
             )
@@ -211,6 +247,7 @@ class DecentralizedOptimizer(decentralized_saving.DecentralizedSaving):
                     self.error_feedback,
                     self.mixing_rule,
                     self.consensus_step_size,
+                    self.cross_gradients,
                 ),
             )
 
@@ -241,7 +278,46 @@ class DecentralizedOptimizer(decentralized_saving.DecentralizedSaving):
             Scalar bool tensor, True: no step is skipped.
         """
         checks.check_no_loss_scaling(self)
+        checks.check_knows_loss(
+            self.cross_gradients, _gradients_at.get() is not None
+        )
         return super().apply_if_finite(grads, trainable_variables)
+
+    @contextlib.contextmanager
+    def with_gradients_at(self, gradients_at: GradientsAt) -> Iterator[None]:
+        """Tells steps how to take gradients at weights of neighbours.
+
+        For `cross_gradients` in a training loop of your own; a model whose
+        class derives from `CrossGradientTraining` does so itself. To be used
+        in a replica context, around `apply` or `apply_gradients`.
+
+        Args:
+            gradients_at: Function of a list of variables, and of a list of
+                tensors of their shapes, that returns a list of the gradients of
+                this replica's loss at these values, or None where there is
+                none. As everywhere the loss is divided by the number of
+                replicas. It is called once for each neighbour, and must leave
+                all variables as they are.
+
+        Example:
+
+        ```python
+        def gradients_at(variables, values):
+            with tf.GradientTape() as tape:
+                tape.watch(values)
+                with keras.StatelessScope(zip(variables, values)):
+                    loss = loss_of(model(x))
+            return tape.gradient(loss, values)
+
+        with optimizer.with_gradients_at(gradients_at):
+            optimizer.apply(gradients, model.trainable_variables)
+        ```
+        """
+        token = _gradients_at.set(gradients_at)
+        try:
+            yield
+        finally:
+            _gradients_at.reset(token)
 
     def _step(
         self,
@@ -251,12 +327,13 @@ class DecentralizedOptimizer(decentralized_saving.DecentralizedSaving):
     ) -> tf.Tensor:
         del skip
         number = self._iterations.value.read_value()
-        own, is_finite = own_gradients.own_gradients(
-            gradients, self._num_replicas
-        )
-        zeroed = self._zeroed.variables()
-        zeroed.assign_add(tf.cast(~is_finite, zeroed.dtype))
-        if self._gossip is not None:
+        own = self._own(gradients)
+        if self._gossip is not None and self.cross_gradients is not None:
+            _, exchange = self._schedule.take_turn()
+            own = self._gossip.mix_with_cross_gradients(
+                own, self._own_at, exchange
+            )
+        elif self._gossip is not None:
             own = self._gossip.average_gradients(own, number)
             self._mix()
         if self._masking is None:
@@ -266,6 +343,32 @@ class DecentralizedOptimizer(decentralized_saving.DecentralizedSaving):
             apply(self._masking.gradients(own))
             self._masking.restore(kept)
         return tf.constant(True)
+
+    def _own(
+        self, gradients: Sequence[flat_buffer.Gradient]
+    ) -> list[flat_buffer.Gradient]:
+        """The gradients of this replica's own loss; counts those taken as 0."""
+        own, is_finite = own_gradients.own_gradients(
+            gradients, self._num_replicas
+        )
+        zeroed = self._zeroed.variables()
+        zeroed.assign_add(tf.cast(~is_finite, zeroed.dtype))
+        return own
+
+    def _own_at(
+        self, weights: Sequence[tf.Tensor | None]
+    ) -> list[flat_buffer.Gradient]:
+        """Those at other weights, see `gossip.GradientsAt`."""
+        gradients_at = _gradients_at.get()
+        assert gradients_at is not None
+        variables = self._trainable_variables
+        values = [
+            tf.convert_to_tensor(variable) if value is None else value
+            for variable, value in zip(variables, weights, strict=True)
+        ]
+        found = list(gradients_at(variables, values))
+        training_validation.check_gradient_shapes(found, variables)
+        return self._own(found)
 
     def _mix(self) -> None:
         """Exchanges weights with neighbours, if it is time to."""
@@ -287,6 +390,9 @@ class DecentralizedOptimizer(decentralized_saving.DecentralizedSaving):
     @communication_period.setter
     def communication_period(self, period: int) -> None:
         validation.check_integer("communication_period", period, 1)
+        checks.check_cross_gradients(
+            self.cross_gradients, communication_period=period
+        )
         self._schedule.set_period(int(period))
 
     @property
@@ -387,6 +493,7 @@ class DecentralizedOptimizer(decentralized_saving.DecentralizedSaving):
             "error_feedback": self.error_feedback,
             "mixing_rule": self.mixing_rule,
             "layer_mask": self.layer_mask,
+            "cross_gradients": self.cross_gradients,
         }
         hyper_parameters.warn_if_unregistered(*parts.values())
         return {

@@ -16,12 +16,22 @@ from tf_regtopk.distribute import mixing
 from tf_regtopk.distribute import mixing_rules
 from tf_regtopk.distribute import neighbours
 from tf_regtopk.optimizers import layer_mask as layer_mask_lib
+from tf_regtopk.steps import cross_gradients as cross_gradients_lib
 
 _RULES = (
     error_feedback_lib.NoFeedback(),
     error_feedback_lib.EF21(),
     error_feedback_lib.Accumulate(),
 )
+# With `CrossGradients` neighbours have to know each other's weights.
+_WITH_CROSS_GRADIENTS = {
+    "sparsifier": sparsifiers.Dense(),
+    "codec": codecs.Codec(),
+    "error_feedback": error_feedback_lib.NoFeedback(),
+    "mixing_rule": mixing_rules.LinearGossip(),
+    "communication_period": 1,
+    "layer_mask": None,
+}
 
 
 def check_no_base_arguments(arguments: Mapping[str, Any]) -> None:
@@ -192,15 +202,71 @@ def check_layer_mask(layer_mask: Any) -> None:
         )
 
 
-def check_no_gradient_groups(
-    topology: mixing.MixingTopology, num_replicas: int
-) -> None:
-    """Raises if replicas are to take gradients of layers they do not train."""
-    if topology.gradient_groups(num_replicas):
+def check_cross_gradients(cross_gradients: Any, **exchange: Any) -> None:
+    """Raises unless all weights are exchanged in each step, as they are.
+
+    Args:
+        cross_gradients: `CrossGradients`, or None, for which nothing has to
+            hold.
+        **exchange: Arguments of the optimizer that have their types already.
+    """
+    if cross_gradients is None:
+        return
+    validation.check_instance(
+        "cross_gradients",
+        cross_gradients,
+        cross_gradients_lib.CrossGradients,
+        "CrossGradients(alpha=1.0)",
+    )
+    wrong = {
+        name: value
+        for name, value in exchange.items()
+        if value != _WITH_CROSS_GRADIENTS[name]
+    }
+    if wrong:
+        needed = ", ".join(
+            f"`{name}={_WITH_CROSS_GRADIENTS[name]!r}`" for name in wrong
+        )
         raise ValueError(
-            "`layer_mask` must go with a topology that averages weights only, "
-            "because the mean of gradients would count zeros of replicas that "
-            f"do not train a layer. Received: topology={topology!r}"
+            f"`cross_gradients` must go with {needed}, because gradients are "
+            "taken at the weights that neighbours send, in each step: leave "
+            f"the default, or leave out `cross_gradients`. Received: {wrong}"
+        )
+
+
+def check_knows_loss(
+    cross_gradients: cross_gradients_lib.CrossGradients | None,
+    is_known: bool,
+) -> None:
+    """Raises if the loss at other weights is needed and not known."""
+    if cross_gradients is not None and not is_known:
+        raise ValueError(
+            "`cross_gradients` must go with a model that knows its loss at the "
+            "weights of neighbours: derive its class from "
+            "`CrossGradientTraining` first, as in `class "
+            "Network(tf_regtopk.CrossGradientTraining, keras.Model)`. (In a "
+            "training loop of your own use `optimizer.with_gradients_at`.) "
+            f"Received: cross_gradients={cross_gradients!r} in another step"
+        )
+
+
+def check_no_gradient_groups(
+    topology: mixing.MixingTopology, num_replicas: int, **arguments: Any
+) -> None:
+    """Raises if gradients are averaged that must not be.
+
+    Args:
+        topology: `MixingTopology`.
+        num_replicas: N.
+        **arguments: Arguments of the optimizer that forbid it, or None.
+    """
+    given = [name for name, value in arguments.items() if value is not None]
+    if given and topology.gradient_groups(num_replicas):
+        raise ValueError(
+            f"`{given[0]}` must go with a topology that averages weights only, "
+            "because each replica has a gradient of its own, which leaves out "
+            "layers or heeds other replicas. Received: "
+            f"topology={topology!r}"
         )
 
 

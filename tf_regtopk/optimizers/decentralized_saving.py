@@ -23,6 +23,7 @@ from tf_regtopk.saving import replica_variables
 from tf_regtopk.saving import saved_config
 from tf_regtopk.saving import saved_state
 from tf_regtopk.saving import worker_files
+from tf_regtopk.steps import cross_gradients as cross_gradients_lib
 from tf_regtopk.steps import gossip
 
 # In Keras's file of several replicas, in place of what they keep.
@@ -43,6 +44,7 @@ class DecentralizedSaving(wrapper.OptimizerWrapper):
     topology: mixing.MixingTopology
     error_feedback: error_feedback_lib.ErrorFeedback
     mixing_rule: mixing_rules.MixingRule
+    cross_gradients: cross_gradients_lib.CrossGradients | None
     _num_replicas: int
     _gossip: gossip.Gossip | None
     _zeroed: replica_state.ReplicaState
@@ -244,8 +246,13 @@ class DecentralizedSaving(wrapper.OptimizerWrapper):
 
     def _layout(self) -> dict[str, Any]:
         """Returns the facts in which a saved state must agree to fit."""
-        # The sum of what neighbours have sent is of these neighbours.
-        is_of_topology = isinstance(
+        keeps_errors = (
+            self.cross_gradients is not None
+            and self.cross_gradients.keeps_errors
+        )
+        # The sum of what neighbours have sent is of these neighbours, and so
+        # are the errors of what was sent back to them.
+        is_of_topology = keeps_errors or isinstance(
             self.error_feedback, error_feedback_lib.EF21
         )
         return {
@@ -262,6 +269,11 @@ class DecentralizedSaving(wrapper.OptimizerWrapper):
                 if self.mixing_rule.tracks_average
                 else {}
             ),
+            **(
+                {"cross_gradients": saved_config.describe(self.cross_gradients)}
+                if keeps_errors
+                else {}
+            ),
         }
 
     def _check_layout(self, layout: dict[str, Any], is_same: bool) -> None:
@@ -274,14 +286,14 @@ class DecentralizedSaving(wrapper.OptimizerWrapper):
             names += _RECORDS
         completed = {
             name: saved_config.complete(value, getattr(self, name))
-            if name in _RECORDS
+            if name in _RECORDS and getattr(self, name) is not None
             else value
             for name, value in layout.items()
         }
         _check_layout_of(names, completed, own, rule)
 
 
-_RECORDS = ("error_feedback", "topology", "mixing_rule")
+_RECORDS = ("error_feedback", "cross_gradients", "topology", "mixing_rule")
 
 
 def _check_layout_of(

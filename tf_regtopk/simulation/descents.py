@@ -31,6 +31,8 @@ class State(NamedTuple):
             feedback.
         shared: Tuple of tensors, those that the workers share.
         memory: Tuple of tensors `[N, ...]`, what the sparsifier remembers.
+        errors: Tuple of none or of one float tensor `[N, rows, J]`, what was
+            rounded off the cross gradients for each neighbour.
     """
 
     weights: tf.Tensor
@@ -38,6 +40,7 @@ class State(NamedTuple):
     local: tuple[tf.Tensor, ...] = ()
     shared: tuple[tf.Tensor, ...] = ()
     memory: tuple[tf.Tensor, ...] = ()
+    errors: tuple[tf.Tensor, ...] = ()
 
 
 class DenseDescent(NamedTuple):

@@ -1,5 +1,6 @@
 """Steps of many workers that have weights of their own."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -7,12 +8,14 @@ import tensorflow as tf
 
 from tf_regtopk import error_feedback as error_feedback_lib
 from tf_regtopk import selection
+from tf_regtopk.distribute import answers
 from tf_regtopk.distribute import mixing
 from tf_regtopk.distribute import mixing_rules
 from tf_regtopk.distribute import neighbours
 from tf_regtopk.distribute import topology as topology_lib
 from tf_regtopk.simulation import descents
 from tf_regtopk.simulation import inner_optimizers
+from tf_regtopk.steps import cross_gradients as cross_gradients_lib
 from tf_regtopk.steps import gossip
 from tf_regtopk.steps import gossip_round
 from tf_regtopk.steps import own_gradients
@@ -47,9 +50,64 @@ class GossipDescent(NamedTuple):
                 (tf.zeros_like(weights),) * self.inner.num_arrays,
                 start.local,
                 start.shared,
+                errors=self._initial_errors(weights),
             ),
         )
         return found
+
+    def gradients(
+        self,
+        state: descents.State,
+        gradients_at: Callable[[tf.Tensor], tf.Tensor],
+        t: tf.Tensor,
+    ) -> tuple[tf.Tensor, descents.State]:
+        """The gradients for `step`: the workers' own, or cross gradients.
+
+        Args:
+            state: `State`.
+            gradients_at: Function from weights `[N, J]`, those of any worker in
+                each row, to the gradients `[N, J]` of the workers' own losses
+                at these.
+            t: As of `step`.
+
+        Returns:
+            `(gradients, state)`: a float tensor `[N, J]`, and the `State` with
+            the residual errors after the exchange of cross gradients.
+        """
+        own = gradients_at(state.weights)
+        choices = self.choices.cross_gradients
+        if choices is None:
+            return own, state
+        tables = self._tables(choices)
+        of_step = answers.Tables(
+            *(tf.gather(tf.constant(table), t % len(table)) for table in tables)
+        )
+        at_weights = tf.stack(
+            [
+                _finite(gradients_at(tf.gather(state.weights, of_place)))
+                for of_place in tf.unstack(of_step.ranks, axis=1)
+            ],
+            axis=1,
+        )
+        received, errors = None, state.errors
+        if choices.sends_back:
+            sent, errors = self._answers(
+                choices, at_weights, errors, of_step, t
+            )
+            received = tf.gather(
+                tf.reshape(sent, [-1, own.shape[1]]), of_step.answers
+            )
+        combined = [
+            cross_gradients_lib.combine(
+                choices.alpha,
+                of_worker,
+                at_weights[i],
+                None if received is None else received[i],
+                of_step.taken[i],
+            )
+            for i, of_worker in enumerate(tf.unstack(_finite(own)))
+        ]
+        return tf.stack(combined), state._replace(errors=errors)
 
     def step(
         self,
@@ -96,6 +154,69 @@ class GossipDescent(NamedTuple):
             self._method(size, dtype).payload_codec,
             topology_lib.Cluster(self.num_workers, self.num_workers),
             self.communication_period,
+        )
+
+    def _initial_errors(self, weights: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        """What each worker keeps for its neighbours before the first step."""
+        choices = self.choices.cross_gradients
+        if choices is None or not choices.keeps_errors:
+            return ()
+        num_rows = int(self._tables(choices).numbers.max()) + 1
+        return (tf.zeros([num_rows, weights.shape[0]], weights.dtype),)
+
+    def _answers(
+        self,
+        choices: cross_gradients_lib.CrossGradients,
+        gradients: tf.Tensor,
+        errors: tuple[tf.Tensor, ...],
+        tables: answers.Tables,
+        t: tf.Tensor,
+    ) -> tuple[tf.Tensor, tuple[tf.Tensor, ...]]:
+        """Everything that all workers send back, `[N, D, J]`, and their errors.
+
+        Args:
+            choices: `CrossGradients`.
+            gradients: Float tensor `[N, D, J]`.
+            errors: As of `State`.
+            tables: `Tables` of tensors `[N, D]`, those of the step.
+            t: As of `step`.
+        """
+        size, dtype = gradients.shape[2], gradients.dtype
+        method = choices.method(size, dtype)
+        step = error_feedback_lib.Step(self.num_workers, 1.0, tf.zeros([]), t)
+
+        def answer(
+            of_worker: tuple[tf.Tensor, ...],
+        ) -> tuple[tf.Tensor, tuple[tf.Tensor, ...]]:
+            rank, of_neighbours, errors, ranks, numbers = of_worker
+            made = cross_gradients_lib.answer(
+                method, of_neighbours, errors, (ranks, numbers), step, rank
+            )
+            return made.values, made.errors
+
+        found: tuple[tf.Tensor, tuple[tf.Tensor, ...]] = tf.map_fn(
+            answer,
+            (
+                tf.range(self.num_workers),
+                gradients,
+                errors,
+                tables.ranks,
+                tables.numbers,
+            ),
+            fn_output_signature=(
+                tf.TensorSpec(gradients.shape[1:], dtype),
+                descents.specs(errors),
+            ),
+        )
+        return found
+
+    def _tables(
+        self, choices: cross_gradients_lib.CrossGradients
+    ) -> answers.Tables:
+        """The neighbours of all workers in all steps."""
+        return answers.tables(
+            neighbours.differences(self.choices.topology, self.num_workers),
+            choices.sends_back,
         )
 
     def _averaged(self, gradients: tf.Tensor) -> tf.Tensor:

@@ -8,6 +8,7 @@ import tensorflow as tf
 from tf_regtopk import validation
 from tf_regtopk.kernels import tracing
 from tf_regtopk.simulation import descents
+from tf_regtopk.simulation import gossip_descent
 from tf_regtopk.simulation import of_optimizer
 
 # What the gradients are of, such as the workers' data sets.
@@ -29,7 +30,8 @@ def gradient_descent(
     Args:
         descent: What `descent_of` returns.
         gradients_of: Function of the weights `[J]` (of `GossipDescent` those
-            of each worker, `[N, J]`), the data and the number of the step that
+            of each worker, `[N, J]`, or with cross gradients those of another
+            one in each row), the data and the number of the step that
             returns the gradients `[N, J]` of the workers' own losses.
         measure: Function of the weights and the data that returns a tensor.
         num_steps: Number of steps.
@@ -73,7 +75,12 @@ def gradient_descent(
     def step(
         t: tf.Tensor, state: descents.State, rate: tf.Tensor, data: Data
     ) -> tuple[tf.Tensor, descents.State]:
-        gradients = gradients_of(state.weights, data, t)
+        if isinstance(descent, gossip_descent.GossipDescent):
+            gradients, state = descent.gradients(
+                state, lambda weights: gradients_of(weights, data, t), t
+            )
+        else:
+            gradients = gradients_of(state.weights, data, t)
         return t + 1, descent.step(state, gradients, t, rate)
 
     def steps_and_measure(

@@ -5,6 +5,7 @@ from typing import TypeAlias
 import keras
 
 from tf_regtopk import validation
+from tf_regtopk.distribute import answers
 from tf_regtopk.distribute import neighbours
 from tf_regtopk.distribute import reduce_scatter
 from tf_regtopk.distribute import topology as topology_lib
@@ -104,10 +105,17 @@ def _gossip_descent_of(
     decentralized_checks.check_symmetric(
         topology, optimizer.mixing_rule, num_workers
     )
+    steps = neighbours.rounds_of(topology, num_workers)
     neighbours.check_meetings(
-        neighbours.rounds_of(topology, num_workers),
-        neighbours.differences(topology, num_workers),
+        steps, neighbours.differences(topology, num_workers)
     )
+    crossing = optimizer.cross_gradients
+    if crossing is not None:
+        decentralized_checks.check_no_gradient_groups(
+            topology, num_workers, cross_gradients=crossing
+        )
+        if crossing.sends_back:
+            answers.check_no_cycles(steps)
     return gossip_descent.GossipDescent(
         gossip.Choices(
             topology,
@@ -116,6 +124,7 @@ def _gossip_descent_of(
             optimizer.error_feedback,
             optimizer.mixing_rule,
             optimizer.consensus_step_size,
+            optimizer.cross_gradients,
         ),
         num_workers,
         inner_optimizers.inner_of(optimizer.inner_optimizer),

@@ -1,9 +1,11 @@
 """The variables that replicas average with neighbours, and what that keeps."""
 
+from collections.abc import Callable
 from collections.abc import Sequence
 import dataclasses
 import itertools
 from typing import NamedTuple
+from typing import TypeAlias
 
 import keras
 import numpy as np
@@ -14,6 +16,7 @@ from tf_regtopk import error_feedback as error_feedback_lib
 from tf_regtopk import selection
 from tf_regtopk import sparsifiers
 from tf_regtopk.codecs import wire_report
+from tf_regtopk.distribute import answers
 from tf_regtopk.distribute import mixing
 from tf_regtopk.distribute import mixing_rules
 from tf_regtopk.distribute import neighbours
@@ -22,11 +25,19 @@ from tf_regtopk.distribute import topology as topology_lib
 from tf_regtopk.distribute import vector_exchange
 from tf_regtopk.kernels import tracing
 from tf_regtopk.steps import average_tracking
+from tf_regtopk.steps import cross_gradient_step
+from tf_regtopk.steps import cross_gradients as cross_gradients_lib
 from tf_regtopk.steps import flat_buffer
 from tf_regtopk.steps import gossip_round
 from tf_regtopk.steps import gossip_step
 from tf_regtopk.steps import round as round_lib
 from tf_regtopk.steps import variable_rules
+
+# Function from weights to the gradients of this replica's loss at these, both
+# one for each variable. None stands for the weights that the replica has.
+GradientsAt: TypeAlias = Callable[
+    [Sequence[tf.Tensor | None]], Sequence[flat_buffer.Gradient]
+]
 
 
 class Choices(NamedTuple):
@@ -39,6 +50,7 @@ class Choices(NamedTuple):
         error_feedback: `ErrorFeedback`.
         mixing_rule: `MixingRule`.
         consensus_step_size: Float gamma.
+        cross_gradients: `CrossGradients`, or None.
     """
 
     topology: mixing.MixingTopology
@@ -47,6 +59,7 @@ class Choices(NamedTuple):
     error_feedback: error_feedback_lib.ErrorFeedback
     mixing_rule: mixing_rules.MixingRule
     consensus_step_size: float
+    cross_gradients: cross_gradients_lib.CrossGradients | None = None
 
 
 def sent_bytes(
@@ -67,6 +80,10 @@ def sent_bytes(
     exchanged = wire_report.payload_bytes(payload_codec)
     if choices.mixing_rule.tracks_average:
         exchanged += vector_bytes
+    if choices.cross_gradients is not None:
+        exchanged += choices.cross_gradients.sent_bytes(
+            payload_codec.size, payload_codec.dtype
+        )
     of_weights = choices.topology.sent_bytes(exchanged, cluster)
     groups = choices.topology.gradient_groups(cluster.num_replicas)
     messages = sum(len(group) * (len(group) - 1) for group in groups)
@@ -78,7 +95,8 @@ class Gossip:
     """Averages the weights of replicas with those of their neighbours.
 
     To be created in the scope of the strategy, with several replicas, on all
-    workers alike. `mix` and `average_gradients` are for a replica context.
+    workers alike. `mix`, `mix_with_cross_gradients` and `average_gradients` are
+    for a replica context.
 
     Args:
         variables: List of the trainable variables.
@@ -98,9 +116,21 @@ class Gossip:
         steps = neighbours.rounds_of(choices.topology, n)
         k = choices.sparsifier.num_selected(size)
         self._payload_codec = choices.codec.payload(k, size, self._buffer.dtype)
-        self._neighbours = neighbours.Neighbours(
-            steps, neighbours.differences(choices.topology, n)
-        )
+        differences = neighbours.differences(choices.topology, n)
+        self._neighbours: neighbours.Neighbours
+        self._crossing: _Crossing | None = None
+        if choices.cross_gradients is None:
+            self._neighbours = neighbours.Neighbours(steps, differences)
+        else:
+            self._crossing = _Crossing(
+                choices.cross_gradients,
+                self._buffer,
+                answers.AnsweringNeighbours(
+                    steps, differences, choices.cross_gradients.sends_back
+                ),
+                n,
+            )
+            self._neighbours = self._crossing.neighbours
         self._step = tracing.of_equal(
             gossip_step.GossipStep,
             self._buffer,
@@ -131,8 +161,8 @@ class Gossip:
         """
         local = self._local()
         weights = [part.read_value() for part in local]
-        state, tracked = self._state.variables()
-        moves = self._step.moves(weights, state, number, self._neighbours)
+        state, tracked, _ = self._state.variables()
+        moves, _ = self._step.moves(weights, state, number, self._neighbours)
         if self._tracking is not None:
             [ahead] = tracked
             # Nothing is kept of a step in which a neighbour's weights were of
@@ -143,13 +173,56 @@ class Gossip:
         for part, move in zip(local, moves, strict=True):
             part.assign_add(move)
 
+    def mix_with_cross_gradients(
+        self,
+        gradients: Sequence[flat_buffer.Gradient],
+        gradients_at: GradientsAt,
+        number: tf.Tensor,
+    ) -> list[flat_buffer.Gradient]:
+        """Moves the weights, and returns gradients that heed the neighbours'.
+
+        To be called where there are `CrossGradients`.
+
+        Args:
+            gradients: As of `average_gradients`.
+            gradients_at: `GradientsAt`, finite.
+            number: As of `mix`.
+        """
+        assert self._crossing is not None
+        local = self._local()
+        state, _, errors = self._state.variables()
+        moves, payloads = self._step.moves(
+            [part.read_value() for part in local],
+            state,
+            number,
+            self._neighbours,
+        )
+        places = self._crossing.neighbours.places(number)
+        of_neighbours = self._step.values(tf.gather(payloads, places))
+        at_weights = []
+        before: list[tf.Tensor] = []
+        for weights in tf.unstack(of_neighbours):
+            # One pass begins when the one before has ended, because each needs
+            # memory for the activations of the model.
+            with tf.control_dependencies(before):
+                weights = self._buffer.split(tf.identity(weights))
+            found = self._flat(gradients_at(self._of_all_variables(weights)))
+            at_weights.append(found)
+            before = [found]
+        combined = self._crossing.gradient(
+            self._flat(gradients), at_weights, errors, number
+        )
+        for part, move in zip(local, moves, strict=True):
+            part.assign_add(move)
+        return self._in_place_of(gradients, combined)
+
     def use_tracked_average(self) -> None:
         """Gives this replica what it has tracked of the mean of all.
 
         In a replica context, where the rule is `AverageTracker`.
         """
         local = self._local()
-        _, [ahead] = self._state.variables()
+        _, [ahead], _ = self._state.variables()
         for part, move in zip(
             local, self._buffer.split(ahead.read_value()), strict=True
         ):
@@ -167,20 +240,8 @@ class Gossip:
         """
         if not self._cliques:
             return [*gradients]
-        mixed = [*itertools.compress(gradients, self._is_mixed)]
-        vectors = self._buffer.vectors(self._buffer.densify(mixed))
-        mean = self._cliques.mean(tf.concat(vectors, axis=0), number)
-        means = iter(self._buffer.split(mean))
-        averaged = [
-            next(means) if is_mixed else gradient
-            for is_mixed, gradient in zip(
-                self._is_mixed, gradients, strict=True
-            )
-        ]
-        return [
-            None if gradient is None else mean
-            for gradient, mean in zip(gradients, averaged, strict=True)
-        ]
+        mean = self._cliques.mean(self._flat(gradients), number)
+        return self._in_place_of(gradients, mean)
 
     def save(self) -> list[list[np.ndarray]]:
         """For each replica of this process the arrays that it keeps."""
@@ -216,6 +277,32 @@ class Gossip:
         )
         return dataclasses.replace(report, sent_bytes=round(num_bytes))
 
+    def _flat(self, gradients: Sequence[flat_buffer.Gradient]) -> tf.Tensor:
+        """One vector of the gradients of the variables that are mixed."""
+        mixed = [*itertools.compress(gradients, self._is_mixed)]
+        vectors = self._buffer.vectors(self._buffer.densify(mixed))
+        return tf.concat(vectors, axis=0)
+
+    def _in_place_of(
+        self, gradients: Sequence[flat_buffer.Gradient], flat: tf.Tensor
+    ) -> list[flat_buffer.Gradient]:
+        """What a vector holds, for the variables that are mixed.
+
+        The others keep their gradients, and so do those without any.
+        """
+        found = self._of_all_variables(self._buffer.split(flat))
+        return [
+            gradient if gradient is None or part is None else part
+            for gradient, part in zip(gradients, found, strict=True)
+        ]
+
+    def _of_all_variables(
+        self, parts: Sequence[tf.Tensor]
+    ) -> list[tf.Tensor | None]:
+        """Tensors of the variables that are mixed, and None for the others."""
+        left = iter(parts)
+        return [next(left) if mixed else None for mixed in self._is_mixed]
+
     def _local(self) -> list[tf.Variable]:
         """This replica's parts of the variables that are mixed."""
         strategy = tf.distribute.get_strategy()
@@ -224,8 +311,10 @@ class Gossip:
             for variable in self._variables
         ]
 
-    def _initial(self) -> tuple[round_lib.State, tuple[tf.Tensor, ...]]:
-        """The state of the step, and what `AverageTracking` keeps."""
+    def _initial(
+        self,
+    ) -> tuple[round_lib.State, tuple[tf.Tensor, ...], tuple[tf.Tensor, ...]]:
+        """The state of the step, of `AverageTracking`, and of `_Crossing`."""
         vectors = self._buffer.vectors(
             [tf.convert_to_tensor(variable) for variable in self._variables]
         )
@@ -233,6 +322,54 @@ class Gossip:
         return (
             gossip_round.initial(self._choices.error_feedback, x),
             () if self._tracking is None else (tf.zeros_like(x),),
+            () if self._crossing is None else self._crossing.initial_errors(),
+        )
+
+
+class _Crossing:
+    """The exchange of cross gradients.
+
+    Args:
+        cross_gradients: `CrossGradients`.
+        buffer: `FlatBuffer` of the variables.
+        neighbours: `AnsweringNeighbours`.
+        num_replicas: N.
+    """
+
+    def __init__(
+        self,
+        cross_gradients: cross_gradients_lib.CrossGradients,
+        buffer: flat_buffer.FlatBuffer,
+        neighbours: answers.AnsweringNeighbours,
+        num_replicas: int,
+    ) -> None:
+        self.neighbours = neighbours
+        self._buffer = buffer
+        self._keeps_errors = cross_gradients.keeps_errors
+        self._step = tracing.of_equal(
+            cross_gradient_step.CrossGradientStep,
+            cross_gradients.method(buffer.size, buffer.dtype),
+            cross_gradients.alpha,
+            num_replicas,
+        )
+
+    def initial_errors(self) -> tuple[tf.Tensor, ...]:
+        """The residual errors to start with, a row for each neighbour."""
+        if not self._keeps_errors:
+            return ()
+        shape = [self.neighbours.num_told_apart, self._buffer.size]
+        return (tf.zeros(shape, self._buffer.dtype),)
+
+    def gradient(
+        self,
+        own: tf.Tensor,
+        at_weights: Sequence[tf.Tensor],
+        errors: Sequence[tf.Variable],
+        number: tf.Tensor,
+    ) -> tf.Tensor:
+        """See `CrossGradientStep.gradient`."""
+        return self._step.gradient(
+            own, at_weights, errors, number, self.neighbours
         )
 
 

@@ -55,7 +55,7 @@ class GossipStep:
         state: round_lib.State,
         number: tf.Tensor,
         neighbours: neighbours_lib.Neighbours,
-    ) -> list[tf.Tensor]:
+    ) -> tuple[list[tf.Tensor], tf.Tensor]:
         """Returns what is to be added to each variable of this replica.
 
         To be called in a replica context.
@@ -67,7 +67,8 @@ class GossipStep:
             neighbours: `Neighbours`, with the weights W - I.
 
         Returns:
-            List of tensors like the weights.
+            `(moves, payloads)`: a list of tensors like the weights, and what
+            has arrived, a tensor `[M, length]` of held words.
 
         Raises:
             tf.errors.InvalidArgumentError: When run, if a neighbour is at
@@ -94,14 +95,14 @@ class GossipStep:
             checks = _checks(flags, senders)
         # Nothing is kept of a step that raises an error.
         with tf.control_dependencies([c for c in checks if c is not None]):
-            d = tf.identity(d)
+            d, payloads = tf.identity(d), tf.identity(payloads)
         for i, value in changed.items():
             with tf.control_dependencies([d]):
                 state.local[i].assign(value)
         with tf.name_scope("tf_regtopk/settle"):
             move = self.settle(d, (indices, values), state, number)
         with tf.name_scope("tf_regtopk/split"):
-            return self._buffer.split(move)
+            return self._buffer.split(move), payloads
 
     @tracing.compiled
     def send(
@@ -178,6 +179,22 @@ class GossipStep:
         are_alike = tf.equal(marks, words.release(expected, tf.int32))
         # One tensor, because the host waits for each copy from a device.
         return d, tf.stack([are_alike, are_finite, is_valid])
+
+    @tracing.compiled
+    def values(self, payloads: tf.Tensor) -> tf.Tensor:
+        """The values in payloads.
+
+        Args:
+            payloads: As of `decode`.
+
+        Returns:
+            Float tensor `[M, k]`.
+        """
+        _, _, payloads = header_lib.split_header(
+            words.release(payloads, tf.int32), self._buffer.dtype
+        )
+        _, values, _ = self._method.payload_codec.decode(payloads)
+        return values
 
     @tracing.compiled
     def settle(

@@ -12,18 +12,18 @@ def test_size_and_keys_are_tensors():
     """
 
     @tf.function(autograph=False)
-    def exchange(payload, size, group_key, instance_key):
+    def exchange(payloads, size, group_key, instance_key):
         return tf.cond(
             size > 1,
             lambda: keras_internals.exchange_in_group(
-                payload, size, group_key, instance_key
+                payloads, size, group_key, instance_key
             ),
-            lambda: payload[tf.newaxis],
+            lambda: payloads,
         )
 
     scalar = tf.TensorSpec([], tf.int32)
     concrete = exchange.get_concrete_function(
-        tf.TensorSpec([3], tf.float32), scalar, scalar, scalar
+        tf.TensorSpec([None, 3], tf.float32), scalar, scalar, scalar
     )
     definition = concrete.graph.as_graph_def()
     nodes = [

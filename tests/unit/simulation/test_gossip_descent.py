@@ -97,6 +97,65 @@ def test_takes_the_steps_of_the_optimizer(n, inner, kwargs, mirrored):
     assert round(descent.sent_bytes(SIZE)) == optimizer.wire_report().sent_bytes
 
 
+@pytest.mark.parametrize(
+    "topology, cross_gradients",
+    [
+        (tf_regtopk.Ring(), tf_regtopk.CrossGradients(alpha=0.5)),
+        (
+            tf_regtopk.PeriodicGlobalAveraging(
+                tf_regtopk.Cliques([[0, 3, 1], [2]]), 2
+            ),
+            tf_regtopk.CrossGradients(codec=tf_regtopk.Codec(values="sign")),
+        ),
+        (
+            tf_regtopk.OnePeerExponential(directed=True),
+            tf_regtopk.CrossGradients(alpha=0),
+        ),
+    ],
+    ids=["ngc", "compngc", "weights"],
+)
+def test_takes_cross_gradients(topology, cross_gradients, mirrored):
+    n, strategy = 4, mirrored(4)
+    with strategy.scope():
+        optimizer = tf_regtopk.DecentralizedOptimizer(
+            keras.optimizers.SGD(RATE, 0.9),
+            topology,
+            cross_gradients=cross_gradients,
+        )
+        variable = keras.Variable(START)
+        optimizer.build([variable])
+    simulated = simulated_weights(optimizer, n)
+
+    @tf.function(autograph=False)
+    def step():
+        def of_replica():
+            replica = tf.distribute.get_replica_context()
+            rank = replica.replica_id_in_sync_group
+            slope, centre = (
+                tf.gather(tf.constant(a, tf.float32), rank)
+                for a in (SLOPES, CENTRES)
+            )
+
+            def gradients_at(_, values):
+                return [slope * (values[0] - centre) / n]
+
+            own = gradients_at(None, [tf.convert_to_tensor(variable)])
+            with optimizer.with_gradients_at(gradients_at):
+                optimizer.apply(own, [variable])
+
+        strategy.run(of_replica)
+
+    for of_step in simulated:
+        step()
+        parts = strategy.experimental_local_results(variable.value)
+        np.testing.assert_allclose(
+            of_step, [part.numpy() for part in parts], rtol=2e-5, atol=2e-6
+        )
+    assert simulated[-1].std(axis=0).max() > 1e-3
+    descent = simulation.descent_of(optimizer, n)
+    assert round(descent.sent_bytes(SIZE)) == optimizer.wire_report().sent_bytes
+
+
 def ring(**kwargs):
     return tf_regtopk.DecentralizedOptimizer(
         keras.optimizers.SGD(), tf_regtopk.Ring(), **kwargs
@@ -136,6 +195,19 @@ def test_a_gradient_that_is_not_finite_counts_as_zeros():
             2,
             dict(mixing_rule=tf_regtopk.AverageTracker()),
             "`mixing_rule` must be one that changes the weights",
+        ),
+        (
+            3,
+            dict(
+                topology=tf_regtopk.OnePeerExponential(directed=True),
+                cross_gradients=tf_regtopk.CrossGradients(),
+            ),
+            "because neighbours answer each other",
+        ),
+        (
+            4,
+            dict(topology=PAIRS, cross_gradients=tf_regtopk.CrossGradients()),
+            "`cross_gradients` must go with a topology that averages weights",
         ),
         (3, dict(topology=tf_regtopk.OnePeerExponential()), "a power of two"),
         (
