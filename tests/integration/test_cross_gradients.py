@@ -267,6 +267,7 @@ def test_of_the_same_data_nothing_changes(alpha, mirrored):
         np.testing.assert_allclose(logs[name], values, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_graph_eager_and_loops_agree(mirrored):
     n = 3
     x, y = softmax_data(n)
@@ -427,6 +428,7 @@ def test_a_loss_of_ones_own(mirrored):
     assert model.losses_at == 2 * 3
 
 
+@pytest.mark.slow
 def test_labels_that_differ(mirrored):
     """Each replica has the digits of two classes, around a ring."""
     n = 5

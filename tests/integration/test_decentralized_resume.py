@@ -129,6 +129,7 @@ def test_another_number_starts_from_the_mean(
             model.load_weights(own_path)
 
 
+@pytest.mark.slow
 def test_another_number_goes_on(mirrored, tmp_path):
     program.fit_until_stopped(program.make_model(mirrored(2)), tmp_path)
     model = program.make_model(mirrored(3))

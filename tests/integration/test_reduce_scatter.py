@@ -255,6 +255,7 @@ def test_a_rule_without_add_error_says_what_to_write(mirrored):
         )
 
 
+@pytest.mark.slow
 def test_a_saved_state_goes_on_with_another_number_of_replicas(mirrored):
     kwargs = dict(
         sparsifier=tf_regtopk.RegTopK(0.2),
