@@ -254,7 +254,7 @@ def _places_of_answers(ranks: np.ndarray) -> np.ndarray:
 
 
 def _places_in(senders: np.ndarray, ranks: np.ndarray) -> np.ndarray:
-    """Where the first row of each rank is among those that arrive, `[T, D]`."""
+    """The place of the first row of each rank in what arrives, `[T, D]`."""
     found = senders[:, np.newaxis] == ranks[:, :, np.newaxis]
     return np.argmax(found, axis=2)
 

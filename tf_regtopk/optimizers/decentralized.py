@@ -358,7 +358,7 @@ class DecentralizedOptimizer(decentralized_saving.DecentralizedSaving):
     def _own_at(
         self, weights: Sequence[tf.Tensor | None]
     ) -> list[flat_buffer.Gradient]:
-        """Those at other weights, see `gossip.GradientsAt`."""
+        """The gradients at other weights, see `gossip.GradientsAt`."""
         gradients_at = _gradients_at.get()
         assert gradients_at is not None
         variables = self._trainable_variables

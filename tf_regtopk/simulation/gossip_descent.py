@@ -157,7 +157,7 @@ class GossipDescent(NamedTuple):
         )
 
     def _initial_errors(self, weights: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        """What each worker keeps for its neighbours before the first step."""
+        """The errors of each worker for its neighbours, before a first step."""
         choices = self.choices.cross_gradients
         if choices is None or not choices.keeps_errors:
             return ()

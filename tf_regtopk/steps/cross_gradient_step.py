@@ -8,7 +8,8 @@ from tf_regtopk import error_feedback as error_feedback_lib
 from tf_regtopk.distribute import answers as answers_lib
 from tf_regtopk.kernels import tracing
 from tf_regtopk.kernels import words
-from tf_regtopk.steps import cross_gradients
+from tf_regtopk.steps import cross_gradients as cross_gradients_lib
+from tf_regtopk.steps import flat_buffer
 from tf_regtopk.steps import round as round_lib
 
 
@@ -107,7 +108,7 @@ class CrossGradientStep:
         step = error_feedback_lib.Step(
             self._num_replicas, 1.0, tf.zeros([]), number
         )
-        found = cross_gradients.answer(
+        found = cross_gradients_lib.answer(
             self._method, gradients, errors, (ranks, numbers), step, rank
         )
         return words.hold(found.payloads), found.errors
@@ -133,6 +134,53 @@ class CrossGradientStep:
             _, decoded, _ = self._method.payload_codec.decode(
                 words.release(answers, tf.int32)
             )
-        return cross_gradients.combine(
+        return cross_gradients_lib.combine(
             self._alpha, own, at_weights, decoded, taken
+        )
+
+
+class Crossing:
+    """The exchange of cross gradients.
+
+    Args:
+        cross_gradients: `CrossGradients`.
+        buffer: `FlatBuffer` of the variables.
+        neighbours: `AnsweringNeighbours`.
+        num_replicas: N.
+    """
+
+    def __init__(
+        self,
+        cross_gradients: cross_gradients_lib.CrossGradients,
+        buffer: flat_buffer.FlatBuffer,
+        neighbours: answers_lib.AnsweringNeighbours,
+        num_replicas: int,
+    ) -> None:
+        self.neighbours = neighbours
+        self._buffer = buffer
+        self._keeps_errors = cross_gradients.keeps_errors
+        self._step = tracing.of_equal(
+            CrossGradientStep,
+            cross_gradients.method(buffer.size, buffer.dtype),
+            cross_gradients.alpha,
+            num_replicas,
+        )
+
+    def initial_errors(self) -> tuple[tf.Tensor, ...]:
+        """The residual errors to start with, a row for each neighbour."""
+        if not self._keeps_errors:
+            return ()
+        shape = [self.neighbours.num_told_apart, self._buffer.size]
+        return (tf.zeros(shape, self._buffer.dtype),)
+
+    def gradient(
+        self,
+        own: tf.Tensor,
+        at_weights: Sequence[tf.Tensor],
+        errors: Sequence[tf.Variable],
+        number: tf.Tensor,
+    ) -> tf.Tensor:
+        """See `CrossGradientStep.gradient`."""
+        return self._step.gradient(
+            own, at_weights, errors, number, self.neighbours
         )

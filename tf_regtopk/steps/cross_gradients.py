@@ -103,12 +103,12 @@ class CrossGradients(hyper_parameters.HyperParameters):
 
     @property
     def sends_back(self) -> bool:
-        """Whether replicas send gradients to the neighbours."""
+        """True if replicas send gradients to the neighbours."""
         return self.alpha > 0
 
     @property
     def keeps_errors(self) -> bool:
-        """Whether a replica keeps a residual error for each neighbour."""
+        """True if a replica keeps a residual error for each neighbour."""
         values = self.codec.payload(k=1, size=1).values
         return (
             self.sends_back

@@ -118,11 +118,11 @@ class Gossip:
         self._payload_codec = choices.codec.payload(k, size, self._buffer.dtype)
         differences = neighbours.differences(choices.topology, n)
         self._neighbours: neighbours.Neighbours
-        self._crossing: _Crossing | None = None
+        self._crossing: cross_gradient_step.Crossing | None = None
         if choices.cross_gradients is None:
             self._neighbours = neighbours.Neighbours(steps, differences)
         else:
-            self._crossing = _Crossing(
+            self._crossing = cross_gradient_step.Crossing(
                 choices.cross_gradients,
                 self._buffer,
                 answers.AnsweringNeighbours(
@@ -286,7 +286,7 @@ class Gossip:
     def _in_place_of(
         self, gradients: Sequence[flat_buffer.Gradient], flat: tf.Tensor
     ) -> list[flat_buffer.Gradient]:
-        """What a vector holds, for the variables that are mixed.
+        """The parts of a vector, for the variables that are mixed.
 
         The others keep their gradients, and so do those without any.
         """
@@ -314,7 +314,7 @@ class Gossip:
     def _initial(
         self,
     ) -> tuple[round_lib.State, tuple[tf.Tensor, ...], tuple[tf.Tensor, ...]]:
-        """The state of the step, of `AverageTracking`, and of `_Crossing`."""
+        """The state of the step, of `AverageTracking`, and of `Crossing`."""
         vectors = self._buffer.vectors(
             [tf.convert_to_tensor(variable) for variable in self._variables]
         )
@@ -323,53 +323,6 @@ class Gossip:
             gossip_round.initial(self._choices.error_feedback, x),
             () if self._tracking is None else (tf.zeros_like(x),),
             () if self._crossing is None else self._crossing.initial_errors(),
-        )
-
-
-class _Crossing:
-    """The exchange of cross gradients.
-
-    Args:
-        cross_gradients: `CrossGradients`.
-        buffer: `FlatBuffer` of the variables.
-        neighbours: `AnsweringNeighbours`.
-        num_replicas: N.
-    """
-
-    def __init__(
-        self,
-        cross_gradients: cross_gradients_lib.CrossGradients,
-        buffer: flat_buffer.FlatBuffer,
-        neighbours: answers.AnsweringNeighbours,
-        num_replicas: int,
-    ) -> None:
-        self.neighbours = neighbours
-        self._buffer = buffer
-        self._keeps_errors = cross_gradients.keeps_errors
-        self._step = tracing.of_equal(
-            cross_gradient_step.CrossGradientStep,
-            cross_gradients.method(buffer.size, buffer.dtype),
-            cross_gradients.alpha,
-            num_replicas,
-        )
-
-    def initial_errors(self) -> tuple[tf.Tensor, ...]:
-        """The residual errors to start with, a row for each neighbour."""
-        if not self._keeps_errors:
-            return ()
-        shape = [self.neighbours.num_told_apart, self._buffer.size]
-        return (tf.zeros(shape, self._buffer.dtype),)
-
-    def gradient(
-        self,
-        own: tf.Tensor,
-        at_weights: Sequence[tf.Tensor],
-        errors: Sequence[tf.Variable],
-        number: tf.Tensor,
-    ) -> tf.Tensor:
-        """See `CrossGradientStep.gradient`."""
-        return self._step.gradient(
-            own, at_weights, errors, number, self.neighbours
         )
 
 

@@ -71,7 +71,7 @@ class Choices(NamedTuple):
 
 
 class Layout:
-    """Which variables are exchanged in each way, in which order.
+    """The variables that are exchanged in each way, in their order.
 
     Holds no state of a training.
 
@@ -115,7 +115,7 @@ class Layout:
 
     @property
     def has_dense_state(self) -> bool:
-        """Whether the variables exchanged densely have a state as well."""
+        """True if the variables exchanged densely have a state as well."""
         return self.dense_rule != error_feedback_lib.NoFeedback()
 
     @property
@@ -232,7 +232,7 @@ class Layout:
         )
 
     def initial_measured(self) -> tuple[tf.Tensor, ...]:
-        """What `telemetry` keeps of a step, before the first one."""
+        """The numbers of `telemetry` before the first step."""
         if not self.choices.telemetry or not self.sparse_variables:
             return ()
         return telemetry.initial(
