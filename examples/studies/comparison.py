@@ -266,7 +266,8 @@ def shared_setting(config):
     return {
         name: value
         for name, value in config.items()
-        if name not in _NOT_OF_A_RUN and VALUES_BEFORE.get(name) != value
+        if name not in _NOT_OF_A_RUN
+        and (name, value) not in VALUES_BEFORE.items()
     }
 
 

@@ -3,6 +3,7 @@
 import doctest
 import json
 
+import comparison
 import example_runner
 import kept_runs
 import paths
@@ -127,3 +128,19 @@ def test_published_table_is_that_of_the_kept_runs():
     published = page.replace("**", "").splitlines()
     assert len(made) == 7
     assert [row for row in made if row not in published] == []
+
+
+def test_setting_of_older_runs_is_kept():
+    """Values from before a flag are left out, and no others."""
+    config = {
+        "max_images": None,
+        "inner_optimizer": "sgd",
+        "look_ahead": "own",
+        "density": 0.1,
+        "seeds": ["0"],
+    }
+    assert comparison.shared_setting(config) == {
+        "max_images": None,
+        "look_ahead": "own",
+        "density": 0.1,
+    }
