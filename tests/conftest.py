@@ -6,11 +6,21 @@ import gc
 import logical_devices
 
 # isort: split
+import hypothesis
 import keras
 import pytest
 from tensorflow.python.data.ops import multi_device_iterator_ops
 
 from tf_regtopk.kernels import tracing
+
+
+# No limits of time, because a busy machine is no error.
+hypothesis.settings.register_profile(
+    "untimed",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(autouse=True, scope="module")
