@@ -13,7 +13,6 @@ from tensorflow.python.data.ops import multi_device_iterator_ops
 
 from tf_regtopk.kernels import tracing
 
-
 # No limits of time, because a busy machine is no error.
 hypothesis.settings.register_profile(
     "untimed",
