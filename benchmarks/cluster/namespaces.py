@@ -332,6 +332,14 @@ class Network:
 
 
 def _run(*command, check=True, timeout=30):
-    return subprocess.run(
-        command, check=check, capture_output=True, text=True, timeout=timeout
-    )
+    try:
+        return subprocess.run(
+            command,
+            check=check,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+    except subprocess.CalledProcessError as e:
+        e.add_note(e.stderr)  # The message alone has the status only.
+        raise

@@ -113,6 +113,10 @@ def probe_server():
             elif start is not None and now - start > seconds:
                 break
         connection.sendall(struct.pack("d", 8 * total / (now - start)))
+        # The client sends until it has the answer. To close before would
+        # reset the connection, because what has arrived was not read.
+        while connection.recv_into(buffer):
+            pass
 
 
 def probe_client(address, seconds):
@@ -137,7 +141,9 @@ def probe_client(address, seconds):
             )
             if readable or not writable:
                 break
-            connection.send(data)
+            with contextlib.suppress(BlockingIOError):
+                connection.send(data)
+        connection.setblocking(True)
         rate = struct.unpack("d", connection.recv(8))[0]
     # A full packet of 1,514 bytes has 1,448 of payload.
     return {

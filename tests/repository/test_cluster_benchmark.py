@@ -3,7 +3,10 @@
 import doctest
 import json
 import os
+import select
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -22,6 +25,7 @@ from benchmarks.cluster import namespaces
 from benchmarks.cluster import report
 from benchmarks.cluster import step
 from benchmarks.cluster import time_to_accuracy
+from benchmarks.cluster import traffic
 
 
 @pytest.fixture
@@ -216,6 +220,35 @@ def test_delay(needs_network):
         assert network.change("unshaped") == "nothing"
         assert network.probe(seconds=0.1)["round_trip_milliseconds"] < 9.9
     assert not namespaces.leftovers(os.getpid())
+
+
+def test_probe_server_reads_until_the_client_has_the_answer(monkeypatch):
+    """A client that sends on beside the answer loses no connection."""
+    with socket.create_server(("", 0)) as unused:
+        port = unused.getsockname()[1]
+    monkeypatch.setattr(traffic, "_PORT", port)
+    server = threading.Thread(target=traffic.probe_server, daemon=True)
+    server.start()
+    connect_when_ready(port).close()
+    with connect_when_ready(port) as connection:
+        connection.sendall(struct.pack("d", 0.01))
+        while not select.select([connection], [], [], 0)[0]:
+            connection.sendall(bytes(1 << 16))
+        for _ in range(20):
+            connection.sendall(bytes(1 << 16))
+            time.sleep(0.01)
+        assert struct.unpack("d", connection.recv(8))[0] > 0
+    server.join(timeout=60)
+    assert not server.is_alive()
+
+
+def connect_when_ready(port):
+    for _ in range(600):
+        try:
+            return socket.create_connection(("localhost", port), 60)
+        except ConnectionRefusedError:
+            time.sleep(0.1)
+    raise TimeoutError(f"Nothing listens at port {port}.")
 
 
 def test_rate(needs_network):
