@@ -450,7 +450,6 @@ def test_nothing_is_left_after_sigterm(needs_network, tmp_path):
         time.sleep(0.1)
 
 
-# As after a signal between the start of a process and its being known.
 @pytest.mark.slow
 def test_bytes_of_decentralised_replicas(needs_network, tmp_path):
     """`wire_report` says what neighbours send, within a few per cent."""
@@ -474,15 +473,24 @@ def test_bytes_of_decentralised_replicas(needs_network, tmp_path):
     assert not namespaces.leftovers(process.pid)
     results = json.loads((tmp_path / "summary.json").read_text("utf-8"))
     results = results["results"]
-    for name in ("one-peer, 8 bits", "ring", "cliques"):
+    for name in (
+        "one-peer, 8 bits",
+        "ring",
+        "ring, cross gradients of signs",
+        "cliques",
+    ):
         found = results[name]
         ratio = found["counted_bytes"] / found["reported_bytes"]
         assert 1 <= ratio < 1.05, name
     # A byte for each number, to one neighbour; four bytes, to two.
     reported = {name: r["reported_bytes"] for name, r in results.items()}
+    answers = reported["ring, cross gradients of signs"] - reported["ring"]
+    # A bit for 32, and the scales.
+    assert 1 < answers / reported["ring"] * 32 < 1.05
     assert 7.9 < reported["ring"] / reported["one-peer, 8 bits"] < 8.1
 
 
+# As after a signal between the start of a process and its being known.
 LOSES_TRACK = """
 import os, subprocess
 from benchmarks.cluster import namespaces
