@@ -155,6 +155,7 @@ def config():
 # often lie on another's.
 _COLOURS = {
     "dense": "black",
+    "dense_float16": "dimgray",
     "topk": "tab:orange",
     "topk_no_feedback": "tab:gray",
     "regtopk": "tab:blue",

@@ -14,6 +14,12 @@ from benchmarks.cluster import methods
 
 _NUM_PREDICTED = 500
 _WHOLE = "whole:"
+# Methods whose steps are PyTorch's, with the hook of each.
+HOOKS = {
+    "dense_float16": "fp16",
+    "powersgd1": "powersgd1",
+    "powersgd4": "powersgd4",
+}
 
 
 class Data:
@@ -130,12 +136,12 @@ class TorchStudyWorker(methods.TorchWorker):
         return _torch_resnet8()
 
     def build(self, method, size):
-        """Makes the model and the optimizer of `powersgd1` or `powersgd4`."""
-        return super().build(f"ddp:{method}", size)
+        """Makes the model and the optimizer of a method of `HOOKS`."""
+        return super().build(f"ddp:{HOOKS[method]}", size)
 
     def step(self, method, number):
         """Takes one step, and returns the loss when all of it is done."""
-        return super().step(f"ddp:{method}", number)
+        return super().step(f"ddp:{HOOKS[method]}", number)
 
     def _batch(self, number):
         images, labels = self._data.batch(number)

@@ -21,9 +21,9 @@ times mean little where the two differ by more than a tenth.
 has with the accuracies of `--runs`, and measures nothing.
 
 Takes the flags of that study, which must be those of its runs, and the learning
-rate of each method from these runs. The accuracy of `powersgd1` and `powersgd4`
-is the study's; the time of a step is that of PyTorch's hook, with a network of
-the same layers, where torch is installed.
+rate of each method from these runs. The accuracy of `dense_float16`,
+`powersgd1` and `powersgd4` is the study's; the time of a step is that of
+PyTorch's hook, with a network of the same layers, where torch is installed.
 """
 
 import importlib.util
@@ -48,6 +48,7 @@ from benchmarks.cluster import launcher
 from benchmarks.cluster import namespaces
 from benchmarks.cluster import report
 from benchmarks.cluster import step
+from benchmarks.cluster import study_worker
 
 # Steps of a whole training between two answers of the workers, at most.
 _STEPS_AT_ONCE = 100
@@ -86,7 +87,7 @@ def kind_of(method):
     >>> kind_of("topk_sign"), kind_of("powersgd1")
     ('study', 'torch_study')
     """
-    return "torch_study" if method.startswith("powersgd") else "study"
+    return "torch_study" if method in study_worker.HOOKS else "study"
 
 
 def steps_to(curve, accuracy):

@@ -16,6 +16,8 @@ import powersgd
 import shift_variants
 import worker_data
 
+import tf_regtopk
+
 methods.METHODS.update(shift_variants.METHODS)
 methods.METHODS.update(
     {
@@ -36,6 +38,10 @@ methods.METHODS.update(
     }
 )
 methods.METHODS.update(powersgd.METHODS)
+# A peer as well: all entries, in half the bytes.
+methods.METHODS["dense_float16"] = lambda h: h._replace(
+    codec=tf_regtopk.Codec(values="float16")
+).sparsified(tf_regtopk.Dense(), tf_regtopk.NoFeedback(), h.momentum)
 
 # Flags that say which runs there are, and nothing about each.
 _NOT_OF_A_RUN = (

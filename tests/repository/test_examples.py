@@ -156,7 +156,7 @@ def test_methods_are_what_their_flags_say():
         for keep in ("", 4)
     }
     with_signs = {f"{name}_sign" for name in {*expected} | with_owners}
-    peers = {"powersgd1", "powersgd4"}
+    peers = {"powersgd1", "powersgd4", "dense_float16"}
     assert {"dense", *expected} | peers | with_owners | with_signs == set(
         methods.METHODS
     )
@@ -207,6 +207,11 @@ def test_methods_are_what_their_flags_say():
         assert made.sparsifier == of_floats.sparsifier
         assert made.error_feedback == of_floats.error_feedback
         assert made.codec == tf_regtopk.Codec("golomb", "sign")
+    made = methods.make_optimizer("dense_float16", METHOD_ARGS, 0.5, 0.25, 0.75)
+    assert made.sparsifier == tf_regtopk.Dense()
+    assert made.error_feedback == tf_regtopk.NoFeedback()
+    assert made.codec == tf_regtopk.Codec(values="float16")
+    assert made.inner_optimizer.momentum == 0.75
     dense = methods.make_optimizer("dense", METHOD_ARGS, 0.5, 0.25, 0.75)
     assert type(dense) is keras.optimizers.SGD
     assert dense.momentum == 0.75
@@ -220,7 +225,8 @@ def test_methods_are_what_their_flags_say():
     sorted(
         name
         for name in {*methods.METHODS}
-        - {"dgc", "shift_masked", "shift_rounded", "powersgd1", "powersgd4"}
+        - {"dgc", "shift_masked", "shift_rounded"}
+        - {"powersgd1", "powersgd4", "dense_float16"}
         # They round, or send another share of the entries.
         if not name.endswith("_sign") and "_owners" not in name
     ),
