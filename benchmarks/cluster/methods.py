@@ -5,6 +5,7 @@ over 10 classes, on random examples that differ from worker to worker, by SGD
 with a momentum.
 """
 
+import contextlib
 import datetime
 import functools
 import gc
@@ -150,6 +151,7 @@ class TensorFlowWorker:
         # TensorFlow takes SIGTERM for itself, and goes on.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self._load(args)
+        self._is_first = args["index"] == 0
         self._models, self._optimizers, self._steps = {}, {}, {}
         self.versions = {
             "tensorflow": tf.__version__,
@@ -278,6 +280,12 @@ class TensorFlowWorker:
         """Takes one step, and returns the loss when all of it is done."""
         batch = self._before_step(method, number)
         return float(self._steps[method](*batch).numpy())
+
+    def profile(self, folder):
+        """Traces, on the first worker, the steps within a `with` block."""
+        if not self._is_first:
+            return contextlib.nullcontext()
+        return self._tf.profiler.experimental.Profile(folder)
 
     def free(self):
         """Forgets all models."""

@@ -86,6 +86,14 @@ def define_flags():
     # TensorFlow's 4 workers take longer for all methods, PyTorch's as long.
     flags.DEFINE_integer("tensorflow_threads", 1, "Of a worker; 0: default.")
     flags.DEFINE_integer("torch_threads", 1, "As above.")
+    flags.DEFINE_integer(
+        "profile_steps",
+        0,
+        "Steps that the first worker traces after those of each network, of "
+        "TensorFlow's methods, for TensorBoard's profiler: in `output_dir`, a "
+        "folder for each network, size and method.",
+        lower_bound=0,
+    )
     flags.DEFINE_string("output_dir", "results/cluster", "For results.")
 
 
@@ -228,8 +236,24 @@ def run(network, workers, methods, summary, progress):
                 summary["networks"][name]["switch"] = switch
             report.compare(summary["results"])
             write(summary)
+            if args.profile_steps:
+                profile(filter(built.get, methods), name, size, workers)
         for kind in workers.values():
             kind.ask(do="free")
+
+
+def profile(methods, network, size, workers):
+    """Traces steps of TensorFlow's methods on the first worker."""
+    args = flags.FLAGS
+    for method in methods:
+        if report.kind_of(method) == "tensorflow":
+            folder = f"profile/{network}/{size}/{method.replace(':', '_')}"
+            workers["tensorflow"].ask(
+                do="profile",
+                method=method,
+                steps=args.profile_steps,
+                folder=os.path.abspath(os.path.join(args.output_dir, folder)),
+            )
 
 
 def write(summary):

@@ -111,6 +111,10 @@ def serve(kind, args, output):
                 *(worker, method, command["first"]),
                 *(command["lead_in"], command["steps"]),
             )
+        elif command["do"] == "profile":
+            with worker.profile(command["folder"]):
+                for number in range(command["steps"]):
+                    worker.step(method, number)
         elif command["do"] == "test":
             answer = {"accuracy": worker.accuracy(method)}
         elif command["do"] == "free":

@@ -283,9 +283,11 @@ def start(output_dir, *args):
 def test_quick_run(needs_network, tmp_path):
     sparse = "sparse:0.25:int32+float32"
     buckets = sparse.replace("sparse", "buckets2")
-    process = start(tmp_path, f"--methods=dense,{sparse},{buckets}")
+    process = start(
+        tmp_path, f"--methods=dense,{sparse},{buckets}", "--profile_steps=2"
+    )
     try:
-        _, errors = process.communicate(timeout=150)
+        _, errors = process.communicate(timeout=500)
     finally:
         process.kill()
         process.wait()
@@ -302,6 +304,10 @@ def test_quick_run(needs_network, tmp_path):
     assert 1 < found[buckets]["sent_bytes"] / found[sparse]["sent_bytes"] < 1.2
     assert found["local"]["sent_bytes"] < 0.05 * found[sparse]["sent_bytes"]
     assert found["dense"]["exchange_share"] > 0
+    for method in ("dense", buckets):
+        folder = tmp_path / "profile/unshaped/20000" / method.replace(":", "_")
+        [trace] = folder.rglob("*.xplane.pb")
+        assert trace.stat().st_size > 0
     assert summary["networks"]["unshaped"]["bulk_bits_per_second"] > 0
 
 
