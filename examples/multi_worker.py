@@ -61,6 +61,11 @@ def global_batches(x, y, batch_size, first_epoch):
 def batch_size_and_learning_rate(num_replicas, args):
     """Returns the images of a step over all replicas, and the rate for them."""
     of_each = args.worker_batch_size or args.batch_size // num_replicas
+    if not of_each:
+        raise app.UsageError(
+            f"`batch_size` must be at least {num_replicas}, an image for each "
+            f"replica. Received: batch_size={args.batch_size}"
+        )
     batch_size = of_each * num_replicas
     return batch_size, 0.02 * batch_size / 64
 
@@ -72,6 +77,11 @@ def train(strategy, data, args):
     )
     num_replicas = strategy.num_replicas_in_sync
     batch_size, rate = batch_size_and_learning_rate(num_replicas, args)
+    if batch_size > len(x_train):
+        raise app.UsageError(
+            f"A step must have at most the {len(x_train)} images that there "
+            f"are. Received: {batch_size} images on {num_replicas} replicas"
+        )
     print(
         f"{num_replicas} replicas, {batch_size} images per step, learning rate "
         f"{rate:g}"

@@ -395,14 +395,18 @@ def cases(
         for name, (kind, _) in _FLAGS.items()
         if getattr(args, name) is not None
     }
-    if args.workers != 1:
-        for name in ("bandwidth", "latency"):
-            if name not in given:
-                example = {"bandwidth": "10Gbit", "latency": "50us"}[name]
-                raise ValueError(
-                    f"`{name}` must be given with several workers, such as "
-                    f"--{name}={example}. Received: workers={args.workers}"
-                )
+    for name, example in (("bandwidth", "10Gbit"), ("latency", "50us")):
+        if args.workers == 1 and name in given:
+            raise ValueError(
+                f"`{name}` must be left out with one worker, because it is "
+                "that between workers: that between the devices of one is "
+                f"`local_{name}`. Received: {name}={getattr(args, name)}"
+            )
+        if args.workers != 1 and name not in given:
+            raise ValueError(
+                f"`{name}` must be given with several workers, such as "
+                f"--{name}={example}. Received: workers={args.workers}"
+            )
     choice = _choose_device(
         args.device, given.get("memory_bandwidth"), args.measure
     )
@@ -459,6 +463,11 @@ def main(argv: Sequence[str]) -> None:
             figure.save(args.plot, job, network)
         except ImportError as error:
             raise app.UsageError(str(error)) from error
+        except (OSError, ValueError) as error:
+            raise app.UsageError(
+                "`--plot` must be a file that can be written, of a kind such "
+                f"as .png. Received: plot={args.plot}: {error}"
+            ) from error
 
 
 if __name__ == "__main__":

@@ -13,8 +13,11 @@ implementation, is `SparsifiedOptimizer` with its defaults.)
 """
 
 import bisect
+from collections.abc import Iterator
+import contextlib
 from typing import Any
 from typing import TypeAlias
+import weakref
 
 import keras
 
@@ -50,8 +53,9 @@ def recommended(
     Args:
         inner: The learning rate of SGD: a float or a schedule. Or a Keras
             optimizer: the momentum of `keras.optimizers.SGD` is moved to the
-            replicas, where it acts before entries are selected; that of others,
-            such as Adam, acts after the sum, as it does without compression.
+            replicas, where it acts before entries are selected, and becomes 0
+            there; that of others, such as Adam, acts after the sum, as it does
+            without compression.
         momentum: Float in [0, 1), the momentum on each replica. None is that of
             `inner`, or 0.9 if `inner` is a learning rate.
         compression: Float of at least 40. The size of a float32 gradient in
@@ -84,17 +88,18 @@ def recommended(
     validation.check_number(
         "compression", compression, "at least 40", lambda c: c >= 40
     )
-    inner, momentum = _with_momentum_moved(inner, momentum)
     codec = codecs.Codec(values="sign")
-    return sparsified.SparsifiedOptimizer(
-        inner,
-        sparsifiers.RegTopK(_density_at(compression, codec)),
-        codec=codec,
-        error_feedback=error_feedback.LearnedShift(
-            momentum=momentum, factor_masking=factor_masking
-        ),
-        **options,
-    )
+    sparsifier = sparsifiers.RegTopK(_density_at(compression, codec))
+    with _momentum_moved(inner, momentum) as (inner, momentum):
+        return sparsified.SparsifiedOptimizer(
+            inner,
+            sparsifier,
+            codec=codec,
+            error_feedback=error_feedback.LearnedShift(
+                momentum=momentum, factor_masking=factor_masking
+            ),
+            **options,
+        )
 
 
 def deep_gradient_compression(
@@ -236,20 +241,38 @@ def sparse_ternary_compression(
     )
 
 
-def _with_momentum_moved(
+_without_their_momentum: weakref.WeakSet[keras.optimizers.Optimizer] = (
+    weakref.WeakSet()
+)
+
+
+@contextlib.contextmanager
+def _momentum_moved(
     inner: Inner, momentum: float | None
-) -> tuple[keras.optimizers.Optimizer, float]:
-    """Returns what applies the aggregate, and the momentum of each replica."""
+) -> Iterator[tuple[keras.optimizers.Optimizer, float]]:
+    """Gives what applies the aggregate, and the momentum of each replica.
+
+    After an error the momentum is where it was.
+    """
     if not isinstance(inner, keras.optimizers.Optimizer):
-        return keras.optimizers.SGD(
-            inner
-        ), 0.9 if momentum is None else momentum
+        yield (
+            keras.optimizers.SGD(inner),
+            0.9 if momentum is None else momentum,
+        )
+        return
+    if inner in _without_their_momentum:
+        raise ValueError(
+            "`inner` must be a new optimizer, because the momentum of this one "
+            f"was moved to the replicas before. Received: inner={inner!r}"
+        )
     of_inner = momentum_lib.momentum_of(inner)
     if momentum is not None:
-        return _inner_optimizer(inner, has_momentum=momentum > 0), momentum
+        yield _inner_optimizer(inner, has_momentum=momentum > 0), momentum
+        return
     # A subclass may do something else with its momentum.
     if not of_inner or type(inner) is not keras.optimizers.SGD:
-        return inner, 0.0
+        yield inner, 0.0
+        return
     if inner.nesterov:
         raise ValueError(
             "`inner` must not have `nesterov=True`, because that momentum "
@@ -261,8 +284,15 @@ def _with_momentum_moved(
             "`inner` must not be built, because its momentum is moved to the "
             "replicas: give a new `keras.optimizers.SGD`. Received: a built one"
         )
-    config = {**inner.get_config(), "momentum": 0.0}
-    return keras.optimizers.SGD.from_config(config), of_inner
+    # The optimizer stays the user's own, because its configuration has neither
+    # the variables that are excluded from weight decay nor any function.
+    inner.momentum = 0.0
+    try:
+        yield inner, of_inner
+    except BaseException:
+        inner.momentum = of_inner
+        raise
+    _without_their_momentum.add(inner)
 
 
 def _density_at(compression: float, codec: codecs.Codec) -> float:

@@ -63,13 +63,20 @@ def test_graph_and_eager_agree(mirrored):
     small_models.assert_weights_close(*models, rtol=1e-5, atol=1e-7)
 
 
-def test_several_steps_per_execution(mirrored):
-    """Keras's own all-reduce fails in this loop; the all-gather works."""
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"dense": ["bias"]}, {"topology": tf_regtopk.ReduceScatter()}],
+    ids=str,
+)
+def test_several_steps_per_execution(arguments, mirrored):
+    """Keras's own all-reduce fails in this loop; ours are counted."""
     models = [
         small_models.fit(
             mirrored(2),
             small_models.wrap(
-                small_models.INNER_OPTIMIZERS["sgd"], tf_regtopk.RegTopK(0.2)
+                small_models.INNER_OPTIMIZERS["sgd"],
+                tf_regtopk.RegTopK(0.2),
+                **arguments,
             ),
             steps_per_execution=steps,
         )

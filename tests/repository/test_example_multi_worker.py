@@ -6,6 +6,7 @@ import re
 import signal
 import types
 
+from absl import app
 import keras
 import multi_worker
 import multi_worker_launcher
@@ -150,6 +151,17 @@ def test_a_kill_costs_nothing(started, tmp_path, trained):
 def test_batch_size_and_learning_rate_of_three_workers(flags, expected):
     found = multi_worker.batch_size_and_learning_rate(3, make_args(**flags))
     np.testing.assert_allclose(found, expected)
+
+
+def test_a_batch_without_an_image_for_each_replica():
+    with pytest.raises(app.UsageError, match="`batch_size` must be at least 3"):
+        multi_worker.batch_size_and_learning_rate(3, make_args(batch_size=2))
+
+
+def test_a_batch_larger_than_the_data(mirrored, tmp_path):
+    args = make_args(worker_batch_size=1000, output_dir=str(tmp_path))
+    with pytest.raises(app.UsageError, match="at most the 1437 images"):
+        multi_worker.train(mirrored(2), quickstart.load_digits(), args)
 
 
 def test_a_loss_after_the_last_epoch(mirrored, tmp_path):

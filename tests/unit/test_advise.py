@@ -227,11 +227,48 @@ def test_several_workers_need_a_network():
         advise.cases(flags_of(**RESNET, bandwidth="10Gbit"))
 
 
+@pytest.mark.parametrize("name", TEN_GIGABIT)
+def test_a_single_worker_has_no_network(name):
+    one = {**RESNET, "workers": 1, "devices": 8, name: TEN_GIGABIT[name]}
+    with pytest.raises(
+        ValueError, match=f"`{name}` must be left.*`local_{name}"
+    ):
+        advise.cases(flags_of(**one))
+
+
 def test_plot_says_what_is_missing(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     network = network_lib.Network(1e9, 1e-5)
     with pytest.raises(ImportError, match="`--plot` needs matplotlib"):
         figure.save(tmp_path / "a.png", planning_jobs.make_job(), network)
+
+
+@pytest.mark.parametrize("name", ["missing/advise.png", "advise.picture"])
+def test_a_picture_that_cannot_be_written(run, tmp_path, name):
+    result = run(**RESNET, **TEN_GIGABIT, device="h100", plot=tmp_path / name)
+    assert result.returncode == 1
+    assert "`--plot` must be a file that" in result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("devices_per_worker", [1, 8])
+def test_picture_of_many_workers(monkeypatch, tmp_path, devices_per_worker):
+    """Owners, which few workers do not have, are in both panels."""
+    from matplotlib import pyplot as plt
+
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    job = planning_jobs.make_job(
+        workers=64, devices_per_worker=devices_per_worker
+    )
+    figure.save(tmp_path / "a.png", job, network_lib.Network(1e9, 1e-5))
+    monkeypatch.undo()
+    [drawn] = figures
+    left, right = (axes.get_legend_handles_labels()[1] for axes in drawn.axes)
+    legend = [text.get_text() for text in drawn.axes[1].get_legend().texts]
+    plt.close(drawn)
+    assert "owners" in left and "owners" in right
+    assert sorted(legend) == sorted({*left, *right})
 
 
 def test_docs_show_what_the_command_prints(run):

@@ -5,6 +5,7 @@ import keras
 import numpy as np
 import pytest
 import reference
+import tensorflow as tf
 
 import tf_regtopk
 from tf_regtopk import methods
@@ -138,14 +139,13 @@ def test_recommended_moves_momentum():
 
     schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 5, 0.5)
     inner = keras.optimizers.SGD(schedule, momentum=0.6, weight_decay=1e-4)
+    config = inner.get_config()
     made = methods.recommended(inner, factor_masking=True)
     assert made.error_feedback == tf_regtopk.LearnedShift(
         momentum=0.6, factor_masking=True
     )
-    assert made.inner_optimizer.get_config() == {
-        **inner.get_config(),
-        "momentum": 0.0,
-    }
+    assert made.inner_optimizer is inner
+    assert inner.get_config() == {**config, "momentum": 0.0}
 
     # The momentum of Adam stays where it is.
     inner = keras.optimizers.Adam(0.01)
@@ -154,6 +154,33 @@ def test_recommended_moves_momentum():
     assert made.inner_optimizer is inner and made.dense_below == 7
     again = keras.optimizers.deserialize(keras.optimizers.serialize(made))
     assert again.get_config() == made.get_config()
+
+
+def test_recommended_keeps_what_a_configuration_lacks():
+    """Variables that are excluded from weight decay, and a function as rate."""
+    inner = keras.optimizers.SGD(lambda: 0.5, momentum=0.9, weight_decay=0.5)
+    inner.exclude_from_weight_decay(var_names=["bias"])
+    made = methods.recommended(inner, compression=40)
+    bias, kernel = (
+        keras.Variable(np.ones(100, np.float32), name=name)
+        for name in ("bias", "kernel")
+    )
+    made.build([bias, kernel])
+    made.apply([tf.zeros(100), tf.zeros(100)], [bias, kernel])
+    np.testing.assert_array_equal(bias, np.ones(100))
+    np.testing.assert_array_equal(kernel, 0.75 * np.ones(100))
+
+
+def test_recommended_moves_no_momentum_after_an_error():
+    inner = keras.optimizers.SGD(0.1, momentum=0.9)
+    with pytest.raises(ValueError, match="dense_below"):
+        methods.recommended(inner, dense_below=-1)
+    assert inner.momentum == 0.9
+    made = methods.recommended(inner)
+    assert made.error_feedback.momentum == 0.9
+    # The second time there would be no momentum left.
+    with pytest.raises(ValueError, match="`inner` must be a new optimizer"):
+        methods.recommended(inner)
 
 
 @pytest.mark.parametrize(

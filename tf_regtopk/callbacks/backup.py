@@ -148,6 +148,17 @@ class Backup(keras.callbacks.Callback):
             logger.info("Resuming %s after %s", self.directory, position)
             self._keep_damaged(refused, position)
             return position
+        if len(refused) > 1:
+            reasons = "; ".join(
+                f"after {position}: {error}"
+                for position, error in refused.items()
+            )
+            raise ValueError(
+                "One of the last two backups must be as it was written, on all "
+                "workers: give good files back; or, if the run is to start "
+                f"anew, delete these. Received: in {self.directory!r} those "
+                f"{reasons}"
+            )
         for error in refused.values():
             raise error
         return backup_files.Position()
@@ -189,6 +200,8 @@ class Backup(keras.callbacks.Callback):
                 "`Backup.restore(model)` must be called before `fit`, and its "
                 "result be given as `initial_epoch`"
             )
+        # Not after an epoch, which would be lost.
+        self._folder.check_writable()
         if self._request.await_in(self._restored.fit):
             notes.write("can_back_up", "while fit runs")
 

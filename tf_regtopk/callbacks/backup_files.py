@@ -3,8 +3,11 @@
 from collections.abc import Collection
 from collections.abc import Iterator
 import contextlib
+import errno
 import os
 import re
+import shutil
+import tempfile
 from typing import NamedTuple
 
 import tensorflow as tf
@@ -112,13 +115,67 @@ class Folder:
     def writing(
         self, position: Position, strategy: tf.distribute.Strategy
     ) -> Iterator[str]:
-        """Gives the path to write to; the file gets its name when complete."""
+        """Gives the path to write to; the file gets its name when complete.
+
+        Raises:
+            OSError: If the file cannot be written. Those before stay.
+        """
         path = worker_files.worker_path(self.path(position), strategy)
         partial = _with_prefix(path, PARTIAL)
-        yield partial
-        _flush(partial)
-        os.replace(partial, path)
-        _flush(self.directory)
+        try:
+            self._check_free(path)
+            yield partial
+            _flush(partial)
+            os.replace(partial, path)
+            _flush(self.directory)
+        # Some errors of HDF5 have no number of the system's.
+        except (OSError, RuntimeError) as error:
+            _remove(partial)
+            before = _describe(sorted({p for p, _ in self.files()}))
+            raise OSError(
+                getattr(error, "errno", None) or errno.EIO,
+                f"The backup after {position} must fit in the folder and be "
+                f"written there, in one piece. Received: {error!r}. Backups "
+                f"that are there: after {before}",
+                self.directory,
+            ) from error
+
+    def _check_free(self, path: str) -> None:
+        """Raises unless a file as large as the last one has room.
+
+        HDF5 may end the process where a disk becomes full while a file is
+        closed.
+        """
+        sizes = [
+            os.path.getsize(other)
+            for _, other in self.files()
+            if _worker_of(other) == _worker_of(path)
+        ]
+        free = shutil.disk_usage(self.directory).free
+        if sizes and free < max(sizes):
+            raise OSError(
+                errno.ENOSPC,
+                f"{os.strerror(errno.ENOSPC)}: {max(sizes):,} bytes needed, "
+                f"{free:,} free",
+                path,
+            )
+
+    def check_writable(self) -> None:
+        """Raises unless files can be written here.
+
+        Raises:
+            OSError: If not.
+        """
+        try:
+            with tempfile.TemporaryFile(dir=self.directory) as file:
+                file.write(b"0")
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                "`directory` of `Backup` must be a folder in which files can "
+                f"be written. Received: {error.strerror}",
+                self.directory,
+            ) from error
 
     def clean_up(self) -> None:
         """Removes what an earlier run was about to write or to delete."""
@@ -167,6 +224,11 @@ class Folder:
         # A mount point, a link, or a folder with other files in it stays.
         with contextlib.suppress(OSError):
             os.rmdir(self.directory)
+
+
+def _worker_of(path: str) -> str:
+    """The part of a backup's name that is for its worker, empty for one."""
+    return os.path.basename(path).partition(".")[2]
 
 
 def _describe(positions: Collection[Position]) -> str:

@@ -16,6 +16,7 @@ from tf_regtopk.keras_internals.collectives import exchange_at_once
 from tf_regtopk.keras_internals.collectives import gather_among_workers
 from tf_regtopk.keras_internals.collectives import gather_at_once
 from tf_regtopk.keras_internals.collectives import gathers_fixed_lengths
+from tf_regtopk.keras_internals.collectives import keep_collectives_apart
 from tf_regtopk.keras_internals.collectives import let_collectives_run_in_loops
 from tf_regtopk.keras_internals.collectives import sum_within_worker
 from tf_regtopk.keras_internals.execution import in_xla_context
@@ -56,6 +57,7 @@ __all__ = [
     "in_xla_context",
     "initial_values_of_each_worker",
     "is_op_determinism_enabled",
+    "keep_collectives_apart",
     "let_collectives_run_in_loops",
     "pass_on",
     "replace_optimizer",

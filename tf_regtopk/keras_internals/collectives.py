@@ -1,6 +1,7 @@
 """Private parts of `tf.distribute`'s collectives."""
 
 from collections.abc import Sequence
+import itertools
 import threading
 from typing import Any
 import weakref
@@ -35,8 +36,8 @@ def let_collectives_run_in_loops(
     key is counted in the graph, when the collective runs.
 
     Args:
-        strategy: The only strategy of its devices in this process, because
-            another one would count the same keys.
+        strategy: A strategy of several workers, or one whose collectives are
+            kept apart: another one of its devices would count the same keys.
     """
     names = ("_cross_device_ops", "_host_cross_device_ops")
     for first_key, name in zip(_FIRST_INSTANCE_KEYS, names, strict=True):
@@ -51,6 +52,43 @@ def let_collectives_run_in_loops(
                     )
                 setattr(launcher, _COUNTER, counter)
                 _count_in_loops(launcher, counter)
+
+
+# Far from the keys that TensorFlow counts up from 1, and from those of the
+# groups below and of `neighbours.py`.
+_group_keys_of_strategies = itertools.count(1 << 24)
+_apart: weakref.WeakSet[tf.distribute.Strategy] = weakref.WeakSet()
+
+
+def keep_collectives_apart(strategy: tf.distribute.Strategy) -> None:
+    """Gives the collectives of a strategy keys that no other strategy has.
+
+    In a single process TensorFlow counts the keys of each strategy from the
+    same numbers on, and never forgets the devices and the shapes that belong to
+    a key. So a second strategy would fail with "Shape mismatch in the
+    collective instance" where it has a payload of another length, as after a
+    change of the density in a notebook. Workers keep TensorFlow's keys, because
+    all processes must have the same ones.
+
+    Args:
+        strategy: Any strategy. Nothing happens the second time.
+    """
+    if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        return
+    collectives = getattr(strategy.extended, "_cross_device_ops", None)
+    launchers = getattr(collectives, "_launchers", ())
+    with _lock:
+        if not launchers or strategy in _apart:
+            return
+        _apart.add(strategy)
+        keys = cross_device_utils.CollectiveKeys(
+            group_key_start=next(_group_keys_of_strategies)
+        )
+    group_key = keys.get_group_key([one._device for one in launchers])
+    for launcher in launchers:
+        launcher._collective_keys = keys
+        launcher._group_key = group_key
+    let_collectives_run_in_loops(strategy)
 
 
 def _count_in_loops(

@@ -13,6 +13,7 @@ import importlib
 import json
 import os
 import pathlib
+import re
 import runpy
 import signal
 import sys
@@ -35,6 +36,7 @@ _LOST_ERRORS = (
 )
 # How lines begin on where an operation was made.
 _PLACES = ("Detected at node", '  File "', "<stack traces unavailable>")
+_NAMED = re.compile(r"\s*[\w.]*(Error|Exception|Exit|Interrupt)\b.*: ")
 _PR_SET_PDEATHSIG = 1
 # Modules whose import takes seconds.
 _SLOW_MODULES = ("tensorflow", "keras", "tf_regtopk")
@@ -57,8 +59,16 @@ def message_of(error: BaseException) -> str:
         # TensorFlow first says where its operations were made.
         places = [i for i, x in enumerate(lines) if x.startswith(_PLACES)]
         lines = lines[max(places, default=0) + 1 :] or lines
+    if lines and lines[0].endswith(":"):
+        # AutoGraph first shows the code in which the error was raised.
+        lines = [x for x in lines if _NAMED.match(x)][-1:] or lines
     # The rest of what TensorFlow says are its own operations.
-    return lines[0].strip() if lines else ""
+    line = lines[0].strip() if lines else ""
+    if isinstance(error, OSError) and error.errno:
+        reason = os.strerror(error.errno)
+        if reason not in line:  # HDF5 says the reason lines later.
+            line = f"{line} ({reason})"
+    return line
 
 
 def main(settings: dict[str, Any], command: list[str]) -> None:

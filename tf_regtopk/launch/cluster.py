@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import time
+from typing import Any
 
 # The environment variable with the secret of launchers that meet.
 SECRET_VARIABLE = "TF_REGTOPK_SECRET"
@@ -113,7 +114,7 @@ def place_in_tf_config(tf_config: str) -> Place:
         addresses = {
             f"{job} {index}": address
             for job in ("chief", "worker")
-            for index, address in enumerate(config["cluster"].get(job, []))
+            for index, address in _numbered(config["cluster"].get(job, []))
         }
         name = f"{config['task']['type']} {config['task']['index']}"
         number = list(addresses).index(name)
@@ -124,6 +125,20 @@ def place_in_tf_config(tf_config: str) -> Place:
             f"Received: TF_CONFIG={tf_config}"
         ) from error
     return Place(name, number, addresses)
+
+
+def _numbered(addresses: Any) -> list[tuple[int, str]]:
+    """Numbers the addresses of a job in `TF_CONFIG`, in a list or by number."""
+    if isinstance(addresses, dict):
+        addresses = {int(index): a for index, a in addresses.items()}
+        numbered = sorted(addresses.items())
+    elif isinstance(addresses, list):
+        numbered = list(enumerate(addresses))
+    else:
+        raise TypeError("The addresses must be in a list.")
+    if not all(isinstance(address, str) for _, address in numbered):
+        raise TypeError("An address must be text.")
+    return numbered
 
 
 def place_in_slurm(port: int) -> Place:

@@ -11,6 +11,7 @@ from typing import Any
 from typing import ClassVar
 from typing import Self
 import warnings
+import weakref
 
 import keras
 import numpy as np
@@ -140,6 +141,10 @@ class OptimizerWrapper(
         build_once_for_all_replicas(self, lambda: self._build(variables))
 
     def _build(self, variables: Sequence[keras.Variable]) -> None:
+        keras_internals.keep_collectives_apart(
+            keras_internals.strategy_of(self)
+        )
+        _take(self.inner_optimizer, self)
         self.inner_optimizer.build(variables)
         _leave_saving_to_wrapper(self.inner_optimizer)
         keras_internals.take_aggregated_gradients(self.inner_optimizer)
@@ -160,6 +165,7 @@ class OptimizerWrapper(
     def release_inner_optimizer(self) -> None:
         """Makes a plain Keras optimizer of the inner one again."""
         keras_internals.give_back(self.inner_optimizer)
+        _wrappers.pop(self.inner_optimizer, None)
         for part in _parts(self.inner_optimizer):
             for name in ("save_own_variables", "load_own_variables"):
                 if name in vars(part):
@@ -501,6 +507,32 @@ def _parts(
 ) -> list[keras.optimizers.Optimizer]:
     """An optimizer, and those of which a `MultiOptimizer` consists."""
     return [optimizer, *getattr(optimizer, "optimizers", ())]
+
+
+# What each inner optimizer belongs to. Without a reference that would keep the
+# wrapper alive.
+_wrappers: weakref.WeakKeyDictionary[
+    keras.optimizers.Optimizer, weakref.ref[OptimizerWrapper]
+] = weakref.WeakKeyDictionary()
+
+
+def _take(
+    inner_optimizer: keras.optimizers.Optimizer, wrapper: OptimizerWrapper
+) -> None:
+    """Makes an inner optimizer that of a wrapper, or raises an error.
+
+    Two wrappers would share the count of steps and the momentum.
+    """
+    of_inner = _wrappers.get(inner_optimizer)
+    other = of_inner() if of_inner else None
+    if other is not None:
+        raise ValueError(
+            "`inner_optimizer` must be wrapped once only, because its state "
+            "belongs to the steps of its wrapper: make a new one for each. "
+            f"Received: inner_optimizer={inner_optimizer!r}, which "
+            f"`{other.name}` wraps already"
+        )
+    _wrappers[inner_optimizer] = weakref.ref(wrapper)
 
 
 def build_once_for_all_replicas(

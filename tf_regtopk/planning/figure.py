@@ -74,7 +74,13 @@ def save(path: str, job: cost_model.Job, network: network_lib.Network) -> None:
         num_members,
     )
     axes[1].set_xlabel("devices" if is_one else "workers")
-    axes[1].legend()
+    # Methods that a panel lacks have no line there.
+    lines = {
+        line.get_label(): line
+        for panel in axes
+        for line in panel.get_legend_handles_labels()[0]
+    }
+    axes[1].legend(handles=list(lines.values()))
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -86,9 +92,12 @@ def _draw(
     now: float,
 ) -> None:
     predictions = [cost_model.predict(*case) for case in cases]
-    for name in predictions[0]:
+    # A method may need a number of workers.
+    for name in dict.fromkeys(name for p in predictions for name in p):
         color, style = _STYLES[name]
-        seconds = [p[name].step_seconds for p in predictions]
-        axes.loglog(xs, seconds, style, color=color, label=name)
+        seconds = [
+            p[name].step_seconds if name in p else np.nan for p in predictions
+        ]
+        axes.loglog(xs, seconds, linestyle=style, color=color, label=name)
     axes.axvline(now, color="tab:gray", linewidth=0.8, label="as given")
     axes.grid(alpha=0.3)

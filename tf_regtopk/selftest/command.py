@@ -320,6 +320,14 @@ def run(args: flags.FlagValues) -> int:
     if args.workers == "0":
         left_out |= checks.OF_WORKERS
     names = [name for name in dict.fromkeys(names) if name not in left_out]
+    try:
+        with open(args.output, "a", encoding="utf-8"):
+            pass  # Now, and not when checks have taken minutes.
+    except OSError as error:
+        raise app.UsageError(
+            f"`--output` must be a file that can be written. Received: {error}",
+            USAGE,
+        ) from error
     with tempfile.TemporaryDirectory() as folder:
         return SelfTest(args, names, pathlib.Path(folder)).run()
 

@@ -51,8 +51,17 @@ class FlatBuffer:
         """The flat buffer for the gradients of `variables`, in their order.
 
         Raises:
-            ValueError: If they have more entries than an int32 index reaches.
+            ValueError: If they have more entries than an int32 index reaches,
+                or numbers that are no floats.
         """
+        for v in variables:
+            if not tf.as_dtype(v.dtype).is_floating:
+                raise ValueError(
+                    "The variables whose gradients are exchanged must be of "
+                    "floats: give real and imaginary parts variables of their "
+                    f"own. Received: {getattr(v, 'path', v.name)!r} of "
+                    f"{tf.as_dtype(v.dtype).name}"
+                )
         buffer = cls(
             tuple(tuple(v.shape) for v in variables),
             tuple(tf.as_dtype(v.dtype) for v in variables),

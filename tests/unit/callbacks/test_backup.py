@@ -1,7 +1,9 @@
 """`Backup`: which epoch the workers go on with, and writes cut short."""
 
+import errno
 import os
 import pathlib
+import shutil
 import signal
 
 import fork_server
@@ -14,6 +16,7 @@ import tensorflow as tf
 
 import tf_regtopk
 from tf_regtopk.callbacks import backup as backup_lib
+from tf_regtopk.callbacks import backup_contents
 from tf_regtopk.callbacks import backup_files
 from tf_regtopk.distribute import collectives
 from tf_regtopk.distribute import strategy as strategy_lib
@@ -326,6 +329,61 @@ def test_a_write_that_is_cut_short(mirrored, tmp_path, monkeypatch):
     assert tf_regtopk.Backup(tmp_path).restore(other) == 2
     assert resume_program.fingerprint(other) == saved[1]
     assert not any("partial" in name for name in os.listdir(tmp_path))
+
+
+def test_a_disk_that_is_full(mirrored, tmp_path, monkeypatch):
+    """What was there stays, no part of a file does, and the error says so."""
+    model, backup = make(mirrored(2)), tf_regtopk.Backup(tmp_path)
+    backup.restore(model)
+    saved = back_up(backup, model, 2)
+    names = sorted(os.listdir(tmp_path))
+
+    def fill_the_disk(_, path, *__):
+        pathlib.Path(path).write_bytes(b"a part")
+        raise OSError(28, "Can't close file")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(backup_contents, "save", fill_the_disk)
+        with pytest.raises(OSError, match="epoch 3 must fit .*after epoch 1, "):
+            backup.on_epoch_end(2)
+    assert sorted(os.listdir(tmp_path)) == names
+    # HDF5 may end the process there, so that less room is an error before.
+    size = max(os.path.getsize(tmp_path / name) for name in names)
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            shutil, "disk_usage", lambda _: usage._replace(free=size - 1)
+        )
+        patch.setattr(backup_contents, "save", None)  # Not called.
+        with pytest.raises(OSError, match=f"{size:,} bytes needed, ") as info:
+            backup.on_epoch_end(2)
+    assert info.value.errno == errno.ENOSPC
+    other = make(mirrored(2))
+    assert tf_regtopk.Backup(tmp_path).restore(other) == 2
+    assert resume_program.fingerprint(other) == saved[1]
+
+
+def test_a_folder_that_cannot_be_written(mirrored, tmp_path):
+    """Known before an epoch is trained, and not after."""
+    model, backup = make(mirrored(0)), tf_regtopk.Backup(tmp_path / "a")
+    backup.restore(model)
+    os.rmdir(tmp_path / "a")
+    with pytest.raises(OSError, match="`directory` of `Backup` must be"):
+        model.fit(np.ones((8, 4)), np.ones((8, 1)), callbacks=[backup])
+    assert model.optimizer.iterations == 0
+
+
+def test_two_damaged_backups_are_both_named(mirrored, tmp_path):
+    model, backup = make(mirrored(0)), tf_regtopk.Backup(tmp_path)
+    backup.restore(model)
+    back_up(backup, model, 3)
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(
+        ValueError, match="give good files back;.*after epoch 3:.*after epoch 2"
+    ):
+        tf_regtopk.Backup(tmp_path).restore(model)
+    assert len(os.listdir(tmp_path)) == 2
 
 
 KILLED = f"""

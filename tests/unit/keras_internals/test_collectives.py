@@ -54,3 +54,33 @@ def test_collectives_in_functions_that_loops_call(mirrored):
         for launcher, attributes in zip(launchers, patched, strict=True):
             vars(launcher).clear()
             vars(launcher).update(attributes)
+
+
+def test_keys_of_the_collectives_of_each_strategy(mirrored):
+    """TensorFlow still gives those of all strategies the same keys."""
+    devices = mirrored(2).extended.worker_devices
+    strategies = [tf.distribute.MirroredStrategy(devices) for _ in range(2)]
+
+    def keys():
+        return [
+            [
+                (launcher._group_key, launcher._collective_keys)
+                for launcher in strategy.extended._cross_device_ops._launchers
+            ]
+            for strategy in strategies
+        ]
+
+    assert len({group for pairs in keys() for group, _ in pairs}) == 1
+    for strategy in strategies:
+        keras_internals.keep_collectives_apart(strategy)
+    kept = keys()
+    for pairs in kept:
+        assert len(set(pairs)) == 1  # The replicas of a strategy meet.
+    assert len({group for pairs in kept for group, _ in pairs}) == 2
+    keras_internals.keep_collectives_apart(strategies[0])
+    assert keys() == kept
+
+
+def test_other_strategies_keep_their_keys(mirrored):
+    for strategy in (tf.distribute.get_strategy(), mirrored(3)):
+        keras_internals.keep_collectives_apart(strategy)

@@ -32,11 +32,26 @@ def test_place_in_tf_config():
         '"task": {"type": "worker", "index": 1}}',
         '{"cluster": {"worker": ["host:1"]}, '
         '"task": {"type": "evaluator", "index": 0}}',
+        '{"cluster": {"worker": "host:1"}, '
+        '"task": {"type": "worker", "index": 0}}',
+        '{"cluster": {"worker": [["host:1"]]}, '
+        '"task": {"type": "worker", "index": 0}}',
     ],
 )
 def test_refuses_a_bad_tf_config(tf_config):
     with pytest.raises(ValueError, match="`TF_CONFIG` must be"):
         cluster.place_in_tf_config(tf_config)
+
+
+def test_addresses_by_number():
+    """As `tf.train.ClusterSpec` takes them too."""
+    config = {
+        "cluster": {"worker": {"1": "b:1", "0": "a:1"}},
+        "task": {"type": "worker", "index": 1},
+    }
+    place = cluster.place_in_tf_config(json.dumps(config))
+    assert (place.name, place.number) == ("worker 1", 1)
+    assert place.peers == {"worker 0": "a:1"}
 
 
 def test_what_is_told(monkeypatch):

@@ -251,10 +251,25 @@ REST = "\nThe error could be from a previous operation.\n\t [[{{node Gather}}]]"
             "Aborted.",
         ),
         ("Graph execution error:", "Graph execution error:"),
+        (
+            'in user code:\n\n    File "a.py", line 3, in f  *\n        1 / 0\n'
+            "\n    ZeroDivisionError: division by zero\n",
+            "ZeroDivisionError: division by zero",
+        ),
+        ("in user code:\n\n    x = 3", "in user code:"),
     ],
 )
 def test_line_of_an_error_that_is_told(text, expected):
     assert bootstrap.message_of(RuntimeError(text)) == expected
+
+
+def test_line_of_an_error_of_the_system():
+    error = OSError(28, "Can't close file (time = 3\n, errno = 28)")
+    assert bootstrap.message_of(error) == (
+        "[Errno 28] Can't close file (time = 3 (No space left on device)"
+    )
+    error = FileNotFoundError(2, "No such file or directory", "a.txt")
+    assert bootstrap.message_of(error) == str(error)
 
 
 def test_traceback_is_that_of_the_script(launch, tmp_path):

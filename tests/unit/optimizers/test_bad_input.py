@@ -1,5 +1,6 @@
 """Bad input gets a clear error before any training."""
 
+import gc
 import math
 
 import fork_server
@@ -246,6 +247,29 @@ def test_inner_optimizer_made_outside_the_scope(mirrored):
     inner = sgd()
     with mirrored(2).scope(), pytest.raises(ValueError, match="scope"):
         tf_regtopk.SparsifiedOptimizer(inner)
+
+
+def test_an_inner_optimizer_belongs_to_one_wrapper():
+    inner, variable = sgd(), keras.Variable([0.0])
+    optimizer = tf_regtopk.SparsifiedOptimizer(inner)
+    optimizer.build([variable])
+    with pytest.raises(ValueError, match="once only.*which `sparsified"):
+        tf_regtopk.DecentralizedOptimizer(inner).build([variable])
+    # Until that one has given the optimizer back, or is gone.
+    optimizer.release_inner_optimizer()
+    optimizer = tf_regtopk.SparsifiedOptimizer(inner)
+    optimizer.build([variable])
+    del optimizer
+    gc.collect()
+    tf_regtopk.SparsifiedOptimizer(inner).build([variable])
+
+
+@pytest.mark.parametrize("dtype", ["complex64", "int32"])
+def test_variables_of_no_floats(dtype):
+    optimizer = tf_regtopk.SparsifiedOptimizer(sgd())
+    variable = keras.Variable(np.ones(3), dtype=dtype, name="phases")
+    with pytest.raises(ValueError, match=f"of floats.*'phases' of {dtype}"):
+        optimizer.build([variable])
 
 
 def test_apply_in_cross_replica_context(mirrored):

@@ -5,6 +5,7 @@ import os
 import re
 import sys
 
+from absl import app
 from absl import flags
 import fork_server
 import paths
@@ -68,6 +69,16 @@ def command(tmp_path, monkeypatch, capsys):
         return status, capsys.readouterr().out, report
 
     return run
+
+
+def test_an_output_that_cannot_be_written(tmp_path):
+    """Is told before any check runs."""
+    values = flags.FlagValues()
+    command_lib.define_flags(values)
+    values(["", f"--output={tmp_path / 'missing' / 'report.json'}"])
+    with pytest.raises(app.UsageError, match="`--output` must be") as info:
+        command_lib.run(values)
+    assert info.value.exitcode == command_lib.USAGE
 
 
 @pytest.mark.parametrize("jobs", [pytest.param(1, marks=pytest.mark.slow), 3])
