@@ -56,7 +56,11 @@ def let_collectives_run_in_loops(
 
 # Far from the keys that TensorFlow counts up from 1, and from those of the
 # groups below and of `neighbours.py`.
-_group_keys_of_strategies = itertools.count(1 << 24)
+_FIRST_GROUP_KEY_OF_STRATEGIES = 1 << 24
+# Instance keys for a strategy. Those of 100 strategies are below
+# `_FIRST_INSTANCE_KEYS`.
+_NUM_INSTANCE_KEYS = 1 << 22
+_strategy_numbers = itertools.count()
 _apart: weakref.WeakSet[tf.distribute.Strategy] = weakref.WeakSet()
 
 
@@ -81,10 +85,17 @@ def keep_collectives_apart(strategy: tf.distribute.Strategy) -> None:
         if not launchers or strategy in _apart:
             return
         _apart.add(strategy)
-        keys = cross_device_utils.CollectiveKeys(
-            group_key_start=next(_group_keys_of_strategies)
-        )
-    group_key = keys.get_group_key([one._device for one in launchers])
+        number = next(_strategy_numbers)
+    keys = cross_device_utils.CollectiveKeys(
+        _FIRST_GROUP_KEY_OF_STRATEGIES + number
+    )
+    devices = [launcher._device for launcher in launchers]
+    group_key = keys.get_group_key(devices)
+    # Functions that were traced before keep the group that all strategies have
+    # in common, and take the instance keys from here.
+    keys._instance_key_table[group_key] = dict.fromkeys(
+        devices, (1 + number % 100) * _NUM_INSTANCE_KEYS
+    )
     for launcher in launchers:
         launcher._collective_keys = keys
         launcher._group_key = group_key

@@ -9,9 +9,9 @@ from tf_regtopk.keras_internals import collectives
 
 def test_collectives_in_functions_that_loops_call(mirrored):
     """TensorFlow still feeds no key there (keras#19246); ours is counted."""
-    strategy = mirrored(2)
-    launchers = strategy.extended._cross_device_ops._launchers
-    patched = [dict(vars(launcher)) for launcher in launchers]
+    strategy = tf.distribute.MirroredStrategy(
+        mirrored(2).extended.worker_devices
+    )
 
     def loop():
         @tf.function
@@ -37,23 +37,16 @@ def test_collectives_in_functions_that_loops_call(mirrored):
 
         return [totals().numpy() for _ in range(2)]
 
-    try:
-        for launcher in launchers:
-            vars(launcher).pop("_next_instance_key", None)
-            vars(launcher).pop(collectives._COUNTER, None)
-        with pytest.raises(tf.errors.InvalidArgumentError, match="must feed"):
-            loop()
-        keras_internals.let_collectives_run_in_loops(strategy)
-        assert loop() == [6, 6]
-        keys = [
-            int(getattr(launcher, collectives._COUNTER).numpy())
-            for launcher in launchers
-        ]
-        assert keys == [collectives._FIRST_INSTANCE_KEYS[0] + 4] * 2
-    finally:
-        for launcher, attributes in zip(launchers, patched, strict=True):
-            vars(launcher).clear()
-            vars(launcher).update(attributes)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="must feed"):
+        loop()
+    # Which lets them run in loops too.
+    keras_internals.keep_collectives_apart(strategy)
+    assert loop() == [6, 6]
+    keys = [
+        int(getattr(launcher, collectives._COUNTER).numpy())
+        for launcher in strategy.extended._cross_device_ops._launchers
+    ]
+    assert keys == [collectives._FIRST_INSTANCE_KEYS[0] + 4] * 2
 
 
 def test_keys_of_the_collectives_of_each_strategy(mirrored):
@@ -77,6 +70,14 @@ def test_keys_of_the_collectives_of_each_strategy(mirrored):
     for pairs in kept:
         assert len(set(pairs)) == 1  # The replicas of a strategy meet.
     assert len({group for pairs in kept for group, _ in pairs}) == 2
+    # Nor do functions meet that were traced before.
+    first_keys = [
+        keys.get_instance_key(group, device)
+        for [(group, keys), _] in kept
+        for device in devices
+    ]
+    assert first_keys[0] == first_keys[1] and first_keys[2] == first_keys[3]
+    assert abs(first_keys[0] - first_keys[2]) == collectives._NUM_INSTANCE_KEYS
     keras_internals.keep_collectives_apart(strategies[0])
     assert keys() == kept
 
