@@ -326,11 +326,7 @@ def read_times(path, args):
 
 def plot(summary, curves, path):
     """Draws accuracy against seconds, a panel for each network."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # Writes files; needs no display.
-    from matplotlib import pyplot as plt
-
+    plt = example_utils.plt
     networks = list(summary["records"])
     figure, axes = plt.subplots(
         *(1, len(networks)),
@@ -343,8 +339,10 @@ def plot(summary, curves, path):
         milliseconds = milliseconds_of(summary["records"][network])
         for method, (steps, accuracies) in curves.items():
             seconds = steps * milliseconds[method] / 1e3
-            axis.plot(seconds, accuracies, label=method)
+            axis.plot(seconds, accuracies, **example_utils.style(method))
         axis.set_xscale("log")
+        # Else the numbers between powers of ten overlap.
+        axis.xaxis.set_minor_formatter("")
         axis.set_title(network, fontsize=10)
         axis.set_xlabel("seconds (composed)")
     axes[0, 0].set_ylabel("test accuracy")

@@ -189,9 +189,9 @@ def read_split(path, setting, methods=()):
     """The split of the runs in a file, of which there is one, and the runs.
 
     Args:
-        path: As of `read`, and so are the others.
+        path: As of `read`, and so is the next.
         setting: See above.
-        methods: See above.
+        methods: Those that are read, where the file has them; empty for all.
 
     Returns:
         `(split, runs)`, the former as text.
@@ -200,14 +200,19 @@ def read_split(path, setting, methods=()):
         ValueError: As of `read`, and if there are runs of several splits.
     """
     lines = pathlib.Path(path).read_text("utf-8").splitlines()
-    splits = {json.loads(line)["setting"]["split"] for line in lines}
+    settings = [json.loads(line)["setting"] for line in lines]
+    splits = {own["split"] for own in settings}
     if len(splits) != 1:
         raise ValueError(
             f"`runs` must hold runs of one split. Received: {sorted(splits)} "
             f"in {path}"
         )
     [split] = splits
-    return split, read(path, setting, methods)
+    if not methods:
+        return split, read(path, setting)
+    there = {own["method"] for own in settings if not own["is_tuning"]}
+    present = [method for method in methods if method in there]
+    return split, read(path, setting, present) if present else {}
 
 
 def main(argv):
@@ -218,6 +223,12 @@ def main(argv):
         read_split(path, {"rounds": args.rounds}, args.methods)
         for path in args.runs
     )
+    missing = set(args.methods).difference(*splits.values())
+    if missing:
+        raise app.UsageError(
+            "`methods` must have runs in one of the files at least. "
+            f"Received: {', '.join(sorted(missing))}"
+        )
     print(markdown_table(splits, args.baseline))
     for pair in args.pairs:
         one, other = pair.split("-")

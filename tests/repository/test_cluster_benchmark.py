@@ -14,6 +14,7 @@ import time
 
 from absl import flags
 import fork_server
+import kept_runs
 import numpy as np
 import old_versions
 import paths
@@ -346,6 +347,32 @@ def test_composed_times():
         "dense": [pytest.approx(0.3), pytest.approx(0.6)],
         "topk": [pytest.approx(0.03), None],
     }
+
+
+def test_published_times_are_those_that_were_measured():
+    """Of the steps, with the accuracies of the kept runs."""
+    results = paths.ROOT / "docs" / "results"
+    path = results / "time_to_accuracy" / "summary.json"
+    summary = json.loads(path.read_text("utf-8"))
+    runs = kept_runs.read(
+        results / "cifar10_long_iid" / "runs.jsonl",
+        {"rounds": 6000},
+        summary["methods"],
+    )
+    curves = {
+        m: kept_runs.mean_curve(of_seeds) for m, (_, of_seeds) in runs.items()
+    }
+    summary["seconds"] = {
+        name: time_to_accuracy.compose(
+            curves,
+            time_to_accuracy.milliseconds_of(records),
+            summary["targets"],
+        )
+        for name, records in summary["records"].items()
+    }
+    table = time_to_accuracy.markdown_table(summary)
+    page = (paths.ROOT / "docs" / "results.md").read_text("utf-8")
+    assert table in page.replace("**", "")
 
 
 def test_times_of_other_steps_are_refused(tmp_path):
