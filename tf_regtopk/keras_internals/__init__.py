@@ -8,6 +8,10 @@ when upstream changes it.
 from tf_regtopk.keras_internals.checkpoints import CHECKPOINT_KEY
 from tf_regtopk.keras_internals.checkpoints import CHECKPOINT_KEYS
 from tf_regtopk.keras_internals.checkpoints import CheckpointedAsInner
+from tf_regtopk.keras_internals.collective_keys import keep_collectives_apart
+from tf_regtopk.keras_internals.collective_keys import (
+    let_collectives_run_in_loops,
+)
 from tf_regtopk.keras_internals.collectives import abort_collectives
 from tf_regtopk.keras_internals.collectives import can_exchange_at_once
 from tf_regtopk.keras_internals.collectives import can_gather_at_once
@@ -16,8 +20,6 @@ from tf_regtopk.keras_internals.collectives import exchange_at_once
 from tf_regtopk.keras_internals.collectives import gather_among_workers
 from tf_regtopk.keras_internals.collectives import gather_at_once
 from tf_regtopk.keras_internals.collectives import gathers_fixed_lengths
-from tf_regtopk.keras_internals.collectives import keep_collectives_apart
-from tf_regtopk.keras_internals.collectives import let_collectives_run_in_loops
 from tf_regtopk.keras_internals.collectives import sum_within_worker
 from tf_regtopk.keras_internals.execution import in_xla_context
 from tf_regtopk.keras_internals.execution import initial_values_of_each_worker

@@ -131,10 +131,11 @@ def test_keys_are_far_from_others():
     assert keys[0] == keys[2] != keys[1]
     assert keras_internals.group_keys([(2, 3)]) == keys[1:2]
     assert min(keys) >= group_collectives._FIRST_GROUP_KEY
-    own = keras_internals.collectives
-    assert own._FIRST_GROUP_KEY + 2**20 < group_collectives._FIRST_GROUP_KEY
+    own = keras_internals.collective_keys
+    last = own.FIRST_GROUP_KEY_OF_WORKERS + 2**20
+    assert last < group_collectives._FIRST_GROUP_KEY
     margin = 2**27
-    for other in own._FIRST_INSTANCE_KEYS:
+    for other in own.FIRST_INSTANCE_KEYS:
         distance = group_collectives._FIRST_INSTANCE_KEY - other
         assert abs(distance) >= margin
 

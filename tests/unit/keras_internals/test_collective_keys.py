@@ -4,7 +4,7 @@ import pytest
 import tensorflow as tf
 
 from tf_regtopk import keras_internals
-from tf_regtopk.keras_internals import collectives
+from tf_regtopk.keras_internals import collective_keys
 
 
 def test_collectives_in_functions_that_loops_call(mirrored):
@@ -43,10 +43,10 @@ def test_collectives_in_functions_that_loops_call(mirrored):
     keras_internals.keep_collectives_apart(strategy)
     assert loop() == [6, 6]
     keys = [
-        int(getattr(launcher, collectives._COUNTER).numpy())
+        int(getattr(launcher, collective_keys.COUNTER).numpy())
         for launcher in strategy.extended._cross_device_ops._launchers
     ]
-    assert keys == [collectives._FIRST_INSTANCE_KEYS[0] + 4] * 2
+    assert keys == [collective_keys.FIRST_INSTANCE_KEYS[0] + 4] * 2
 
 
 def test_keys_of_the_collectives_of_each_strategy(mirrored):
@@ -77,7 +77,9 @@ def test_keys_of_the_collectives_of_each_strategy(mirrored):
         for device in devices
     ]
     assert first_keys[0] == first_keys[1] and first_keys[2] == first_keys[3]
-    assert abs(first_keys[0] - first_keys[2]) == collectives._NUM_INSTANCE_KEYS
+    assert (
+        abs(first_keys[0] - first_keys[2]) == collective_keys.NUM_INSTANCE_KEYS
+    )
     keras_internals.keep_collectives_apart(strategies[0])
     assert keys() == kept
 
