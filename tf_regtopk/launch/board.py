@@ -48,6 +48,7 @@ class Post:
         machines: Names of the machines as the launcher was told, or else the
             least and the most of them. Those of all launchers must be equal.
         num_restarts: Number of restarts so far.
+        max_restarts: Number of restarts that the launcher allows.
     """
 
     launcher: str
@@ -59,6 +60,17 @@ class Post:
     status: int | None = None
     machines: tuple[str, ...] | tuple[int, int] = (1, 1)
     num_restarts: int = 0
+    max_restarts: int = 0
+
+    @property
+    def told(self) -> tuple[object, int | None]:
+        """What all launchers must be told alike.
+
+        Where no machine may leave, the others would wait for the one whose
+        launcher ends, because it allows fewer restarts.
+        """
+        least, most = self.least_and_most
+        return self.machines, self.max_restarts if least == most else None
 
     @property
     def has_left(self) -> bool:
@@ -165,11 +177,9 @@ class Board:
         }
         if self._gathering.posts:
             # Who comes with other numbers is refused, and stops nobody.
-            [machines] = {p.machines for p in self._gathering.posts.values()}
-            here = {
-                k: v for k, v in here.items() if v.post.machines == machines
-            }
-        if len({pinned.post.machines for pinned in here.values()}) != 1:
+            [told] = {p.told for p in self._gathering.posts.values()}
+            here = {k: v for k, v in here.items() if v.post.told == told}
+        if len({pinned.post.told for pinned in here.values()}) != 1:
             return
         status = self._gathering.status_if_over(
             p.post for p in heard_of.values()

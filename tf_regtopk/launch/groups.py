@@ -228,7 +228,11 @@ class Gathered(Group):
         self.folder = self._host
         self.chooses_ports = not args.port
         self._member = rendezvous.Member(
-            self._host, tuple(hosts) or args.nodes, (board, port), _secret(args)
+            self._host,
+            tuple(hosts) or args.nodes,
+            (board, port),
+            _secret(args),
+            args.max_restarts,
         )
 
     def places(self) -> list[cluster.Place]:

@@ -64,6 +64,7 @@ class Member:
             of the names of those that came.
         address: Host and port of the board.
         secret: What proves that this launcher may take part.
+        max_restarts: Number of restarts that this launcher allows.
     """
 
     def __init__(
@@ -72,10 +73,13 @@ class Member:
         machines: tuple[str, ...] | tuple[int, int],
         address: tuple[str, int],
         secret: bytes,
+        max_restarts: int = 0,
     ) -> None:
         self._machine = machine
         self._address, self._secret = address, secret
-        self._post = board_lib.Post(str(uuid.uuid4()), machines=machines)
+        self._post = board_lib.Post(
+            str(uuid.uuid4()), machines=machines, max_restarts=max_restarts
+        )
         self._members: list[str] = []
         self._gathering = board_lib.Gathering()
         self._others: dict[str, tuple[board_lib.Post, float]] = {}
@@ -121,9 +125,10 @@ class Member:
                 before=before,
                 machines=self._post.machines,
                 num_restarts=num_restarts,
+                max_restarts=self._post.max_restarts,
             )
             self._wait_for_news()
-            self._check_machines()
+            self._check_told()
             gathering = self._gathering
             posts = [self._post, *self._heard_of().values()]
             status = gathering.status_if_over(posts)
@@ -254,7 +259,7 @@ class Member:
         """The posts of the other machines that take part or wait."""
         return {k: v for k, v in self._heard_of().items() if not v.has_left}
 
-    def _check_machines(self) -> None:
+    def _check_told(self) -> None:
         # The error is that of the one that comes later.
         if self._gathering.has(self._post.launcher):
             return
@@ -263,6 +268,12 @@ class Member:
                 raise ValueError(
                     "All launchers must be told the same machines. Received: "
                     f"{self._post.machines} here, {post.machines} on {name}"
+                )
+            if post.told != self._post.told:
+                raise ValueError(
+                    "All launchers must be told the same `--max_restarts`. "
+                    f"Received: {self._post.max_restarts} here, "
+                    f"{post.max_restarts} on {name}"
                 )
 
     def _who_is_missing(self, timeout: float) -> str:

@@ -518,6 +518,17 @@ def test_machines_that_were_told_otherwise(machines):
         assert "All launchers must be told the same machines" in output
 
 
+def test_machines_that_allow_other_numbers_of_restarts(machines):
+    """Else one would wait for the other, which has ended."""
+    machines.write("")
+    machines.start(1)
+    machines.start(2, "--max_restarts=1")
+    statuses, outputs = machines.wait()
+    assert statuses == {1: 2, 2: 2}
+    for output in outputs.values():
+        assert "must be told the same `--max_restarts`. Received: " in output
+
+
 def test_another_secret(machines):
     machines.write("")
     machines.start(1)
