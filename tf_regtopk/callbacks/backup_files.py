@@ -151,12 +151,13 @@ class Folder:
             for _, other in self.files()
             if _worker_of(other) == _worker_of(path)
         ]
-        free = shutil.disk_usage(self.directory).free
-        if sizes and free < max(sizes):
+        usage = shutil.disk_usage(self.directory)
+        # Some network file systems have no numbers.
+        if sizes and usage.total and usage.free < max(sizes):
             raise OSError(
                 errno.ENOSPC,
                 f"{os.strerror(errno.ENOSPC)}: {max(sizes):,} bytes needed, "
-                f"{free:,} free",
+                f"{usage.free:,} free",
                 path,
             )
 

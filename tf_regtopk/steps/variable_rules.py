@@ -49,7 +49,8 @@ class VariableRules:
         dense: Patterns of variables that are exchanged densely, or a function
             that is True for such a `keras.Variable`.
         densities: Dict from pattern to the density of the variables that match
-            it. The first pattern that matches counts.
+            it. The first pattern that matches counts. Variables that are
+            exchanged densely stay so.
 
     Raises:
         TypeError: If an argument is of the wrong type.
