@@ -64,7 +64,7 @@ class Post:
 
     @property
     def told(self) -> tuple[object, int | None]:
-        """What all launchers must be told alike.
+        """The machines and the restarts that all must be told alike.
 
         Where no machine may leave, the others would wait for the one whose
         launcher ends, because it allows fewer restarts.
