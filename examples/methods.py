@@ -82,6 +82,12 @@ class Hyper(NamedTuple):
             self.density, self.mu, denominator=self.denominator
         )
 
+    def at_once(self):
+        """No momentum, and as long steps on average."""
+        return self._replace(
+            learning_rate=self.learning_rate / (1 - self.momentum), momentum=0.0
+        )
+
     def with_signs(self):
         """About the same bytes in values of one bit: 4 times the entries."""
         return self._replace(
@@ -150,12 +156,19 @@ METHODS = {
     "shift_regtopk_inner": lambda h: h.sparsified(
         h.regtopk(), tf_regtopk.LearnedShift(), h.momentum
     ),
+    "shift_at_once": lambda h: h.sparsified(
+        h.regtopk(), tf_regtopk.LearnedShift(momentum=h.momentum, at_once=True)
+    ),
     "shift_slow": lambda h: h.sparsified(
         h.regtopk(), tf_regtopk.LearnedShift(h.density / 4, h.momentum)
     ),
     "shift_fast": lambda h: h.sparsified(
         h.regtopk(), tf_regtopk.LearnedShift(min(1, 4 * h.density), h.momentum)
     ),
+}
+METHODS |= {
+    f"{name}_at_once": lambda h, method=METHODS[name]: method(h.at_once())
+    for name in ("dense", "topk")
 }
 
 

@@ -40,30 +40,27 @@ def recommended(
     inner: Inner,
     momentum: float | None = None,
     compression: float = 300.0,
-    *,
-    factor_masking: bool = False,
     **options: Any,
 ) -> sparsified.SparsifiedOptimizer:
     r"""The most accurate setting found for a given number of bytes.
 
-    RegTop-k with the learned shift, momentum on each replica, and one bit a
-    value: the bytes that are saved on values pay for about four times as many
-    entries. The learning rate is that of training without compression.
+    RegTop-k with the learned shift, and one bit a value: the bytes that are
+    saved on values pay for about four times as many entries. Momentum enters
+    the residual errors at once, because those delay what it would spread over
+    steps; so the learning rate is that of training without compression.
 
     Args:
         inner: The learning rate of SGD: a float or a schedule. Or a Keras
             optimizer: the momentum of `keras.optimizers.SGD` is moved to the
-            replicas, where it acts before entries are selected, and becomes 0
-            there; that of others, such as Adam, acts after the sum, as it does
-            without compression.
+            replicas, where it multiplies gradients by 1 / (1 - momentum), and
+            becomes 0 in that optimizer; the momentum of others, such as Adam,
+            acts after the sum, as it does without compression.
         momentum: Float in [0, 1), the momentum on each replica. None is that of
             `inner`, or 0.9 if `inner` is a learning rate.
         compression: Float of at least 40. The size of a float32 gradient in
             payloads of a replica. (N replicas receive N payloads each by an
             all-gather, and about 2 gradients by a dense all-reduce: so all
             bytes fall by 2 / N times this factor. `wire_report` counts both.)
-        factor_masking: Boolean. Whether the momentum of an entry that was sent
-            is cleared. For replicas whose data are alike.
         **options: Other arguments of `SparsifiedOptimizer`, but `sparsifier`,
             `codec` and `error_feedback`.
 
@@ -79,8 +76,10 @@ def recommended(
     >>> optimizer = recommended(keras.optimizers.SGD(0.1, momentum=0.9))
     >>> optimizer.sparsifier.density, optimizer.codec.values
     (0.0113, 'sign')
-    >>> optimizer.error_feedback.momentum, optimizer.inner_optimizer.momentum
-    (0.9, 0.0)
+    >>> optimizer.error_feedback
+    LearnedShift(rate=None, momentum=0.9, factor_masking=False, at_once=True)
+    >>> optimizer.inner_optimizer.momentum
+    0.0
 
     Source: Karimireddy, Rebjock, Stich, Jaggi, "Error Feedback Fixes SignSGD
     and other Gradient Compression Schemes" (2019), for the values.
@@ -96,7 +95,7 @@ def recommended(
             sparsifier,
             codec=codec,
             error_feedback=error_feedback.LearnedShift(
-                momentum=momentum, factor_masking=factor_masking
+                momentum=momentum, at_once=True
             ),
             **options,
         )

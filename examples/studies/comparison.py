@@ -34,7 +34,7 @@ methods.METHODS.update(
     {
         f"{name}_sign": lambda h, method=method: method(h.with_signs())
         for name, method in methods.METHODS.items()
-        if name != "dense"
+        if not name.startswith("dense")
     }
 )
 methods.METHODS.update(powersgd.METHODS)

@@ -208,9 +208,13 @@ class EF21:
 class LearnedShift:
     """e_n, h_n and u_n for each worker, and p for all."""
 
-    def __init__(self, rate=None, momentum=0.0, factor_masking=False):
+    def __init__(
+        self, rate=None, momentum=0.0, factor_masking=False, at_once=False
+    ):
         self.rate, self.momentum = rate, momentum
-        self.factor_masking = factor_masking
+        self.factor_masking, self.scale = factor_masking, 1.0
+        if at_once:
+            self.momentum, self.scale = 0.0, 1 / (1 - momentum)
 
     def start(self, num_workers, size, density):
         self.e, self.h, self.u = np.zeros((3, num_workers, size))
@@ -223,7 +227,7 @@ class LearnedShift:
             self.rate = share
 
     def accumulate(self, g, learning_rate):
-        self.u = self.momentum * self.u + g - self.h
+        self.u = self.momentum * self.u + self.scale * g - self.h
         return self.e + self.u
 
     def update(self, a, s, sent, agg):

@@ -43,7 +43,7 @@ METHODS = {
             keras.optimizers.SGD(0.25, momentum=0.7), compression=40
         ),
         dict(
-            feedback=lambda: reference.LearnedShift(momentum=0.7),
+            feedback=lambda: reference.LearnedShift(momentum=0.7, at_once=True),
             density=0.136,
             # Signs, of which so few share one magnitude.
             values="ternary",
@@ -134,15 +134,17 @@ def test_recommended_sends_the_bytes_asked_for(compression, size):
 
 def test_recommended_moves_momentum():
     made = methods.recommended(0.1)
-    assert made.error_feedback == tf_regtopk.LearnedShift(momentum=0.9)
+    assert made.error_feedback == tf_regtopk.LearnedShift(
+        momentum=0.9, at_once=True
+    )
     assert made.inner_optimizer.momentum == 0
 
     schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 5, 0.5)
     inner = keras.optimizers.SGD(schedule, momentum=0.6, weight_decay=1e-4)
     config = inner.get_config()
-    made = methods.recommended(inner, factor_masking=True)
+    made = methods.recommended(inner)
     assert made.error_feedback == tf_regtopk.LearnedShift(
-        momentum=0.6, factor_masking=True
+        momentum=0.6, at_once=True
     )
     assert made.inner_optimizer is inner
     assert inner.get_config() == {**config, "momentum": 0.0}
@@ -150,7 +152,7 @@ def test_recommended_moves_momentum():
     # The momentum of Adam stays where it is.
     inner = keras.optimizers.Adam(0.01)
     made = methods.recommended(inner, dense_below=7)
-    assert made.error_feedback == tf_regtopk.LearnedShift()
+    assert made.error_feedback == tf_regtopk.LearnedShift(at_once=True)
     assert made.inner_optimizer is inner and made.dense_below == 7
     again = keras.optimizers.deserialize(keras.optimizers.serialize(made))
     assert again.get_config() == made.get_config()

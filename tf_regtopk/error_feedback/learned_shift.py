@@ -30,7 +30,14 @@ class LearnedShift(base.ErrorFeedback):
         h = h + rate (1 - m) sent,                  H alike
         u = 0 where sent                            (factor masking)
 
-    It keeps e and h, and the shared H; with momentum u and p as well.
+    In the steps that follow a gradient g adds m g, m^2 g and so on to u, which
+    is g / (1 - m) with g itself. That can enter the residual error at once,
+    because there it waits for many steps anyway:
+
+        a = e + g / (1 - m) - h,    and the rest as without momentum.
+
+    It keeps e and h, and the shared H; with momentum u and p as well, unless it
+    is at once.
 
     Args:
         rate: Float in (0, 1], or None for the density (of the entries that are
@@ -41,6 +48,9 @@ class LearnedShift(base.ErrorFeedback):
         factor_masking: Boolean. Whether the momentum of each sent entry is
             cleared. That has helped where the data of the workers are alike,
             and has harmed where they differ.
+        at_once: Boolean. Whether the momentum of a gradient is added in the
+            step of the gradient. Where all entries are sent, as by
+            `exchange="dense"`, it is the usual momentum nevertheless.
 
     A relative of EC-SGD-DIANA (Gorbunov et al., 2020), which learns the shift
     from a second message.
@@ -51,6 +61,7 @@ class LearnedShift(base.ErrorFeedback):
     rate: float | None = None
     momentum: float = 0.0
     factor_masking: bool = False
+    at_once: bool = False
 
     def __post_init__(self) -> None:
         if self.rate is not None:
@@ -62,6 +73,13 @@ class LearnedShift(base.ErrorFeedback):
                 "`factor_masking` must go with `momentum`, which it masks. "
                 "Received: factor_masking=True, momentum=0"
             )
+        validation.check_boolean("at_once", self.at_once)
+        if self.at_once and self.factor_masking:
+            raise ValueError(
+                "`factor_masking` must be False with `at_once`, because then "
+                "no momentum is kept that could be masked. Received: "
+                "factor_masking=True, at_once=True"
+            )
 
     @property
     def has_momentum(self) -> bool:
@@ -69,10 +87,10 @@ class LearnedShift(base.ErrorFeedback):
 
     @property
     def num_local(self) -> int:
-        return 3 if self.momentum else 2
+        return 3 if self._keeps_momentum else 2
 
     def initial_shared(self, size: int, dtype: tf.DType) -> base.Tensors:
-        return (tf.zeros([size], dtype),) * (2 if self.momentum else 1)
+        return (tf.zeros([size], dtype),) * (2 if self._keeps_momentum else 1)
 
     def accumulate(
         self,
@@ -82,8 +100,10 @@ class LearnedShift(base.ErrorFeedback):
         step: base.Step,
     ) -> tuple[tf.Tensor, base.Tensors]:
         del shared, step
-        if not self.momentum:
+        if not self._keeps_momentum:
             e, h = local
+            if self.momentum:
+                gradient *= 1 / (1 - self.momentum)
             a = e + (gradient - h)
             return a, (a, h)
         e, h, u = local
@@ -124,7 +144,7 @@ class LearnedShift(base.ErrorFeedback):
         self, shared: base.Tensors, total: tf.Tensor, step: base.Step
     ) -> tuple[tf.Tensor, base.Tensors]:
         h_sum = shared[0] + self._rate(step) * total
-        if not self.momentum:
+        if not self._keeps_momentum:
             return shared[0] + total, (h_sum,)
         p = self.momentum * shared[1] + shared[0]
         return total + p, (h_sum, p)
@@ -135,4 +155,8 @@ class LearnedShift(base.ErrorFeedback):
 
     def _rate(self, step: base.Step) -> float | tf.Tensor:
         rate = step.applied_density if self.rate is None else self.rate
-        return rate * (1 - self.momentum)
+        return rate * (1 - self.momentum) if self._keeps_momentum else rate
+
+    @property
+    def _keeps_momentum(self) -> bool:
+        return self.momentum > 0 and not self.at_once

@@ -374,8 +374,13 @@ def expect_balance(
         (tf_regtopk.Accumulate, tf_regtopk.EF21, tf_regtopk.LearnedShift),
     ):
         return
-    if not isinstance(rule, tf_regtopk.EF21) and not rule.momentum:
+    is_at_once = getattr(rule, "at_once", False)
+    if not isinstance(rule, tf_regtopk.EF21) and (
+        is_at_once or not rule.momentum
+    ):
         total = gradients.sum(axis=(0, 1), dtype=np.float64)
+        if is_at_once:
+            total /= 1 - rule.momentum
         held_back = np.zeros_like(total)
         # Only the first entries are held back, because the variables that are
         # exchanged densely are the last ones.

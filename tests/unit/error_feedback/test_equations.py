@@ -39,6 +39,7 @@ def test_nothing_is_lost():
         ("EF21", dict(momentum=0.3)),
         ("LearnedShift", {}),
         ("LearnedShift", dict(rate=0.5, momentum=0.6)),
+        ("LearnedShift", dict(momentum=0.6, at_once=True)),
     ],
 )
 def test_rules_follow_the_reference(name, arguments, k):

@@ -36,6 +36,7 @@ RULES = {
         "CompressedDownlink",
         dict(error_feedback="ef21", values="float32"),
     ),
+    "shift, at once": ("LearnedShift", dict(momentum=0.6, at_once=True)),
 }
 
 
@@ -389,6 +390,18 @@ def test_huge_gradients_are_clipped_as_well():
             lambda: tf_regtopk.LearnedShift(factor_masking=True),
             ValueError,
             "`factor_masking` must go with `momentum`.* Received: .*momentum=0",
+        ),
+        (
+            lambda: tf_regtopk.LearnedShift(
+                momentum=0.5, factor_masking=True, at_once=True
+            ),
+            ValueError,
+            "`factor_masking` must be False.* Received: .*at_once=True",
+        ),
+        (
+            lambda: tf_regtopk.LearnedShift(momentum=0.5, at_once="no"),
+            TypeError,
+            "`at_once` must be .* Received: at_once='no'",
         ),
         (
             lambda: tf_regtopk.CompressedDownlink(0.5),

@@ -54,6 +54,9 @@ RULES = {
     "EF21(momentum)": tf_regtopk.EF21(momentum=0.5),
     "LearnedShift": tf_regtopk.LearnedShift(),
     "LearnedShift(momentum)": tf_regtopk.LearnedShift(momentum=0.5),
+    "LearnedShift(at_once)": tf_regtopk.LearnedShift(
+        momentum=0.5, at_once=True
+    ),
     "CompressedDownlink": tf_regtopk.CompressedDownlink(),
 }
 

@@ -45,6 +45,10 @@ def one_device(devices: trial_lib.Devices) -> Iterator[parts.Case]:
             codec=tf_regtopk.Codec(values="sign"),
             error_feedback=parts.RULES["LearnedShift"],
         ),
+        "RegTopK, sign, LearnedShift(at_once)": dict(
+            codec=tf_regtopk.Codec(values="sign"),
+            error_feedback=parts.RULES["LearnedShift(at_once)"],
+        ),
         "RegTopK, ternary, LearnedShift(momentum)": dict(
             codec=tf_regtopk.Codec(values="ternary"),
             error_feedback=parts.RULES["LearnedShift(momentum)"],
