@@ -168,6 +168,7 @@ _COLOURS = {
     "shift_regtopk": "tab:red",
     "shift_regtopk_inner": "tab:olive",
     "shift_masked": "tab:brown",
+    "shift_at_once": "navy",
 }
 _DASHES = {"dense": (1, 1), "regtopk": (4, 2), "shift_regtopk": (4, 2)}
 

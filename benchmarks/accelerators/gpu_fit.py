@@ -7,7 +7,7 @@ images of CIFAR-10's size: templates of ten classes under noise, or CIFAR-10
 itself, which tensorflow-datasets finds in `--data_dir`. Each run starts from
 the same weights. A run is a method and a dtype policy:
 
-* `regtopk`: RegTop-k and `LearnedShift(momentum=0.9)`, as the README advises;
+* `regtopk`: RegTop-k and `LearnedShift(momentum=0.9, at_once=True)`;
 * `dgc`: Deep Gradient Compression, Top-k and `Accumulate(momentum=0.9,
   factor_masking=True)`;
 * `dense`: whole gradients, and SGD with momentum;
@@ -147,7 +147,9 @@ def make_optimizer(method, policy, args):
         sparsified = tf_regtopk.SparsifiedOptimizer(
             keras.optimizers.SGD(args.learning_rate),
             tf_regtopk.RegTopK(args.density),
-            error_feedback=tf_regtopk.LearnedShift(momentum=0.9),
+            error_feedback=tf_regtopk.LearnedShift(
+                momentum=0.9, at_once=True
+            ),
         )
     if policy == "mixed_float16":
         return tf_regtopk.LossScaleOptimizer(sparsified), sparsified

@@ -29,6 +29,9 @@ _PAIRS = [
     "shift_regtopk_sign-shift_regtopk",
     "shift_regtopk-topk",
     "shift_regtopk_sign-topk_sign",
+    "shift_at_once_sign-shift_regtopk_sign",
+    "shift_at_once_sign-powersgd1",
+    "shift_at_once_sign-powersgd4",
 ]
 
 

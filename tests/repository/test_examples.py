@@ -130,6 +130,13 @@ def test_methods_are_what_their_flags_say():
         "shift": (topk, local_shift, 0.0, 0.5),
         "shift_regtopk": (regtopk, local_shift, 0.0, 0.5),
         "shift_regtopk_inner": (regtopk, tf_regtopk.LearnedShift(), 0.75, 0.5),
+        "topk_at_once": (topk, accumulate, 0.0, 2.0),
+        "shift_at_once": (
+            regtopk,
+            tf_regtopk.LearnedShift(momentum=0.75, at_once=True),
+            0.0,
+            0.5,
+        ),
         "shift_slow": (
             regtopk,
             tf_regtopk.LearnedShift(0.0625, 0.75),
@@ -157,7 +164,8 @@ def test_methods_are_what_their_flags_say():
     }
     with_signs = {f"{name}_sign" for name in {*expected} | with_owners}
     peers = {"powersgd1", "powersgd4", "dense_float16"}
-    assert {"dense", *expected} | peers | with_owners | with_signs == set(
+    dense = {"dense", "dense_at_once"}
+    assert {*dense, *expected} | peers | with_owners | with_signs == set(
         methods.METHODS
     )
     # Owners take indices in a fixed length.
@@ -212,9 +220,13 @@ def test_methods_are_what_their_flags_say():
     assert made.error_feedback == tf_regtopk.NoFeedback()
     assert made.codec == tf_regtopk.Codec(values="float16")
     assert made.inner_optimizer.momentum == 0.75
-    dense = methods.make_optimizer("dense", METHOD_ARGS, 0.5, 0.25, 0.75)
-    assert type(dense) is keras.optimizers.SGD
-    assert dense.momentum == 0.75
+    for method, momentum, rate in [
+        ("dense", 0.75, 0.5),
+        ("dense_at_once", 0, 2),
+    ]:
+        made = methods.make_optimizer(method, METHOD_ARGS, 0.5, 0.25, 0.75)
+        assert type(made) is keras.optimizers.SGD
+        assert (made.momentum, float(made.learning_rate)) == (momentum, rate)
     made = methods.make_optimizer("topk", METHOD_ARGS, 0.5, 0.25, adam=True)
     assert type(made.inner_optimizer) is keras.optimizers.Adam
     assert float(made.inner_optimizer.learning_rate) == 0.5
@@ -227,8 +239,8 @@ def test_methods_are_what_their_flags_say():
         for name in {*methods.METHODS}
         - {"dgc", "shift_masked", "shift_rounded"}
         - {"powersgd1", "powersgd4", "dense_float16"}
-        # They round, or send another share of the entries.
-        if not name.endswith("_sign") and "_owners" not in name
+        # They round, or send another share of the entries, or take no momentum.
+        if not name.endswith(("_sign", "_at_once")) and "_owners" not in name
     ),
 )
 def test_methods_agree_at_density_one(method):

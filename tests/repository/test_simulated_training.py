@@ -93,7 +93,7 @@ def test_steps_are_those_of_the_strategy(
     )
 
 
-@pytest.mark.parametrize("method", ["dense", "shift_masked_sign"])
+@pytest.mark.parametrize("method", ["dense", "shift_at_once_sign"])
 def test_goes_on_where_it_was_stopped(
     task, args, weights_after, monkeypatch, method
 ):
