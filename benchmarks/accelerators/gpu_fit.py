@@ -147,9 +147,7 @@ def make_optimizer(method, policy, args):
         sparsified = tf_regtopk.SparsifiedOptimizer(
             keras.optimizers.SGD(args.learning_rate),
             tf_regtopk.RegTopK(args.density),
-            error_feedback=tf_regtopk.LearnedShift(
-                momentum=0.9, at_once=True
-            ),
+            error_feedback=tf_regtopk.LearnedShift(momentum=0.9, at_once=True),
         )
     if policy == "mixed_float16":
         return tf_regtopk.LossScaleOptimizer(sparsified), sparsified

@@ -8,7 +8,7 @@ learning rates. Needs root; see `step.py`.
 
     python -m benchmarks.cluster.time_to_accuracy --split=iid \
         --runs=docs/results/cifar10_long_iid/runs.jsonl \
-        --methods=dense,topk_sign,shift_masked_sign
+        --methods=dense,topk_sign,shift_at_once_sign
 
 For each network the median time of a step of each method is measured, in turn
 within each round. The time to an accuracy is **composed**: the number of steps
@@ -258,7 +258,7 @@ def _time_steps(network, workers, methods, summary):
     """Adds to the summary the times of a step."""
     args = flags.FLAGS
     methods = [*methods, "local"]
-    turns = len(args.networks) * len(methods) * (args.timed_rounds + 2)
+    turns = len(args.networks) * len(methods) * (args.timed_rounds + 3)
     with tqdm.tqdm(total=turns, mininterval=1) as progress:
         for method in methods:
             progress.set_description(f"building {method}")

@@ -20,6 +20,7 @@ import old_versions
 import paths
 import pytest
 import run_with_mock_data
+import tqdm
 
 from benchmarks.cluster import methods
 from benchmarks.cluster import namespaces
@@ -100,6 +101,48 @@ def answer(seconds, sent_bytes):
         "cpu_seconds": 0.15,
         "counted_steps": 3,
     }
+
+
+class Played:
+    """Workers whose first steps last as long as they are told."""
+
+    def __init__(self, seconds, later):
+        self._seconds, self._later = list(seconds), later
+        self.asked = []
+
+    def ask(self, do, method, first, lead_in, steps):
+        assert first == sum(map(sum, self.asked))
+        self.asked.append((lead_in, steps))
+        lasted = [
+            self._seconds.pop(0) if self._seconds else self._later
+            for _ in range(lead_in + steps)
+        ]
+        return [answer(lasted[lead_in:], 600)]
+
+
+@pytest.mark.parametrize(
+    "seconds, later, asked",
+    [
+        ([], 0.5, [(0, 1), (0, 1), (1, 2), *[(1, 4)] * 3]),
+        # The first one compiles.
+        ([9.0], 0.5, [(0, 1), (0, 1), (1, 2), *[(1, 4)] * 3]),
+        # They take long indeed.
+        ([9.0], 4.0, [(0, 1), (0, 1), *[(0, 1)] * 3]),
+    ],
+)
+def test_steps_of_a_turn_do_not_follow_from_the_first_one(
+    seconds, later, asked
+):
+    workers = Played(seconds, later)
+    found = step.measure(
+        ["topk"],
+        lambda method: workers,
+        step.Pace(3, 2.0),
+        "",
+        tqdm.tqdm(disable=True),
+    )
+    assert workers.asked == asked
+    assert found["topk"]["milliseconds"] == 1000 * later
 
 
 def records():
