@@ -182,7 +182,15 @@ def plot(splits, path):
         axis.set_title(split)
         axis.set_xlabel("step")
     axes[0, 0].set_ylabel("test accuracy")
-    axes[0, -1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
+    # A method may lack a split.
+    lines = {
+        line.get_label(): line for axis in axes[0] for line in axis.get_lines()
+    }
+    axes[0, -1].legend(
+        handles=list(lines.values()),
+        loc="center left",
+        bbox_to_anchor=(1.02, 0.5),
+    )
     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
