@@ -1,15 +1,11 @@
-"""A Keras optimizer around another one: all but the aggregation itself."""
+"""A Keras optimizer around another one: all but aggregating and saving."""
 
 import abc
 from collections.abc import Callable
 from collections.abc import Iterable
-from collections.abc import Mapping
-from collections.abc import MutableMapping
 from collections.abc import Sequence
-import copy
 from typing import Any
 from typing import ClassVar
-from typing import Self
 import warnings
 import weakref
 
@@ -22,22 +18,19 @@ from tf_regtopk import keras_internals
 from tf_regtopk import training_validation
 from tf_regtopk.distribute import branches
 from tf_regtopk.kernels import tracing
-from tf_regtopk.log import logger
-from tf_regtopk.saving import saved_state
-from tf_regtopk.saving import worker_files
+from tf_regtopk.optimizers import wrapper_saving
 from tf_regtopk.steps import finiteness
 from tf_regtopk.steps import flat_buffer
 from tf_regtopk.steps import verdict
 
 
-class OptimizerWrapper(
-    keras_internals.CheckpointedAsInner, keras.optimizers.Optimizer, abc.ABC
-):
+class OptimizerWrapper(wrapper_saving.WrapperSaving):
     """Aggregates gradients in its own way, and lets an inner optimizer apply.
 
     To Keras this is an optimizer with the inner one's learning rate, step count
     and variables. A subclass says in `_create_state` what it keeps, and in
-    `_step` how the gradients of the replicas become one.
+    `_step` how the gradients of the replicas become one; `WrapperSaving` has
+    the part that saves and loads.
 
     Args:
         inner_optimizer: The `keras.optimizers.Optimizer` to wrap.
@@ -73,39 +66,6 @@ class OptimizerWrapper(
     @abc.abstractmethod
     def _create_state(self, variables: Sequence[keras.Variable]) -> None:
         """Creates what the aggregation keeps between steps, in the scope."""
-
-    @abc.abstractmethod
-    def save_state(self) -> saved_state.SavedState:
-        """Returns the aggregation's state, a `saved_state.SavedState`."""
-
-    def state_for_checkpoint(self) -> saved_state.SavedState:
-        """The state that `tf.train.Checkpoint` saves beside the variables."""
-        return self.save_state()
-
-    @abc.abstractmethod
-    def load_state(self, saved: saved_state.SavedState) -> None:
-        """Loads a `saved_state.SavedState`, or raises and changes nothing."""
-
-    @abc.abstractmethod
-    def _clear_state(self) -> None:
-        """Gives the aggregation's state the values of a new optimizer."""
-
-    @property
-    def counters(self) -> list[keras.Variable]:
-        """The variables of the wrapper's own that change: steps and skips."""
-        return [self._iterations, self._skipped_steps]
-
-    def start_without_state(self) -> None:
-        """Starts as if new, because only the inner optimizer was saved."""
-        logger.warning(
-            "Optimizer '%s' goes on from what was saved without its residual "
-            "errors, as by a plain optimizer: these start at zero",
-            self.name,
-        )
-        if self.built:
-            self._clear_state()
-            for counter in self.counters:
-                counter.assign(0)
 
     @abc.abstractmethod
     def _step(
@@ -146,7 +106,7 @@ class OptimizerWrapper(
         )
         _take(self.inner_optimizer, self)
         self.inner_optimizer.build(variables)
-        _leave_saving_to_wrapper(self.inner_optimizer)
+        wrapper_saving.leave_saving_to_wrapper(self.inner_optimizer)
         keras_internals.take_aggregated_gradients(self.inner_optimizer)
         if self.clips_replicas:
             self._clip = keras_internals.take_clipping(self.inner_optimizer)
@@ -159,17 +119,13 @@ class OptimizerWrapper(
             name="skipped_steps",
         )
         self._create_state(variables)
-        # `tf.train.Checkpoint` tracks it, and restores at once what it has.
-        setattr(self, keras_internals.CHECKPOINT_KEY, _CheckpointedState(self))
+        self._save_with_checkpoints()
 
     def release_inner_optimizer(self) -> None:
         """Makes a plain Keras optimizer of the inner one again."""
         keras_internals.give_back(self.inner_optimizer)
         _wrappers.pop(self.inner_optimizer, None)
-        for part in _parts(self.inner_optimizer):
-            for name in ("save_own_variables", "load_own_variables"):
-                if name in vars(part):
-                    delattr(part, name)
+        wrapper_saving.give_saving_back(self.inner_optimizer)
 
     def apply(
         self,
@@ -380,133 +336,6 @@ class OptimizerWrapper(
         training_validation.check_shapes("`weights`", self.variables, values)
         for variable, value in zip(self.variables, values, strict=True):
             variable.assign(value)
-
-    def save_own_variables(
-        self, store: MutableMapping[str, np.ndarray]
-    ) -> None:
-        if self.built:
-            saved = self.save_state()
-            worker_files.warn_if_alone(saved)
-            arrays = saved_state.to_arrays(
-                saved, [v.numpy() for v in self.variables]
-            )
-            for name, array in arrays.items():
-                store[name] = array
-
-    def load_own_variables(self, store: Mapping[str, np.ndarray]) -> None:
-        arrays = {name: store[name] for name in store.keys()}  # noqa: SIM118
-        if not self.built:
-            # Else Keras would warn of the inner optimizer as well.
-            _leave_saving_to_wrapper(self.inner_optimizer)
-            if arrays:
-                warnings.warn(
-                    f"The optimizer '{self.name}' is not built yet, and loads "
-                    "nothing of what was saved. To go on from there call "
-                    "`sparsified.build(model.trainable_variables)` before.",
-                    stacklevel=2,
-                )
-            return
-        if not arrays:
-            warnings.warn(
-                f"The saved optimizer '{self.name}' was not built yet, and "
-                "holds nothing: this one stays as it is.",
-                stacklevel=2,
-            )
-            return
-        # All is checked before anything is assigned.
-        if self._is_of_inner_optimizer(arrays):
-            self.start_without_state()
-            for i, variable in enumerate(self.inner_optimizer.variables):
-                variable.assign(arrays[str(i)])
-            return
-        saved, values = saved_state.from_arrays(arrays)
-        training_validation.check_loaded_shapes(self.variables, values)
-        self.load_state(saved)
-        for variable, value in zip(self.variables, values, strict=True):
-            variable.assign(value)
-
-    def _is_of_inner_optimizer(self, arrays: Mapping[str, np.ndarray]) -> bool:
-        """Returns whether the inner optimizer could have saved these arrays."""
-        variables = self.inner_optimizer.variables
-        return arrays.keys() == {str(i) for i in range(len(variables))} and all(
-            tuple(variable.shape) == arrays[str(i)].shape
-            for i, variable in enumerate(variables)
-        )
-
-    def get_config(self) -> dict[str, Any]:
-        # The base class's config is left out, because its arguments belong to
-        # the inner optimizer.
-        return {
-            "name": self.name,
-            "inner_optimizer": keras.saving.serialize_keras_object(
-                self.inner_optimizer
-            ),
-        }
-
-    @classmethod
-    def from_config(
-        cls,
-        config: dict[str, Any],
-        custom_objects: Mapping[str, Any] | None = None,
-    ) -> Self:
-        config = copy.deepcopy(config)  # Keras writes into nested ones.
-        for name, value in config.items():
-            if isinstance(value, dict):
-                config[name] = keras.saving.deserialize_keras_object(
-                    value, custom_objects=custom_objects
-                )
-        inner = config["inner_optimizer"]
-        accumulates = inner.gradient_accumulation_steps
-        # Version 0.1.0 let the inner optimizer accumulate, so files may say so.
-        if "accumulation_steps" not in config:
-            inner.gradient_accumulation_steps = None
-        wrapper = cls(**config)
-        inner.gradient_accumulation_steps = accumulates
-        return wrapper
-
-
-class _CheckpointedState(tf.train.experimental.PythonState):
-    """Saves and restores a wrapper's state with `tf.train.Checkpoint`."""
-
-    def __init__(self, wrapper: OptimizerWrapper) -> None:
-        self._wrapper = wrapper
-
-    def serialize(self) -> bytes:
-        saved = self._wrapper.state_for_checkpoint()
-        worker_files.warn_if_alone(saved)
-        return saved_state.to_bytes(
-            saved, [counter.numpy() for counter in self._wrapper.counters]
-        )
-
-    def deserialize(self, string_value: bytes) -> None:
-        saved, values = saved_state.from_bytes(string_value)
-        self._wrapper.load_state(saved)
-        # Version 0.1.0 stored the counters as variables, which TensorFlow
-        # restores.
-        if values:
-            for counter, value in zip(
-                self._wrapper.counters, values, strict=True
-            ):
-                counter.assign(value)
-
-
-def _leave_saving_to_wrapper(
-    inner_optimizer: keras.optimizers.Optimizer,
-) -> None:
-    """Makes Keras pass over the variables, which the wrapper saves and loads.
-
-    Else it would store them twice, and load them even where the wrapper has
-    refused what was saved.
-    """
-    for part in _parts(inner_optimizer):
-        part.save_own_variables = part.load_own_variables = lambda store: None
-
-
-def _parts(
-    optimizer: keras.optimizers.Optimizer,
-) -> list[keras.optimizers.Optimizer]:
-    """An optimizer, and those of which a `MultiOptimizer` consists."""
-    return [optimizer, *getattr(optimizer, "optimizers", ())]
 
 
 # What each inner optimizer belongs to. Without a reference that would keep the
