@@ -106,6 +106,22 @@ def test_points_are_of_seeds_that_both_have(tmp_path):
     assert topk == "| `topk` | .500 ± .283 | \N{MINUS SIGN}20.0 ± 10.0 |"
 
 
+def test_the_legend_has_the_methods_of_all_panels(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(kept_runs.example_utils.plt, "close", figures.append)
+    runs = 0.1, {0: {"round": [3, 6], "accuracy": [0.4, 0.8]}}
+    kept_runs.plot(
+        {"iid": {"dense": runs, "topk": runs}, "by_label": {"dense": runs}},
+        tmp_path / "figure.png",
+    )
+    [figure] = figures
+    *_, last = figure.axes
+    assert [text.get_text() for text in last.get_legend().get_texts()] == [
+        "dense",
+        "topk",
+    ]
+
+
 def test_program(tmp_path):
     paths_of_runs = [
         write(
