@@ -20,7 +20,7 @@ What there is, and for what:
     DecentralizedOptimizer,   replicas with weights of their own; base class
       Ring, averaged, ...     MixingTopology, MixingRule; CrossGradients and
                               CrossGradientTraining for data that differ much
-    methods                   published methods, with all of their parts
+    methods                   complete methods: recommended, and published
     MultiWorkerMirroredStrategy  for `fit` on several hosts
     Monitor, DensityWarmup    callbacks: numbers in the logs, more entries first
     Backup, load_scope,       saving and resuming, on several hosts as well

@@ -1,4 +1,4 @@
-r"""Published methods, each with all of its parts set at once.
+r"""Complete methods: the recommended one, and published ones.
 
 A method is a function that returns a `SparsifiedOptimizer`, for `compile`:
 
@@ -8,8 +8,9 @@ A method is a function that returns a `SparsifiedOptimizer`, for `compile`:
         loss="sparse_categorical_crossentropy")
 
 Each function chooses the inner optimizer, the sparsifier, the rule of error
-feedback and the codec as its paper does. (RegTop-k, of which this library is an
-implementation, is `SparsifiedOptimizer` with its defaults.)
+feedback and the codec: `recommended` by the results of this library, the others
+by their papers. (RegTop-k, of which this library is an implementation, is
+`SparsifiedOptimizer` with its defaults.)
 """
 
 import bisect
@@ -56,11 +57,13 @@ def recommended(
             becomes 0 in that optimizer; the momentum of others, such as Adam,
             acts after the sum, as it does without compression.
         momentum: Float in [0, 1), the momentum on each replica. None is that of
-            `inner`, or 0.9 if `inner` is a learning rate.
-        compression: Float of at least 40. The size of a float32 gradient in
-            payloads of a replica. (N replicas receive N payloads each by an
-            all-gather, and about 2 gradients by a dense all-reduce: so all
-            bytes fall by 2 / N times this factor. `wire_report` counts both.)
+            `inner` if `inner` is `keras.optimizers.SGD`, 0.9 if it is a
+            learning rate, and 0 with any other optimizer.
+        compression: Float of at least 40. The bytes of a float32 gradient,
+            divided by those of a payload of a replica. (N replicas receive N
+            payloads each by an all-gather, and about 2 gradients by a dense
+            all-reduce: so all bytes fall by 2 / N times this factor.
+            `wire_report` counts both.)
         **options: Other arguments of `SparsifiedOptimizer`, but `sparsifier`,
             `codec` and `error_feedback`.
 
@@ -163,9 +166,9 @@ def ef21_sgdm(
 
     Args:
         inner: The learning rate of SGD: a float or a schedule. Or a Keras
-            optimizer without momentum. Because v is a mean, steps are as long
-            as those of SGD with the momentum 1 - eta if the learning rate is
-            1 / eta times as large.
+            optimizer without momentum. Because v is a mean, updates are as
+            large as those of SGD with the momentum 1 - eta if the learning
+            rate is 1 / eta times as large.
         eta: Float in (0, 1]. With 1 it is EF21.
         density: Float in (0, 1]. The share of the entries that is sent.
         **options: Other arguments of `SparsifiedOptimizer`, such as `codec`.
@@ -203,10 +206,11 @@ def sparse_ternary_compression(
     r"""Sparse ternary compression, of the gradients and of their sum.
 
         a = e + g,      sent = mean |a_s| sign(a_s),    e = a - sent
-        A = E + total,  aggregate alike of A,           E = A - aggregate
+        A = E + total,  aggregate = mean |A_s| sign(A_s),
+                                                        E = A - aggregate
 
-    The indices s are those of the largest magnitudes, as Golomb codes. An
-    all-gather has no way back, and the second line saves no byte.
+    The indices s are those of the largest magnitudes, as Golomb codes. The
+    second line saves no byte, because an all-gather sends no sum back.
 
     Args:
         inner: The learning rate of SGD: a float or a schedule. Or a Keras

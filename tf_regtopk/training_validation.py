@@ -323,5 +323,5 @@ def check_built(optimizer: keras.optimizers.Optimizer, method: str) -> None:
     if not optimizer.built:
         raise ValueError(
             f"The optimizer must be built before `{method}`. Call "
-            "`sparsified.build(model.trainable_variables)`."
+            "`optimizer.build(model.trainable_variables)`."
         )

@@ -83,7 +83,7 @@ def _check_loaded(
         raise ValueError(
             "The residual errors must be loaded within `load_scope`. Received: "
             "an optimizer that was not built, or files without them. Call "
-            "`sparsified.build(model.trainable_variables)` before; and load "
+            "`optimizer.build(model.trainable_variables)` first; and load "
             "what was saved by a plain optimizer without `load_scope`"
         )
     if model is not None:

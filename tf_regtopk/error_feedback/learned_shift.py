@@ -20,19 +20,19 @@ class LearnedShift(base.ErrorFeedback):
         a = e + g - h,      e = a - sent,           h = h + rate sent
         aggregate = H + total,                      H = H + rate total
 
-    H is the sum of all h. At a fixed point h is the local gradient, so that
-    what is left to send goes to zero. The aggregates of all steps and the
-    errors add up to all gradients: nothing is lost. With local momentum m, for
-    which the inner optimizer is plain SGD:
+    H is the sum of all h. At a fixed point h is the local gradient (at once,
+    g / (1 - m)), so that what is left to send goes to zero. The aggregates of
+    all steps and the errors add up to all gradients: nothing is lost. With
+    local momentum m, for which the inner optimizer is plain SGD:
 
         u = m u + g - h,    a = e + u,              e = a - sent
         p = m p + H,        aggregate = total + p
         h = h + rate (1 - m) sent,                  H alike
         u = 0 where sent                            (factor masking)
 
-    In the steps that follow a gradient g adds m g, m^2 g and so on to u, which
-    is g / (1 - m) with g itself. That can enter the residual error at once,
-    because there it waits for many steps anyway:
+    In the steps that follow, a gradient g adds m g, m^2 g and so on to u: with
+    g itself, that is g / (1 - m). All of it can enter the residual error at
+    once, because there it waits for many steps anyway:
 
         a = e + g / (1 - m) - h,    and the rest as without momentum.
 
@@ -150,7 +150,7 @@ class LearnedShift(base.ErrorFeedback):
         return total + p, (h_sum, p)
 
     def when_dense(self) -> base.ErrorFeedback:
-        # Factor masking is for what was held back.
+        # Factor masking is left out, because no entry is held back here.
         return momentum_of_sum.momentum_of_sum(self.momentum)
 
     def _rate(self, step: base.Step) -> float | tf.Tensor:

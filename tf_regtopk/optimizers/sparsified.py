@@ -46,8 +46,8 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
     Each step, replica n of N, with residual error `e_n` and gradient `g_n`:
 
         a_n    = e_n + g_n                      accumulate
-        s_n    = the k largest scores of a_n    score, select
-        sent_n = decode(encode(s_n * a_n))      s_n * a_n, if encoded as it is
+        s_n    = mask of the k largest |scores| of a_n      score, select
+        sent_n = decode(encode(s_n * a_n))      s_n * a_n, if nothing is rounded
         agg    = sum over n of sent_n           exchange, sum
         e_n    = a_n - sent_n
         inner optimizer's update with agg
@@ -89,9 +89,9 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
             rounded away. Defaults to `Accumulate()`.
         scope: `"global"` selects k entries of the concatenation of all
             gradients, in the order of the trainable variables;
-            `"per_variable"` selects in each variable separately. A gradient
-            that is None counts as zeros, keeps its variable's residual error
-            and leaves the variable alone. `tf.IndexedSlices` (of embeddings)
+            `"per_variable"` selects in each variable separately. A variable
+            whose gradient is None stays as it is, and so does its residual
+            error. `tf.IndexedSlices` (of embeddings)
             reach the inner optimizer as dense gradients.
         dense_below: Variables with fewer entries than this are exchanged
             densely, by an all-reduce, and have no residual error, but the
@@ -113,9 +113,9 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
             all-reduce, without sparsifier, codec and error, but with the
             momentum of `error_feedback`; or `"auto"`, which runs both a few
             times when the optimizer is built, on all workers at once, and takes
-            the faster one (`chosen_exchange`, `exchange_seconds`). With
-            `ReduceScatter` a third one is run, the all-gather of as many
-            entries.
+            the faster one, or the dense one if they differ by less than 5 %
+            (`chosen_exchange`, `exchange_seconds`). With `ReduceScatter` a
+            third one is run, the all-gather of as many entries.
         topology: `AllGather`, `Hierarchical`, `ReduceScatter`, `AllReduce` or
             another `Topology`: who exchanges gradients with whom. `AllReduce()`
             is `exchange="dense"`. Defaults to `AllGather()`.
@@ -216,7 +216,7 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
         if not isinstance(topology, topology_lib.EntryTopology):
             exchange = "dense"
         if exchange != "sparse":
-            error_feedback.when_dense()  # Says so if it cannot be.
+            error_feedback.when_dense()  # A rule without one raises here.
         super().__init__(inner_optimizer, name=name)
         if clipping == "replica":
             training_validation.check_no_parts(inner_optimizer)
@@ -295,13 +295,14 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
         )
 
     def _build(self, variables: Sequence[keras.Variable]) -> None:
-        # First, because new variables of the first worker go to all others.
+        # Workers compare these first, because TensorFlow then sends each new
+        # variable of the first worker to all others.
         agreement.check(lambda: self._facts(variables))
         super()._build(variables)
 
     def _create_state(self, variables: Sequence[keras.Variable]) -> None:
         self._participants = topology_lib.Participants(self.topology)
-        # Functions that were traced before a change are to know of it.
+        # Changes are counted, because functions traced before must raise.
         self.changes = 0
         self._changes = replica_state.ReplicaState(
             lambda: tf.constant(0, tf.int64)
@@ -457,8 +458,8 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
         """Sends another share of the entries from the next step on.
 
         As `DensityWarmup` does under `model.fit`. The residual errors stay;
-        what the sparsifier remembers of the last step is dropped. It is saved
-        and loaded with them, and the sparsifier's own density stays what it is.
+        what the sparsifier remembers of the last step is dropped. The density
+        is saved and loaded with the errors, and `sparsifier.density` stays.
 
         A function that takes steps must be traced again, for `fit` with
         `model.make_train_function(force=True)`. The old one raises an error.
@@ -607,7 +608,7 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
             "exchange": self.exchange,
             "topology": keras.saving.serialize_keras_object(self.topology),
             "telemetry": self.has_telemetry,
-            # Without it, files are as those of versions that do not know it.
+            # The key is left out at 1, because earlier versions lack it.
             **(
                 {"accumulation_steps": self.accumulation_steps}
                 if self.accumulation_steps > 1

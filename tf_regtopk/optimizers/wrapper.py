@@ -57,7 +57,7 @@ class OptimizerWrapper(wrapper_saving.WrapperSaving):
         super().__init__(learning_rate=0.0, name=name)
         self.inner_optimizer = inner_optimizer
         self.is_scaled_locally = False
-        # A scale of the loss is found by skipping steps.
+        # True for a scale of the loss, because skipped steps find the scale.
         self.expects_skips = False
         # Whether the inner optimizer's clipping acts before the aggregation.
         self.clips_replicas = False
@@ -153,7 +153,7 @@ class OptimizerWrapper(wrapper_saving.WrapperSaving):
         grads: Iterable[flat_buffer.Gradient],
         trainable_variables: Iterable[keras.Variable] | None = None,
     ) -> tf.Tensor:
-        """Applies gradients, and returns whether no step was skipped.
+        """Applies gradients, and returns whether the step was taken.
 
         Returns:
             Scalar bool tensor, False if the step was skipped, the same on every
@@ -179,7 +179,8 @@ class OptimizerWrapper(wrapper_saving.WrapperSaving):
             )
         training_validation.check_gradient_shapes(grads, variables)
         if all(grad is None for grad in grads):
-            self.inner_optimizer.apply(grads, variables)  # Says so.
+            # Keras raises its own error here, because nothing can be applied.
+            self.inner_optimizer.apply(grads, variables)
         gradients: list[flat_buffer.Gradient] = [None] * len(
             self._trainable_variables
         )
@@ -294,8 +295,8 @@ class OptimizerWrapper(wrapper_saving.WrapperSaving):
 
     @property
     def loss_scale_factor(self) -> float:
-        # Never None: Keras does not set an attribute to what it already is, and
-        # the setter is to know.
+        # None is not returned, because Keras sets no attribute to the value
+        # that it has already, and the setter must run.
         factor = self.inner_optimizer.loss_scale_factor
         return 1.0 if factor is None else factor
 

@@ -80,13 +80,14 @@ class WrapperSaving(
     def load_own_variables(self, store: Mapping[str, np.ndarray]) -> None:
         arrays = {name: store[name] for name in store.keys()}  # noqa: SIM118
         if not self.built:
-            # Else Keras would warn of the inner optimizer as well.
+            # Keras passes over the inner optimizer here too, because it would
+            # warn of that one as well.
             leave_saving_to_wrapper(self.inner_optimizer)
             if arrays:
                 warnings.warn(
                     f"The optimizer '{self.name}' is not built yet, and loads "
                     "nothing of what was saved. To go on from there call "
-                    "`sparsified.build(model.trainable_variables)` before.",
+                    "`optimizer.build(model.trainable_variables)` first.",
                     stacklevel=2,
                 )
             return

@@ -1,7 +1,7 @@
 r"""A step of one replica, as pure functions of plain values.
 
-    payload, sent     = send(method, gradient, state, step)
-    total             = sum over all replicas of what they sent     exchange
+    payload, sent, a  = send(method, gradient, state, step, rank)
+    total             = sum of what all participants sent           exchange
     aggregate, shared = aggregate(method, total, shared, step)
     local, memory     = settle(method, sent, memory, total, step)
 
@@ -95,7 +95,7 @@ def send(
     """Accumulates, scores, selects and encodes, on one replica.
 
         a       = accumulate(state, g)
-        s       = the k entries of a of the largest scores
+        s       = the k entries of a with the largest |scores|
         payload = encode(s, a_s)
 
     Args:
@@ -103,7 +103,7 @@ def send(
         gradient: Float tensor `[J]`.
         state: `State`.
         step: `Step`.
-        rank: Scalar int32 tensor, the replica's number, for stochastic
+        rank: Scalar int32 tensor, the participant's number, for stochastic
             rounding.
         missing: The entries without a gradient, if there are any. They send
             nothing and keep their state.
@@ -137,8 +137,8 @@ def send(
     training_validation.check_scores(scores, a)
     indices = selection.select_largest(scores, method.groups, step.number)
     a = method.sparsifier.restore(a, scores, state.memory, indices)
-    # A rule that keeps a keeps the restored one, because XLA may have written
-    # the scores over the other.
+    # A rule that keeps a gets the restored a, because XLA may have written the
+    # scores over the accumulated one.
     local = tuple(a if tensor is accumulated else tensor for tensor in local)
     if missing:
         local = missing.keep_state(state.local, local)
@@ -155,7 +155,7 @@ def aggregate(
     step: error_feedback_lib.Step,
     missing: missing_lib.Missing | None = None,
 ) -> tuple[tf.Tensor, tuple[tf.Tensor, ...]]:
-    """Makes of the replicas' sum what the inner optimizer sees.
+    """Turns the total into the gradient that the inner optimizer sees.
 
     Args:
         method: `Method`.

@@ -27,15 +27,15 @@ _Entries: TypeAlias = tuple[tf.Tensor, tf.Tensor]
 _Sent: TypeAlias = tuple[tf.Tensor, tf.Tensor, dict[int, tf.Tensor]]
 # Tensors about entries that were summed on the way; empty where none were.
 Reduced: TypeAlias = tuple[tf.Tensor, ...]
-# The entries of all, what this replica has sent, and the telemetry.
+# The entries of all, what this replica has sent, telemetry, and `Reduced`.
 _Exchanged: TypeAlias = tuple[_Entries, _Sent, tuple[tf.Tensor, ...], Reduced]
 
 
 class SparseStep:
     """Send -> exchange -> sum -> settle.
 
-    For one k: another density is another `SparseStep`. It keeps nothing between
-    steps; who does gives it the variables of this replica.
+    A `SparseStep` has one k, and another density is another `SparseStep`. It
+    keeps no state: the caller passes the variables of this replica.
 
     Args:
         buffer: `FlatBuffer` of the variables.
@@ -92,8 +92,8 @@ class SparseStep:
                 tuple(gradient is not None for gradient in gradients),
                 tuple(tf.convert_to_tensor(v) for v in sampled),
             )
-        # Nobody waits for others without others, nor in a program that XLA
-        # compiles as a whole, which knows no time.
+        # A single participant is not timed, because it waits for nobody (and
+        # its program may be compiled by XLA as a whole, which knows no time).
         is_timed = self._participants.count > 1 and measured
         start = _time_after(payload) if is_timed else None
         payloads, reduced = self._meet(payload, num_used, moment)
@@ -122,7 +122,7 @@ class SparseStep:
         moment: error_feedback.Moment,
         has_gradient: tuple[bool, ...],
     ) -> list[tf.Tensor]:
-        """Sum -> settle: the second half of a step.
+        """Sums what all have sent, and settles: the second half of a step.
 
         Args:
             exchanged: From `exchange`.
@@ -220,7 +220,8 @@ class SparseStep:
         )
         indices, values, is_valid = self._method.payload_codec.decode(payloads)
         if values.shape[1] == self._buffer.size:
-            # Nobody reads them, and they take as much memory as the values.
+            # Indices are dropped, because nobody reads them where all entries
+            # are sent, and they take as much memory as the values.
             indices = indices[:, :0]
         flags = verdict.Flags(
             are_finite=tf.stack(
@@ -288,7 +289,6 @@ class SparseStep:
             all_sent = self._all_sent(all_values, reduced)
             measured = telemetry.of_settle(measured, all_sent, total)
             _assign(state.measured, before.measured, measured)
-        # The local tensors come last, because the others are read from them.
         _assign(state.memory, before.memory, memory)
         _assign(state.shared, before.shared, shared)
         _assign(state.local, before.local, local)
