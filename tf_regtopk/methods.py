@@ -26,6 +26,7 @@ from tf_regtopk import codecs
 from tf_regtopk import error_feedback
 from tf_regtopk import sparsifiers
 from tf_regtopk import validation
+from tf_regtopk.optimizers import clipping
 from tf_regtopk.optimizers import momentum as momentum_lib
 from tf_regtopk.optimizers import sparsified
 
@@ -55,7 +56,9 @@ def recommended(
             optimizer: the momentum of `keras.optimizers.SGD` is moved to the
             replicas, where it multiplies gradients by 1 / (1 - momentum), and
             becomes 0 in that optimizer; the momentum of others, such as Adam,
-            acts after the sum, as it does without compression.
+            acts after the sum, as it does without compression. If the
+            optimizer clips, it clips the gradient of each replica, as plain
+            Keras does.
         momentum: Float in [0, 1), the momentum on each replica. None is that of
             `inner` if `inner` is `keras.optimizers.SGD`, 0.9 if it is a
             learning rate, and 0 with any other optimizer.
@@ -93,6 +96,9 @@ def recommended(
     codec = codecs.Codec(values="sign")
     sparsifier = sparsifiers.RegTopK(_density_at(compression, codec))
     with _momentum_moved(inner, momentum) as (inner, momentum):
+        # Keras clips before momentum, and so does clipping on the replicas.
+        if clipping.clips(inner):
+            options = {"clipping": "replica", **options}
         return sparsified.SparsifiedOptimizer(
             inner,
             sparsifier,

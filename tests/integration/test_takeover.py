@@ -216,6 +216,30 @@ def test_whole_model(name, num_replicas, mirrored, tmp_path):
     assert_goes_on(model, before)
 
 
+def test_momentum_that_a_method_moves_to_the_replicas(
+    mirrored, tmp_path, capfd
+):
+    """It is no variable of the inner optimizer, and that is told."""
+    strategy = mirrored(2)
+    plain = compile_model(make_model(strategy), strategy, False, "momentum")
+    pretend_to_train(plain)
+    plain.save_weights(tmp_path / "m.weights.h5")
+    model = make_model(strategy)
+    with strategy.scope():
+        model.compile(
+            tf_regtopk.methods.recommended(OPTIMIZERS["momentum"]()), "mse"
+        )
+        model.optimizer.build(model.trainable_variables)
+    model.load_weights(tmp_path / "m.weights.h5")
+    assert "The momentum that was saved is dropped" in capfd.readouterr().err
+    assert_starts_without_errors(model)
+    without_momentum = kept(plain)[: len(kept(model))]
+    for value, expected in zip(kept(model), without_momentum, strict=True):
+        np.testing.assert_array_equal(value, expected)
+    with pytest.warns(UserWarning, match="ends with the wrapper.*Received"):
+        tf_regtopk.unwrap(model)
+
+
 @pytest.mark.parametrize(
     "num_replicas", [2, pytest.param(0, marks=pytest.mark.slow)]
 )

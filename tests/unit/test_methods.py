@@ -173,6 +173,37 @@ def test_recommended_keeps_what_a_configuration_lacks():
     np.testing.assert_array_equal(kernel, 0.75 * np.ones(100))
 
 
+@pytest.mark.parametrize(
+    "clipping", ["clipnorm", "clipvalue", "global_clipnorm"]
+)
+def test_recommended_clips_before_momentum(clipping):
+    """As plain Keras does: else the momentum would be clipped as well."""
+
+    def train(optimizer):
+        variable = keras.Variable(np.zeros(50, np.float32))
+        optimizer.build([variable])
+        rng = np.random.default_rng(0)
+        for _ in range(4):
+            gradient = rng.standard_normal(50).astype(np.float32)
+            optimizer.apply([tf.constant(gradient)], [variable])
+        return np.array(variable)
+
+    def make():
+        return keras.optimizers.SGD(0.25, momentum=0.5, **{clipping: 0.5})
+
+    whole = train(methods.recommended(make(), exchange="dense"))
+    np.testing.assert_allclose(whole, train(make()), rtol=1e-5, atol=1e-7)
+    made = methods.recommended(make(), compression=40)
+    assert made.get_config()["clipping"] == "replica"
+
+
+def test_clipping_after_momentum_is_warned_of():
+    inner = keras.optimizers.SGD(0.1, momentum=0.9, clipnorm=1.0)
+    with pytest.warns(UserWarning, match="after the momentum of.*Received"):
+        made = methods.recommended(inner, clipping="aggregate")
+    assert made.get_config()["clipping"] == "aggregate"
+
+
 def test_recommended_moves_no_momentum_after_an_error():
     inner = keras.optimizers.SGD(0.1, momentum=0.9)
     with pytest.raises(ValueError, match="dense_below"):

@@ -60,13 +60,15 @@ def _warnings(report: codecs.WireReport) -> list[str]:
         warnings.append(
             f"A replica sends {_bytes(report.sent_bytes)} a step, and "
             f"{_bytes(report.dense_sent_bytes)} without the wrapper. Choose a "
-            'lower `density` or `exchange="dense"`.'
+            "lower `density` (with `methods.recommended` a larger "
+            '`compression`) or `exchange="dense"`.'
         )
     if 0 < k < min(_FEW_ENTRIES, size):
         warnings.append(
             f"Only {k:,} entries are sent per step, which trains most models "
-            "slowly or badly. Without `density` a sparsifier sends at least "
-            f"{_FEW_ENTRIES:,}."
+            f"slowly or badly. A sparsifier sends at least {_FEW_ENTRIES:,} "
+            "without `density`, and `methods.recommended` sends more with a "
+            "smaller `compression`."
         )
     return warnings
 

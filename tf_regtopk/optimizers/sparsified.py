@@ -24,6 +24,7 @@ from tf_regtopk.distribute import agreement
 from tf_regtopk.distribute import replica_state
 from tf_regtopk.distribute import topology as topology_lib
 from tf_regtopk.error_feedback import error_accumulation
+from tf_regtopk.optimizers import clipping as clipping_lib
 from tf_regtopk.optimizers import description
 from tf_regtopk.optimizers import momentum
 from tf_regtopk.optimizers import notices
@@ -220,6 +221,8 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
         super().__init__(inner_optimizer, name=name)
         if clipping == "replica":
             training_validation.check_no_parts(inner_optimizer)
+        else:
+            clipping_lib.warn_if_after_momentum(inner_optimizer, error_feedback)
         momentum.warn_if_doubled(inner_optimizer, error_feedback)
         self.sparsifier = sparsifier
         self.codec = codec

@@ -101,7 +101,15 @@ class WrapperSaving(
         # All is checked before anything is assigned.
         if self._is_of_inner_optimizer(arrays):
             self.start_without_state()
-            for i, variable in enumerate(self.inner_optimizer.variables):
+            inner_variables = self.inner_optimizer.variables
+            if len(arrays) > len(inner_variables):
+                logger.warning(
+                    "The momentum that was saved is dropped, because the %s of "
+                    "'%s' has none",
+                    type(self.inner_optimizer).__name__,
+                    self.name,
+                )
+            for i, variable in enumerate(inner_variables):
                 variable.assign(arrays[str(i)])
             return
         saved, values = saved_state.from_arrays(arrays)
@@ -111,12 +119,17 @@ class WrapperSaving(
             variable.assign(value)
 
     def _is_of_inner_optimizer(self, arrays: Mapping[str, np.ndarray]) -> bool:
-        """Returns whether the inner optimizer could have saved these arrays."""
-        variables = self.inner_optimizer.variables
-        return arrays.keys() == {str(i) for i in range(len(variables))} and all(
-            tuple(variable.shape) == arrays[str(i)].shape
-            for i, variable in enumerate(variables)
-        )
+        """Returns whether the inner optimizer could have saved these arrays.
+
+        An array more for each trainable variable may follow: the momentum of a
+        plain SGD, because `methods` move momentum to the replicas.
+        """
+        if arrays.keys() != {str(i) for i in range(len(arrays))}:
+            return False
+        shapes = [arrays[str(i)].shape for i in range(len(arrays))]
+        own = [tuple(v.shape) for v in self.inner_optimizer.variables]
+        momentum = [tuple(v.shape) for v in self._trainable_variables]
+        return shapes in (own, own + momentum)
 
     def get_config(self) -> dict[str, Any]:
         # The base class's config is left out, because its arguments belong to

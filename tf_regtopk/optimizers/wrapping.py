@@ -1,6 +1,7 @@
 """Wrapping the optimizer of a compiled model, and unwrapping it, in place."""
 
 from typing import Any
+import warnings
 
 import keras
 
@@ -8,6 +9,7 @@ from tf_regtopk import keras_internals
 from tf_regtopk import sparsifiers
 from tf_regtopk.optimizers import decentralized
 from tf_regtopk.optimizers import loss_scale
+from tf_regtopk.optimizers import momentum
 from tf_regtopk.optimizers import sparsified
 from tf_regtopk.optimizers import wrapper
 
@@ -64,7 +66,8 @@ def unwrap(model: keras.Model) -> keras.Model:
     """Undoes `wrap`: the inner optimizer is the model's optimizer again.
 
     Training goes on with Keras alone. The residual errors, which are gradient
-    that was not sent yet, are dropped.
+    that was not sent yet, are dropped. So is momentum on the replicas, such as
+    that which `methods.recommended` moves there, and a warning says so.
 
     Args:
         model: The `keras.Model`, compiled with a `SparsifiedOptimizer`, or
@@ -93,6 +96,8 @@ def unwrap(model: keras.Model) -> keras.Model:
         )
     if isinstance(optimizer, decentralized.DecentralizedOptimizer):
         optimizer.average_weights()  # All replicas are alike from here on.
+    if isinstance(optimizer, sparsified.SparsifiedOptimizer):
+        _warn_of_lost_momentum(optimizer)
     plain = optimizer.inner_optimizer
     with keras_internals.strategy_of(plain).scope():
         optimizer.release_inner_optimizer()
@@ -100,6 +105,22 @@ def unwrap(model: keras.Model) -> keras.Model:
             model, plain, scaler, keras.optimizers.LossScaleOptimizer, plain
         )
     return model
+
+
+def _warn_of_lost_momentum(optimizer: sparsified.SparsifiedOptimizer) -> None:
+    """Warns if only the rule of error feedback has momentum."""
+    inner = optimizer.inner_optimizer
+    if optimizer.error_feedback.has_momentum and not momentum.momentum_of(
+        inner
+    ):
+        warnings.warn(
+            "The momentum on the replicas ends with the wrapper, and the "
+            f"{type(inner).__name__} of the model has none. To go on with "
+            "momentum compile the model anew, as with "
+            "`keras.optimizers.SGD(learning_rate, momentum=0.9)`. Received: "
+            f"error_feedback={optimizer.error_feedback}",
+            stacklevel=3,
+        )
 
 
 def _parts_of(

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import subprocess
 import sys
 
 from absl import app
@@ -46,6 +47,16 @@ say(gpus=[], software={"TensorFlow": "9"}, is_cuda_build=False)
 for name in settings["checks"]:
     go(name)
 """
+
+
+def test_help_lists_the_flags():
+    done = subprocess.run(
+        [sys.executable, "-m", "tf_regtopk.selftest", "--help"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "--checks" in done.stdout and "--[no]quick" in done.stdout
 
 
 @pytest.fixture
