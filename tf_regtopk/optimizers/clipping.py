@@ -29,8 +29,9 @@ def warn_if_after_momentum(
 ) -> None:
     """Warns if what an optimizer clips has the momentum of a rule in it.
 
-    Keras clips gradients before their momentum, which then makes steps
-    1 / (1 - m) times as long. Clipped after the momentum they stay short.
+    Keras clips gradients before momentum m, which makes updates up to
+    1 / (1 - m) times as large as a clipped gradient. An aggregate that is
+    clipped after momentum stays as small as that gradient.
     """
     if clips(optimizer) and error_feedback.has_momentum:
         warnings.warn(
