@@ -37,7 +37,7 @@ def warn_if_after_momentum(
         warnings.warn(
             "The `inner_optimizer` clips the aggregate, after the momentum of "
             "`error_feedback`, where Keras clips gradients before momentum: "
-            'steps may be much shorter. Set `clipping="replica"`, which '
+            'updates may be much smaller. Set `clipping="replica"`, which '
             "clips each replica's gradient before the momentum. Received: "
             f"error_feedback={error_feedback} and a clipping "
             f"{type(optimizer).__name__}",
