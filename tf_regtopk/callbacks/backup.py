@@ -149,19 +149,28 @@ class Backup(keras.callbacks.Callback):
             self._keep_damaged(refused, position)
             return position
         if len(refused) > 1:
-            reasons = "; ".join(
-                f"after {position}: {error}"
-                for position, error in refused.items()
-            )
             raise ValueError(
-                "One of the last two backups must be as it was written, on all "
-                "workers: give good files back; or, if the run is to start "
-                f"anew, delete these. Received: in {self.directory!r} those "
-                f"{reasons}"
+                "One of the last two backups must be of a run with this model "
+                "and these arguments, and as it was written, on all workers: "
+                "give the arguments of that run, or good files back; or, if "
+                "the run is to start anew, delete these. Received: in "
+                f"{self.directory!r} those {self._reasons(refused)}"
             )
         for error in refused.values():
             raise error
         return backup_files.Position()
+
+    def _reasons(self, refused: dict[backup_files.Position, Exception]) -> str:
+        """Says why backups were refused; a reason of several only once."""
+        positions: dict[str, list[str]] = {}
+        for position, error in refused.items():
+            path = self._folder.path(position)
+            reason = str(error).replace(path, self.directory)
+            positions.setdefault(reason, []).append(f"after {position}")
+        return "; ".join(
+            f"{' and '.join(alike)}: {reason}"
+            for reason, alike in positions.items()
+        )
 
     def _load(
         self, position: backup_files.Position, model: keras.Model

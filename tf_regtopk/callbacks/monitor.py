@@ -320,7 +320,7 @@ def _combine_workers(
 
 def _of_report(optimizer: Any, report: WireReport) -> dict[str, float]:
     """The numbers that need no telemetry."""
-    is_dense = optimizer.chosen_exchange == "dense"
+    is_dense = not report.num_selected
     sent, dense = report.sent_bytes, report.dense_sent_bytes
     return {
         "density": 1.0 if is_dense else float(optimizer.density),

@@ -68,7 +68,7 @@ def _warnings(report: codecs.WireReport) -> list[str]:
             f"Only {k:,} entries are sent per step, which trains most models "
             f"slowly or badly. A sparsifier sends at least {_FEW_ENTRIES:,} "
             "without `density`, and `methods.recommended` sends more with a "
-            "smaller `compression`."
+            "smaller `compression` (40 is the least)."
         )
     return warnings
 

@@ -42,7 +42,9 @@ class VariableRules:
     """The variables that are not just exchanged sparsely like all others.
 
     A pattern, such as `"bias"` or `"*/embedding*"`, is matched with the name
-    and with the path of a variable; `*` stands for any characters.
+    and with the path of a variable; `*` stands for any characters. A path may
+    begin with the name of the model or not, depending on how the model was
+    built: `"*/layer/kernel"` matches both.
 
     Args:
         dense_below: Integer. Variables of fewer entries are exchanged densely.
@@ -145,8 +147,10 @@ def _matches(pattern: str, variable: keras.Variable) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for name in _names(variable))
 
 
-def _names(variable: keras.Variable) -> tuple[str, str]:
-    return variable.name, getattr(variable, "path", variable.name)
+def _names(variable: keras.Variable) -> tuple[str, str, str]:
+    """The name and the path; the latter also as that of a part of a model."""
+    path = getattr(variable, "path", variable.name)
+    return variable.name, path, f"/{path}"
 
 
 def _check_patterns(name: str, patterns: Sequence[str]) -> None:
@@ -168,6 +172,8 @@ def _check_that_all_match(
         if not any(_matches(pattern, variable) for variable in variables):
             raise ValueError(
                 f"Each pattern of `{name}` must match the name or path of a "
-                f"trainable variable. Received: {pattern!r} for variables of "
-                f"the paths {[_names(variable)[1] for variable in variables]}"
+                "trainable variable (begin it with `*/`, because a model that "
+                "is loaded may lack its own name in the paths). Received: "
+                f"{pattern!r} for variables of the paths "
+                f"{[_names(variable)[1] for variable in variables]}"
             )

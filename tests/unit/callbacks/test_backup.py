@@ -22,7 +22,7 @@ from tf_regtopk.distribute import collectives
 from tf_regtopk.distribute import strategy as strategy_lib
 
 
-def make(strategy):
+def make(strategy, density=0.2):
     with strategy.scope():
         model = keras.Sequential(
             [
@@ -36,7 +36,7 @@ def make(strategy):
         model.compile(
             tf_regtopk.SparsifiedOptimizer(
                 keras.optimizers.SGD(0.1, momentum=0.9),
-                tf_regtopk.RegTopK(0.2),
+                tf_regtopk.RegTopK(density),
             ),
             "mse",
         )
@@ -373,6 +373,21 @@ def test_a_folder_that_cannot_be_written(mirrored, tmp_path):
     assert model.optimizer.iterations == 0
 
 
+def test_backups_of_a_run_with_other_arguments(mirrored, tmp_path):
+    model = make(mirrored(2))
+    backup = tf_regtopk.Backup(tmp_path)
+    backup.restore(model)
+    back_up(backup, model, 2)
+    other = make(mirrored(2), density=0.4)
+    with pytest.raises(
+        ValueError,
+        match="(?s)give the arguments.*epoch 2 and after epoch 1: .*0.4.*0.2",
+    ) as told:
+        tf_regtopk.Backup(tmp_path).restore(other)
+    assert str(told.value).count("must be of an optimizer with") == 1
+    assert tf_regtopk.Backup(tmp_path).restore(make(mirrored(2))) == 2
+
+
 def test_two_damaged_backups_are_both_named(mirrored, tmp_path):
     model, backup = make(mirrored(0)), tf_regtopk.Backup(tmp_path)
     backup.restore(model)
@@ -380,7 +395,7 @@ def test_two_damaged_backups_are_both_named(mirrored, tmp_path):
     for path in tmp_path.iterdir():
         path.write_bytes(b"")
     with pytest.raises(
-        ValueError, match="give good files back;.*after epoch 3:.*after epoch 2"
+        ValueError, match="good files back;.*after epoch 3 and after epoch 2: "
     ):
         tf_regtopk.Backup(tmp_path).restore(model)
     assert len(os.listdir(tmp_path)) == 2

@@ -236,6 +236,12 @@ def test_skipped_steps_without_telemetry(mirrored, capfd):
         fit(model, [tf_regtopk.Monitor("nowhere", per_variable=True)])
 
 
+def test_all_variables_exchanged_densely(mirrored):
+    model = make_model(mirrored(2), tf_regtopk.TopK(0.25), dense=["*"])
+    history = fit(model, [tf_regtopk.Monitor()], epochs=1)
+    assert history["sparse_density"] == history["sparse_compression"] == [1.0]
+
+
 def test_a_dense_exchange_has_no_telemetry(mirrored, tmp_path):
     model = make_model(mirrored(2), exchange="dense", telemetry=True)
     watching = tf_regtopk.Monitor(tmp_path, per_variable=True)

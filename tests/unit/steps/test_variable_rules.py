@@ -72,6 +72,20 @@ def test_slots(arguments, sparse, own, dense):
     assert paths_of(slots.dense, variables) == dense
 
 
+def test_a_path_with_and_without_the_name_of_the_model():
+    """`Sequential` loses its own name when Keras loads the model."""
+    layer = keras.layers.Dense(2, name="inside")
+    layer.build((3, 2))
+    model = keras.Sequential(name="around")
+    model.add(keras.Input([3]))
+    model.add(keras.layers.Dense(2, name="inside"))
+    paths = [layer.kernel.path, model.layers[0].kernel.path]
+    assert paths[0] == "inside/kernel"
+    rules = variable_rules.VariableRules(dense=["*/inside/kernel"])
+    for variable in (layer.kernel, model.layers[0].kernel):
+        assert rules.slots([variable]).dense == (0,)
+
+
 @pytest.mark.parametrize("argument", ["dense", "densities"])
 def test_a_pattern_must_match(argument):
     patterns = {"bias": 0.5, "biases": 0.5}
