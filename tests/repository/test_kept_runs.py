@@ -162,6 +162,22 @@ def test_published_table_is_that_of_the_kept_runs(rounds, splits, num_methods):
     assert [row for row in made if row not in published] == []
 
 
+def test_published_gain_at_a_compression_of_300():
+    kept = {
+        name: kept_runs.read(RESULTS / folder / "runs.jsonl", {"rounds": 6000})
+        for name, folder in (
+            ("dense", "cifar10_long_dirichlet"),
+            ("shift_at_once_sign", "cifar10_long_dirichlet_300"),
+        )
+    }
+    (_, dense), (_, sparse) = (kept[name][name] for name in kept)
+    accuracy = kept_runs.accuracy(list(kept_runs.final(sparse).values()))
+    page = (paths.ROOT / "docs" / "results.md").read_text("utf-8")
+    gain = kept_runs.points(kept_runs.gains(sparse, dense))
+    published = f"an accuracy of {accuracy}: {gain} points from the dense"
+    assert published in " ".join(page.split())
+
+
 def test_setting_of_older_runs_is_kept():
     """Values from before a flag are left out, and no others."""
     config = {
