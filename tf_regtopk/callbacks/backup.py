@@ -162,14 +162,15 @@ class Backup(keras.callbacks.Callback):
 
     def _reasons(self, refused: dict[backup_files.Position, Exception]) -> str:
         """Says why backups were refused; a reason of several only once."""
-        positions: dict[str, list[str]] = {}
+        alike: dict[str, list[backup_files.Position]] = {}
         for position, error in refused.items():
-            path = self._folder.path(position)
-            reason = str(error).replace(path, self.directory)
-            positions.setdefault(reason, []).append(f"after {position}")
+            # Reasons are alike, though each names a file of its own.
+            reason = str(error).replace(self._folder.path(position), "")
+            alike.setdefault(reason, []).append(position)
         return "; ".join(
-            f"{' and '.join(alike)}: {reason}"
-            for reason, alike in positions.items()
+            f"{' and '.join(f'after {p}' for p in positions)}: "
+            f"{refused[positions[0]]}"
+            for positions in alike.values()
         )
 
     def _load(
