@@ -163,14 +163,13 @@ def test_published_table_is_that_of_the_kept_runs(rounds, splits, num_methods):
 
 
 def test_published_gain_at_a_compression_of_300():
-    kept = {
-        name: kept_runs.read(RESULTS / folder / "runs.jsonl", {"rounds": 6000})
-        for name, folder in (
-            ("dense", "cifar10_long_dirichlet"),
-            ("shift_at_once_sign", "cifar10_long_dirichlet_300"),
-        )
-    }
-    (_, dense), (_, sparse) = (kept[name][name] for name in kept)
+    def runs_of(method, folder):
+        path = RESULTS / folder / "runs.jsonl"
+        _, runs = kept_runs.read(path, {"rounds": 6000})[method]
+        return runs
+
+    dense = runs_of("dense", "cifar10_long_dirichlet")
+    sparse = runs_of("shift_at_once_sign", "cifar10_long_dirichlet_300")
     accuracy = kept_runs.accuracy(list(kept_runs.final(sparse).values()))
     page = (paths.ROOT / "docs" / "results.md").read_text("utf-8")
     gain = kept_runs.points(kept_runs.gains(sparse, dense))
