@@ -20,10 +20,12 @@ from tf_regtopk.planning import cost_model
 from tf_regtopk.planning import crossover
 from tf_regtopk.planning import devices
 from tf_regtopk.planning import figure
+from tf_regtopk.planning import job as job_lib
 from tf_regtopk.planning import quantities
-from tf_regtopk.planning.cost_model import Job
 from tf_regtopk.planning.cost_model import predict
+from tf_regtopk.planning.job import Job
 from tf_regtopk.planning.network import Network
+from tf_regtopk.sizes import recommended
 from tf_regtopk.sizes import values as value_sizes
 
 # Without `--device` this one is assumed, and the others are tried as well.
@@ -79,7 +81,7 @@ def table(job: Job, network: Network) -> str:
         f"{'speed-up':>10}  beats dense up to"
     ]
     noun = _members(job)
-    now = cost_model.members(job).workers
+    now = job_lib.members(job).workers
     for method in cost_model.methods(job):
         p = method.cost(job, network)
         line = (
@@ -126,7 +128,7 @@ def takeover(job: Job, network: Network) -> str:
     limits = []
     for method in cost_model.methods(job):
         if not method.is_dense and not method.has_owners:
-            others = cost_model.members(job).workers - 1
+            others = job_lib.members(job).workers - 1
             to_each = method.cost(job, network).sent_bytes / others
             in_bytes = math.floor(2 * job.gradient_bytes / to_each)
             in_time = crossover.last_workers(method, job, network)
@@ -307,6 +309,13 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         "Share of the entries that is sent.",
         flag_values=values,
     )
+    flags.DEFINE_float(
+        "compression",
+        None,
+        "That of methods.recommended, by how many times a payload is smaller "
+        "than the gradient; in place of --density and --values.",
+        flag_values=values,
+    )
     flags.DEFINE_enum(
         "values",
         "float32",
@@ -375,6 +384,22 @@ def _choose_device(
     )
 
 
+def _entries(
+    args: flags.FlagValues,
+) -> tuple[float, value_sizes.ValueCodecName]:
+    """The density, and the code of values, by the flags."""
+    if args.compression is None:
+        return args.density, args.values
+    for name in ("density", "values"):
+        if args[name].present:
+            raise ValueError(
+                f"`{name}` must be left out with `compression`, because it "
+                f"follows from that. Received: {name}={args[name].value}, "
+                f"compression={args.compression:g}"
+            )
+    return recommended.density(args.compression), recommended.VALUES
+
+
 def cases(
     args: flags.FlagValues,
 ) -> tuple[tuple[Job, Network], str, list[tuple[Job, Network]]]:
@@ -407,6 +432,7 @@ def cases(
                 f"`{name}` must be given with several workers, such as "
                 f"--{name}={example}. Received: workers={args.workers}"
             )
+    density, code = _entries(args)
     choice = _choose_device(
         args.device, given.get("memory_bandwidth"), args.measure
     )
@@ -417,8 +443,8 @@ def cases(
             args.workers,
             given["step_time"],
             device,
-            args.density,
-            args.values,
+            density,
+            code,
             args.devices_per_worker,
             args.overlap,
         )

@@ -13,7 +13,6 @@ by their papers. (RegTop-k, of which this library is an implementation, is
 `SparsifiedOptimizer` with its defaults.)
 """
 
-import bisect
 from collections.abc import Iterator
 import contextlib
 from typing import Any
@@ -25,10 +24,10 @@ import keras
 from tf_regtopk import codecs
 from tf_regtopk import error_feedback
 from tf_regtopk import sparsifiers
-from tf_regtopk import validation
 from tf_regtopk.optimizers import clipping
 from tf_regtopk.optimizers import momentum as momentum_lib
 from tf_regtopk.optimizers import sparsified
+from tf_regtopk.sizes import recommended as recommended_sizes
 
 # What applies the aggregate: the learning rate of plain SGD, or an optimizer.
 Inner: TypeAlias = (
@@ -41,7 +40,7 @@ Inner: TypeAlias = (
 def recommended(
     inner: Inner,
     momentum: float | None = None,
-    compression: float = 300.0,
+    compression: float = recommended_sizes.COMPRESSION,
     **options: Any,
 ) -> sparsified.SparsifiedOptimizer:
     r"""The most accurate setting found for a given number of bytes.
@@ -90,11 +89,7 @@ def recommended(
     Source: Karimireddy, Rebjock, Stich, Jaggi, "Error Feedback Fixes SignSGD
     and other Gradient Compression Schemes" (2019), for the values.
     """
-    validation.check_number(
-        "compression", compression, "at least 40", lambda c: c >= 40
-    )
-    codec = codecs.Codec(values="sign")
-    sparsifier = sparsifiers.RegTopK(_density_at(compression, codec))
+    sparsifier = sparsifiers.RegTopK(recommended_sizes.density(compression))
     with _momentum_moved(inner, momentum) as (inner, momentum):
         # Keras clips before momentum, and so does clipping on the replicas.
         if clipping.clips(inner):
@@ -102,7 +97,7 @@ def recommended(
         return sparsified.SparsifiedOptimizer(
             inner,
             sparsifier,
-            codec=codec,
+            codec=codecs.Codec(values=recommended_sizes.VALUES),
             error_feedback=error_feedback.LearnedShift(
                 momentum=momentum, at_once=True
             ),
@@ -302,23 +297,6 @@ def _momentum_moved(
         inner.momentum = of_inner
         raise
     _without_their_momentum.add(inner)
-
-
-def _density_at(compression: float, codec: codecs.Codec) -> float:
-    """Returns the density at which payloads are so many times smaller.
-
-    Args:
-        compression: The size of a float32 gradient in payloads.
-        codec: `Codec`.
-    """
-    size = 1 << 24  # The bits of an entry hardly depend on it.
-    most_words = size / compression
-    k = bisect.bisect(
-        range(1, size),
-        most_words,
-        key=lambda k: codec.payload(k, size).num_words,
-    )
-    return float(f"{max(k, 1) / size:.3g}")
 
 
 def _inner_optimizer(

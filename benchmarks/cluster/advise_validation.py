@@ -17,6 +17,7 @@ from absl import flags
 from benchmarks.cluster import report
 from tf_regtopk.planning import cost_model
 from tf_regtopk.planning import devices
+from tf_regtopk.planning import job as job_lib
 from tf_regtopk.planning import network as network_lib
 
 # Names of the model for the codecs of the benchmark.
@@ -56,7 +57,7 @@ def predicted_seconds(record, local_seconds, network, num_workers, bandwidth):
     kind, *rest = record["method"].split(":")
     if kind not in ("dense", "sparse"):
         return None
-    job = cost_model.Job(
+    job = job_lib.Job(
         parameters=record["parameters"],
         workers=num_workers,
         step_seconds=local_seconds,

@@ -14,6 +14,7 @@ from absl import app
 
 from tf_regtopk.planning import cost_model
 from tf_regtopk.planning import devices
+from tf_regtopk.planning import job as job_lib
 from tf_regtopk.planning import network as network_lib
 from tf_regtopk.planning import quantities
 
@@ -23,7 +24,7 @@ PUBLISHED = pathlib.Path(__file__).with_name("published_steps.json")
 def predicted_seconds(step):
     """What the model says of a step of `published_steps.json`."""
     device = devices.DEVICES[step["device"]]
-    job = cost_model.Job(
+    job = job_lib.Job(
         # The model's gradients have 32 bits.
         parameters=round(step["parameters"] * step["gradient_bits"] / 32),
         workers=step["workers"],

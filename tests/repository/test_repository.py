@@ -78,15 +78,8 @@ PUBLIC = {
 }
 # Each layer imports only from those before it.
 LAYERS = (
-    (
-        "keras_internals",
-        "launch",
-        "log",
-        "sizes",
-        "training_validation",
-        "validation",
-        "version",
-    ),
+    ("log", "validation", "version"),
+    ("keras_internals", "launch", "sizes", "training_validation"),
     ("hyper_parameters", "kernels", "label_skew"),
     ("distribute", "selection", "sparsifiers"),
     ("codecs", "saving"),

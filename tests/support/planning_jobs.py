@@ -4,6 +4,7 @@ from hypothesis import strategies as st
 
 from tf_regtopk.planning import cost_model
 from tf_regtopk.planning import devices
+from tf_regtopk.planning import job as job_lib
 from tf_regtopk.planning import network
 
 METHODS = {method.name: method for method in cost_model.METHODS}
@@ -21,11 +22,11 @@ def make_job(memory_bandwidth=8e9, **kwargs):
         "step_seconds": 0.2,
         "device": cpu(memory_bandwidth),
     }
-    return cost_model.Job(**(defaults | kwargs))
+    return job_lib.Job(**(defaults | kwargs))
 
 
 JOBS = st.builds(
-    cost_model.Job,
+    job_lib.Job,
     parameters=st.integers(1, 10**9),
     workers=st.integers(2, 5000),
     step_seconds=st.floats(0, 10),

@@ -16,6 +16,7 @@ import tf_regtopk
 from tf_regtopk import advise
 from tf_regtopk.planning import figure
 from tf_regtopk.planning import network as network_lib
+from tf_regtopk.sizes import payload as payload_sizes
 
 
 def test_wrong_arguments():
@@ -191,6 +192,38 @@ def test_a_missing_device_is_said_where_it_matters():
         flags_of(**RESNET, **TEN_GIGABIT, device="v100")
     )
     assert not remark and not others
+
+
+def test_compression_is_that_of_the_recommended_method():
+    (job, _), *_ = advise.cases(
+        flags_of(**RESNET, **TEN_GIGABIT, device="v100", compression=100)
+    )
+    optimizer = tf_regtopk.methods.recommended(0.1, compression=100)
+    assert job.density == optimizer.sparsifier.density
+    assert job.values == optimizer.codec.values
+    # Densities have three digits.
+    assert payload_bytes(job) == pytest.approx(
+        job.gradient_bytes / 100, rel=0.005
+    )
+
+
+def payload_bytes(job):
+    """The bytes of a payload in the shortest index code."""
+    k = job.num_selected
+    return 4 * payload_sizes.num_words("auto", job.values, k, job.parameters)
+
+
+@pytest.mark.parametrize("entries", [{"density": 0.001}, {"values": "sign"}])
+def test_compression_is_alone(entries):
+    with pytest.raises(ValueError, match="must be left out with `compression`"):
+        advise.cases(
+            flags_of(**RESNET, **TEN_GIGABIT, **entries, compression=100)
+        )
+
+
+def test_too_little_compression():
+    with pytest.raises(ValueError, match="`compression` must be at least 40"):
+        advise.cases(flags_of(**RESNET, **TEN_GIGABIT, compression=30))
 
 
 @pytest.mark.parametrize("rate, kind", [("25GB", "a CPU"), ("1TB", "a GPU")])

@@ -8,6 +8,7 @@ from typing import Literal
 from tf_regtopk.planning import cost_model
 from tf_regtopk.planning import crossover
 from tf_regtopk.planning import devices
+from tf_regtopk.planning import job as job_lib
 from tf_regtopk.planning import network as network_lib
 from tf_regtopk.planning import quantities
 
@@ -42,11 +43,11 @@ class Advice:
     sparse_seconds: float
 
 
-def advise(job: cost_model.Job, network: network_lib.Network) -> Advice:
+def advise(job: job_lib.Job, network: network_lib.Network) -> Advice:
     """Chooses the simplest method that is about as fast as the fastest.
 
     Args:
-        job: `cost_model.Job`.
+        job: `job_lib.Job`.
         network: `network.Network`.
 
     Returns:
@@ -55,7 +56,7 @@ def advise(job: cost_model.Job, network: network_lib.Network) -> Advice:
     Example:
 
     >>> gpu = devices.DEVICES["a100"]
-    >>> job = cost_model.Job(25_600_000, 16, 0.18, gpu)
+    >>> job = job_lib.Job(25_600_000, 16, 0.18, gpu)
     >>> slow, fast = (network_lib.Network(b, 5e-5) for b in (125e6, 50e9))
     >>> advise(job, slow).answer, advise(job, fast).answer
     ('compress', 'do not compress')
@@ -116,13 +117,11 @@ def text(advice: Advice) -> str:
     )
 
 
-def if_less_is_reached(
-    job: cost_model.Job, network: network_lib.Network
-) -> str:
+def if_less_is_reached(job: job_lib.Job, network: network_lib.Network) -> str:
     """Tells in words whether a nominal bandwidth may mislead.
 
     Args:
-        job: `cost_model.Job`.
+        job: `job_lib.Job`.
         network: `network.Network`.
 
     Returns:
@@ -153,11 +152,11 @@ class _Input:
     low: float
     high: float
     write: Callable[[float], str]
-    replaced: Callable[[float], tuple[cost_model.Job, network_lib.Network]]
+    replaced: Callable[[float], tuple[job_lib.Job, network_lib.Network]]
 
 
 def _inputs(
-    job: cost_model.Job, network: network_lib.Network
+    job: job_lib.Job, network: network_lib.Network
 ) -> tuple[_Input, ...]:
     is_one = job.workers == 1
     bandwidth = "local_bandwidth" if is_one else "bandwidth"
@@ -165,7 +164,7 @@ def _inputs(
 
     def replaced_network(
         name: str,
-    ) -> Callable[[float], tuple[cost_model.Job, network_lib.Network]]:
+    ) -> Callable[[float], tuple[job_lib.Job, network_lib.Network]]:
         return lambda v: (job, dataclasses.replace(network, **{name: v}))
 
     return (
@@ -187,7 +186,7 @@ def _inputs(
         ),
         _Input(
             "devices_per_worker" if is_one else "workers",
-            cost_model.members(job).workers,
+            job_lib.members(job).workers,
             2,
             2**16,
             lambda v: f"{round(v):,}",
@@ -225,7 +224,7 @@ def _inputs(
     )
 
 
-def changes(job: cost_model.Job, network: network_lib.Network) -> str:
+def changes(job: job_lib.Job, network: network_lib.Network) -> str:
     """Formats where each input, alone, would change the answer."""
     lines = ["The answer would be another with one of these instead:"]
     same = []
@@ -266,7 +265,7 @@ def changes(job: cost_model.Job, network: network_lib.Network) -> str:
 
 
 def by_device(
-    candidates: Sequence[tuple[cost_model.Job, network_lib.Network]],
+    candidates: Sequence[tuple[job_lib.Job, network_lib.Network]],
 ) -> dict[Answer, list[str]]:
     """Returns the names of the jobs' devices, by the answer for the job."""
     names: dict[Answer, list[str]] = {}

@@ -6,6 +6,7 @@ import math
 from typing import TypeVar
 
 from tf_regtopk.planning import cost_model
+from tf_regtopk.planning import job as job_lib
 from tf_regtopk.planning import network as network_lib
 
 MAX_WORKERS = 2**20
@@ -15,14 +16,14 @@ _TRIED_PER_DECADE = 12
 T = TypeVar("T")
 
 
-def with_members(job: cost_model.Job, number: int) -> cost_model.Job:
+def with_members(job: job_lib.Job, number: int) -> job_lib.Job:
     """Returns the job with other workers, or devices of its only worker."""
     if job.workers == 1:
         return dataclasses.replace(job, devices_per_worker=number)
     return dataclasses.replace(job, workers=number)
 
 
-def fastest_dense(job: cost_model.Job, network: network_lib.Network) -> float:
+def fastest_dense(job: job_lib.Job, network: network_lib.Network) -> float:
     """Returns the least `step_seconds` of the methods that are dense."""
     return min(
         method.cost(job, network).step_seconds
@@ -32,13 +33,13 @@ def fastest_dense(job: cost_model.Job, network: network_lib.Network) -> float:
 
 
 def last_workers(
-    method: cost_model.Method, job: cost_model.Job, network: network_lib.Network
+    method: cost_model.Method, job: job_lib.Job, network: network_lib.Network
 ) -> int:
     """Finds the most workers with which a method is faster than dense.
 
     Args:
         method: `cost_model.Method`.
-        job: `cost_model.Job`, of which `workers` does not matter. Of a job
+        job: `job_lib.Job`, of which `workers` does not matter. Of a job
             with one worker the devices count.
         network: `network.Network`.
 
@@ -54,13 +55,13 @@ def last_workers(
 
 
 def last_density(
-    method: cost_model.Method, job: cost_model.Job, network: network_lib.Network
+    method: cost_model.Method, job: job_lib.Job, network: network_lib.Network
 ) -> float:
     """Finds the density up to which a method is faster than dense.
 
     Args:
         method: `cost_model.Method`.
-        job: `cost_model.Job`, of which `density` does not matter.
+        job: `job_lib.Job`, of which `density` does not matter.
         network: `network.Network`.
 
     Returns:
@@ -126,7 +127,7 @@ def _nearest_change(
 
 
 def _wins(
-    method: cost_model.Method, job: cost_model.Job, network: network_lib.Network
+    method: cost_model.Method, job: job_lib.Job, network: network_lib.Network
 ) -> bool:
     step_seconds = method.cost(job, network).step_seconds
     return step_seconds < fastest_dense(job, network)

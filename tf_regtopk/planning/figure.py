@@ -7,6 +7,7 @@ import numpy as np
 
 from tf_regtopk.planning import cost_model
 from tf_regtopk.planning import crossover
+from tf_regtopk.planning import job as job_lib
 from tf_regtopk.planning import network as network_lib
 
 # Methods look alike in both panels, and without colours.
@@ -22,7 +23,7 @@ _STYLES = {
 }
 
 
-def save(path: str, job: cost_model.Job, network: network_lib.Network) -> None:
+def save(path: str, job: job_lib.Job, network: network_lib.Network) -> None:
     """Draws the seconds of a step by each method, and saves the picture.
 
     The left panel varies the bandwidth (inside the host, for one worker), the
@@ -30,7 +31,7 @@ def save(path: str, job: cost_model.Job, network: network_lib.Network) -> None:
 
     Args:
         path: Name of the file, such as `"advise.png"`.
-        job: `cost_model.Job`.
+        job: `job_lib.Job`.
         network: `network.Network`.
 
     Raises:
@@ -64,7 +65,7 @@ def save(path: str, job: cost_model.Job, network: network_lib.Network) -> None:
         "Gbit/s " + ("between devices" if is_one else "of a link")
     )
     axes[0].set_ylabel("predicted seconds of a step")
-    num_members = cost_model.members(job).workers
+    num_members = job_lib.members(job).workers
     last = max(64 if is_one else 1024, num_members)
     numbers = np.unique(np.geomspace(2, last, 97).round().astype(int))
     _draw(
@@ -88,7 +89,7 @@ def save(path: str, job: cost_model.Job, network: network_lib.Network) -> None:
 def _draw(
     axes: Any,
     xs: np.ndarray[Any, Any],
-    cases: list[tuple[cost_model.Job, network_lib.Network]],
+    cases: list[tuple[job_lib.Job, network_lib.Network]],
     now: float,
 ) -> None:
     predictions = [cost_model.predict(*case) for case in cases]

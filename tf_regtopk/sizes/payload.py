@@ -1,5 +1,6 @@
 """Numbers of words of payloads, also of those to and from owners."""
 
+import bisect
 import math
 from typing import NamedTuple
 
@@ -33,6 +34,36 @@ def num_words(
     """
     index_words = index_sizes.num_words(indices, k, size)
     return value_sizes.CODES[values](k) + index_words
+
+
+def density_at(
+    compression: float, indices: str, values: value_sizes.ValueCodecName
+) -> float:
+    """The density at which a payload is so many times smaller than a gradient.
+
+    Args:
+        compression: The bytes of a float32 gradient, divided by those of a
+            payload.
+        indices: Name of an index codec, as of `num_words`.
+        values: Name of the value codec.
+
+    Returns:
+        Float with three digits. It hardly depends on the size of the gradient,
+        of which a large one is taken.
+
+    Example:
+
+    >>> density_at(300, "auto", "sign")
+    0.0113
+    """
+    size = 1 << 24
+    most_words = size / compression
+    k = bisect.bisect(
+        range(1, size),
+        most_words,
+        key=lambda k: num_words(indices, values, k, size),
+    )
+    return float(f"{max(k, 1) / size:.3g}")
 
 
 class Scattered(NamedTuple):

@@ -10,9 +10,10 @@ from tf_regtopk.planning import advice as advice_lib
 from tf_regtopk.planning import cost_model
 from tf_regtopk.planning import crossover
 from tf_regtopk.planning import devices
+from tf_regtopk.planning import job as job_lib
 from tf_regtopk.planning import network as network_lib
 
-RESNET = cost_model.Job(25_600_000, 16, 0.18, devices.DEVICES["v100"])
+RESNET = job_lib.Job(25_600_000, 16, 0.18, devices.DEVICES["v100"])
 TEN_GIGABIT = network_lib.Network(1.25e9, 50e-6)
 
 

@@ -13,6 +13,9 @@ from tf_regtopk.codecs import index_codecs
 from tf_regtopk.codecs import value_codecs
 from tf_regtopk.kernels import ownership
 from tf_regtopk.planning import cost_model
+from tf_regtopk.planning import devices as devices_lib
+from tf_regtopk.planning import job as job_lib
+from tf_regtopk.planning import network as network_lib
 from tf_regtopk.sizes import indices as index_sizes
 from tf_regtopk.sizes import payload as payload_sizes
 from tf_regtopk.sizes import values as value_sizes
@@ -85,15 +88,15 @@ def test_owners_get_and_send_as_counted(size, n, k, values):
     "workers, devices", [(2, 1), (3, 4), (1, 8), (64, 1), (32, 2)]
 )
 def test_predicted_bytes_are_those_of_the_topologies(workers, devices):
-    job = cost_model.Job(
+    job = job_lib.Job(
         10**6,
         workers,
         0.1,
-        cost_model.devices.DEVICES["cpu"],
+        devices_lib.DEVICES["cpu"],
         devices_per_worker=devices,
     )
-    network = cost_model.network_lib.Network(1e9, 1e-4)
-    members = cost_model.members(job)
+    network = network_lib.Network(1e9, 1e-4)
+    members = job_lib.members(job)
     cluster = tf_regtopk.Cluster(job.num_devices, members.workers)
     payload = codecs.Codec().payload(job.num_selected, job.parameters)
     sent = {
