@@ -19,7 +19,9 @@ from tf_regtopk.distribute import replica_state
 from tf_regtopk.log import logger
 from tf_regtopk.optimizers import decentralized_checks as checks
 from tf_regtopk.optimizers import wrapper
+from tf_regtopk.saving import layouts
 from tf_regtopk.saving import replica_variables
+from tf_regtopk.saving import resuming
 from tf_regtopk.saving import saved_config
 from tf_regtopk.saving import saved_state
 from tf_regtopk.saving import worker_files
@@ -152,7 +154,7 @@ class DecentralizedSaving(wrapper.OptimizerWrapper):
         the means of the optimizer's variables. The gossip then starts anew from
         the weights, which the replicas must have by then.
         """
-        saved_state.check_replicas(saved)
+        resuming.check_replicas(saved)
         is_same = saved.num_replicas == self._num_replicas
         self._check_layout(saved.layout, is_same)
         ranks = self._zeroed.replicas
@@ -200,7 +202,7 @@ class DecentralizedSaving(wrapper.OptimizerWrapper):
     def _check_kept(self, values: Sequence[Sequence[np.ndarray]]) -> None:
         initial = self._kept_arrays()[0]
         for arrays in values:
-            saved_state.check_state([arrays], initial, len(initial))
+            resuming.check_state([arrays], initial, len(initial))
 
     def _assign_kept(self, values: Sequence[Sequence[np.ndarray]]) -> None:
         self._zeroed.assign_local([arrays[:1] for arrays in values])
@@ -302,7 +304,7 @@ def _check_layout_of(
     own: dict[str, Any],
     rule: str,
 ) -> None:
-    saved_state.check_layout(
+    layouts.check_layout(
         {name: saved.get(name) for name in names},
         {name: own.get(name) for name in names},
         rule,

@@ -16,6 +16,8 @@ from tf_regtopk import sparsifiers
 from tf_regtopk.distribute import replica_state
 from tf_regtopk.distribute import topology as topology_lib
 from tf_regtopk.optimizers import wrapper
+from tf_regtopk.saving import layouts
+from tf_regtopk.saving import resuming
 from tf_regtopk.saving import saved_config
 from tf_regtopk.saving import saved_state
 from tf_regtopk.saving import worker_files
@@ -84,10 +86,10 @@ class ReplicaSaving(wrapper.OptimizerWrapper):
 
     def load_state(self, saved: saved_state.SavedState) -> None:
         """Loads a `SavedState`, or raises and changes nothing."""
-        saved_state.check_replicas(saved)
+        resuming.check_replicas(saved)
         exchange = self._partition_for(saved)
         layout = self._layout_of(exchange)
-        saved_state.check_layout(self._completed(saved.layout, layout), layout)
+        layouts.check_layout(self._completed(saved.layout, layout), layout)
         state = exchange.feedback_state
         # Older ones could not have another than the sparsifier's.
         density = saved.moment.get("density", exchange.layout.default_density)
@@ -98,7 +100,7 @@ class ReplicaSaving(wrapper.OptimizerWrapper):
         ]
         ranks = state.replicas, state.num_replicas
         complete = worker_files.complete(saved, *ranks)
-        replicas = saved_state.state_of_replicas(
+        replicas = resuming.state_of_replicas(
             complete,
             *ranks,
             local,
@@ -106,7 +108,7 @@ class ReplicaSaving(wrapper.OptimizerWrapper):
             initial_memory,
         )
         split = len(local) + len(shared)
-        saved_state.check_state(
+        resuming.check_state(
             replicas, [*local, *shared, *initial_memory], split
         )
         for parts in replicas:
@@ -189,7 +191,7 @@ class ReplicaSaving(wrapper.OptimizerWrapper):
     ) -> dict[str, Any]:
         """The layout of a file of any version, to compare with one's own."""
         # Version 0.1.0 did not store these.
-        dense = saved_state.DENSE_VARIABLES
+        dense = layouts.DENSE_VARIABLES
         return {
             dense: own[dense],
             **layout,

@@ -23,6 +23,7 @@ import tensorflow as tf
 from tf_regtopk import keras_internals
 from tf_regtopk.distribute import strategy as strategy_lib
 from tf_regtopk.log import logger
+from tf_regtopk.saving import resuming
 from tf_regtopk.saving import saved_state
 
 # These suffixes stay at the end, because Keras tells files apart by them.
@@ -172,9 +173,9 @@ def complete(
     """
     files, loaded = _scope.get() or ((), [])
     loaded.append(saved)
-    if files and saved_state.needs_others(saved, replicas, num_replicas):
+    if files and resuming.needs_others(saved, replicas, num_replicas):
         existing = [file for file in files if _time_saved(file) is not None]
-        return saved_state.combine(
+        return resuming.combine(
             saved, [s for file in existing for s in read_states(file)]
         )
     return saved

@@ -20,7 +20,7 @@ from tf_regtopk.codecs import wire_report
 from tf_regtopk.distribute import reduce_scatter
 from tf_regtopk.distribute import topology
 from tf_regtopk.kernels import ownership
-from tf_regtopk.saving import saved_state
+from tf_regtopk.saving import layouts
 from tf_regtopk.steps import flat_buffer
 from tf_regtopk.steps import telemetry
 from tf_regtopk.steps import variable_rules
@@ -259,7 +259,7 @@ class Layout:
         has_double = any(v.dtype == "float64" for v in self.variables)
         return {
             "variables": _names_of(self.variables),
-            saved_state.DENSE_VARIABLES: _names_of(self.dense_variables),
+            layouts.DENSE_VARIABLES: _names_of(self.dense_variables),
             "shapes": shapes,
             "dtype": "float64" if has_double else "float32",
             "scope": self.choices.scope,
@@ -273,7 +273,7 @@ class Layout:
 
 def _names_of(variables: Sequence[keras.Variable]) -> list[str]:
     """The names of variables in a layout."""
-    return saved_state.canonical_names(
+    return layouts.canonical_names(
         [getattr(v, "path", v.name) for v in variables]
     )
 

@@ -24,6 +24,7 @@ from tf_regtopk import keras_internals
 from tf_regtopk.distribute import branches
 from tf_regtopk.distribute import replica_state
 from tf_regtopk.distribute import topology
+from tf_regtopk.saving import resuming
 from tf_regtopk.saving import saved_state
 from tf_regtopk.steps import flat_buffer
 from tf_regtopk.steps import variable_rules
@@ -170,7 +171,7 @@ class LocalAccumulation:
         count = check_saved(saved, self.num_batches)
         num_local = len(self._sums.replicas)
         initial = [*itertools.chain(*self._sums.initial_arrays())]
-        of_replicas = saved_state.accumulated_of_replicas(
+        of_replicas = resuming.accumulated_of_replicas(
             saved,
             replicas,
             num_replicas,
