@@ -14,7 +14,7 @@ from tf_regtopk.saving import worker_files
 FILES = ("m.keras", "m.weights.h5", "checkpoint")
 
 
-def make(strategy, sparsifier=None, scope="global", units=5, layers=("a", "b")):
+def make(strategy, sparsifier=None, units=5, layers=("a", "b"), **options):
     with strategy.scope():
         model = keras.Sequential(
             [
@@ -28,7 +28,7 @@ def make(strategy, sparsifier=None, scope="global", units=5, layers=("a", "b")):
             tf_regtopk.SparsifiedOptimizer(
                 keras.optimizers.SGD(0.1, momentum=0.9),
                 sparsifier or tf_regtopk.RegTopK(0.2),
-                scope=scope,
+                **options,
             ),
             "mse",
         )
@@ -78,6 +78,10 @@ OTHERS = {
     "scope": (
         {"scope": "per_variable"},
         "scope=per_variable. Received: scope=global",
+    ),
+    "densities": (
+        {"densities": {"*/a/kernel": 0.3}},
+        r"densities=\[0.3\]. Received: densities=\[\]",
     ),
     "order": ({"layers": ("b", "a")}, "variables="),
 }
@@ -184,10 +188,11 @@ def test_states_that_cannot_be_loaded(mirrored):
     assert resume_program.fingerprint(model) != before
 
 
-def test_dense_below_is_not_in_files_of_version_0_1_0(mirrored):
-    optimizer = make(mirrored(0)).optimizer
+def test_files_of_earlier_versions_lack_facts(mirrored):
+    optimizer = make(mirrored(0), densities={"*/a/kernel": 0.3}).optimizer
     state = optimizer.save_state()
-    del state.layout["dense_variables"]
+    for fact in ("dense_variables", "densities"):
+        del state.layout[fact]
     optimizer.load_state(state)
 
 

@@ -35,6 +35,7 @@ from tf_regtopk.optimizers import decentralized_checks as checks
 from tf_regtopk.optimizers import decentralized_saving
 from tf_regtopk.optimizers import exchange_schedule
 from tf_regtopk.optimizers import layer_mask as layer_mask_lib
+from tf_regtopk.optimizers import seeds
 from tf_regtopk.saving import saved_config
 from tf_regtopk.steps import cross_gradients as cross_gradients_lib
 from tf_regtopk.steps import flat_buffer
@@ -180,6 +181,7 @@ class DecentralizedOptimizer(decentralized_saving.DecentralizedSaving):
         )
         validation.check_boolean("average_at_end", average_at_end)
         super().__init__(inner_optimizer, name=name)
+        seeds.warn_if_shared(sparsifier, codec)
         self.topology = topology
         self.sparsifier = sparsifier
         self.codec = codec

@@ -190,11 +190,11 @@ class ReplicaSaving(wrapper.OptimizerWrapper):
         self, layout: dict[str, Any], own: dict[str, Any]
     ) -> dict[str, Any]:
         """The layout of a file of any version, to compare with one's own."""
-        # Version 0.1.0 did not store these.
-        dense = layouts.DENSE_VARIABLES
+        # Files of earlier versions lack these.
+        missing = {layouts.DENSE_VARIABLES, layouts.DENSITIES} - {*layout}
         return {
-            dense: own[dense],
             **layout,
+            **{name: own[name] for name in missing},
             **{
                 name: saved_config.complete(layout[name], record)
                 for name, record in self._compared_records().items()

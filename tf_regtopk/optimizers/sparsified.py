@@ -29,6 +29,7 @@ from tf_regtopk.optimizers import description
 from tf_regtopk.optimizers import momentum
 from tf_regtopk.optimizers import notices
 from tf_regtopk.optimizers import replica_saving
+from tf_regtopk.optimizers import seeds
 from tf_regtopk.optimizers import topology_argument
 from tf_regtopk.saving import saved_config
 from tf_regtopk.steps import auto_exchange
@@ -224,6 +225,7 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
         else:
             clipping_lib.warn_if_after_momentum(inner_optimizer, error_feedback)
         momentum.warn_if_doubled(inner_optimizer, error_feedback)
+        seeds.warn_if_shared(sparsifier, codec)
         self.sparsifier = sparsifier
         self.codec = codec
         self.error_feedback = error_feedback

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 import re
 from typing import Any
 
-# What a layout calls the variables that are exchanged densely.
+# What a layout calls the variables that are exchanged densely, and the
+# densities of variables that have their own.
 DENSE_VARIABLES = "dense_variables"
+DENSITIES = "densities"
 
 
 def canonical_names(names: Sequence[str]) -> list[str]:

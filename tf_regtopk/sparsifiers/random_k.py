@@ -35,6 +35,7 @@ class RandomK(base.Sparsifier):
         density: Float in (0, 1], or None. The share of entries that is sent.
             None is 0.1 %, but at least 1,000 entries.
         seed: Non-negative integer. Runs with one seed select the same entries.
+            A value codec that rounds at random needs another seed.
 
     Source: Stich, Cordonnier, Jaggi, "Sparsified SGD with Memory" (2018).
     """

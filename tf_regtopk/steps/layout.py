@@ -260,6 +260,7 @@ class Layout:
         return {
             "variables": _names_of(self.variables),
             layouts.DENSE_VARIABLES: _names_of(self.dense_variables),
+            layouts.DENSITIES: list(self.slots.own_densities),
             "shapes": shapes,
             "dtype": "float64" if has_double else "float32",
             "scope": self.choices.scope,

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from typing import TypeAlias
 
 import keras
+import numpy as np
 
 from tf_regtopk import validation
 
@@ -121,7 +122,7 @@ class VariableRules:
         if math.prod(variable.shape) < self.dense_below:
             return True
         if callable(self.dense):
-            return bool(self.dense(variable))
+            return _is_meant(self.dense, variable)
         return any(_matches(pattern, variable) for pattern in self.dense)
 
     def _own_density(self, variable: keras.Variable) -> float | None:
@@ -151,6 +152,21 @@ def _names(variable: keras.Variable) -> tuple[str, str, str]:
     """The name and the path; the latter also as that of a part of a model."""
     path = getattr(variable, "path", variable.name)
     return variable.name, path, f"/{path}"
+
+
+def _is_meant(
+    function: Callable[[keras.Variable], bool], variable: keras.Variable
+) -> bool:
+    """Returns what a function of the user's says of a variable."""
+    answer = function(variable)
+    # Patterns are a mistake: as an answer, any of them would mean "yes".
+    if isinstance(answer, Sequence | np.ndarray):
+        raise TypeError(
+            "`dense` must return True or False for each variable, or be a list "
+            f"of patterns itself. Received: {answer!r} for the variable "
+            f"{_names(variable)[1]}"
+        )
+    return bool(answer)
 
 
 def _check_patterns(name: str, patterns: Sequence[str]) -> None:

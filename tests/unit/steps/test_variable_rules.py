@@ -1,5 +1,7 @@
 """Which variables are exchanged densely, or at a density of their own."""
 
+import re
+
 import keras
 import numpy as np
 import pytest
@@ -121,3 +123,18 @@ def test_what_cannot_be_summed_is_in_no_slot():
     scale.overwrite_with_gradient = True
     slots = variable_rules.VariableRules(dense_below=99).slots([empty, scale])
     assert slots == ((), (), ())
+
+
+@pytest.mark.parametrize("answer", [["bias"], "no", np.array([True, False])])
+def test_a_function_that_does_not_say_yes_or_no(answer):
+    rules = variable_rules.VariableRules(0, lambda _: answer, {})
+    with pytest.raises(TypeError, match="`dense` must return True or False"):
+        rules.slots(make_variables())
+
+
+def test_a_function_may_return_a_match():
+    rules = variable_rules.VariableRules(
+        0, lambda v: re.search("bias", v.path), {}
+    )
+    variables = make_variables()
+    assert paths_of(rules.slots(variables).dense, variables) == ["head/bias"]
