@@ -201,9 +201,12 @@ def test_a_bad_gradient_of_one_replica_counts_as_zeros(mirrored):
     assert optimizer.skipped_steps.numpy() == 0
 
 
-def test_weights_that_are_lost_are_not_passed_on(mirrored):
+@pytest.mark.parametrize("values", ["float32", "float16", "natural"])
+def test_weights_that_are_lost_are_not_passed_on(values, mirrored):
     strategy = mirrored(2)
-    optimizer, variables = decentralized_program.make(strategy)
+    optimizer, variables = decentralized_program.make(
+        strategy, codec=tf_regtopk.Codec(values=values)
+    )
     take_step = tf.function(
         lambda: strategy.run(
             lambda: optimizer.apply(

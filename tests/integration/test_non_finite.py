@@ -75,10 +75,24 @@ def assert_same(actual, expected):
     tf.nest.map_structure(np.testing.assert_array_equal, actual, expected)
 
 
-@pytest.mark.parametrize("sparsifier", SPARSIFIERS)
-def test_no_replica_takes_the_step(sparsifier, mirrored):
+@pytest.mark.parametrize(
+    "sparsifier, values",
+    [
+        *((sparsifier, "float32") for sparsifier in SPARSIFIERS),
+        # Codecs that make infinity a finite value.
+        (SPARSIFIERS[0], "float16"),
+        (SPARSIFIERS[1], "bfloat16"),
+        (SPARSIFIERS[1], "natural"),
+        (SPARSIFIERS[0], "uniform"),
+        (SPARSIFIERS[1], "sign"),
+        (tf_regtopk.Dense(), "float16"),
+    ],
+)
+def test_no_replica_takes_the_step(sparsifier, values, mirrored):
     strategy = mirrored(3)
-    optimizer, variables, take_step = make(strategy, sparsifier)
+    optimizer, variables, take_step = make(
+        strategy, sparsifier, codec=tf_regtopk.Codec(values=values)
+    )
     take_step()
     before = state_of(strategy, optimizer, variables)
     for bad in ((2, 0, 6, np.nan), (1, 1, 0, np.inf), (0, 0, 0, -np.inf)):

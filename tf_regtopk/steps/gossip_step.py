@@ -6,6 +6,7 @@ from typing import TypeAlias
 import tensorflow as tf
 
 from tf_regtopk import error_feedback as error_feedback_lib
+from tf_regtopk import selection
 from tf_regtopk.codecs import header as header_lib
 from tf_regtopk.distribute import mixing_rules
 from tf_regtopk.distribute import neighbours as neighbours_lib
@@ -128,7 +129,9 @@ class GossipStep:
             rank,
         )
         magnitude = finiteness.largest_magnitude(
+            # As in a `SparseStep`.
             *([] if self._method.sparsifier.selects_non_finite else [a]),
+            selection.take(a, sent.indices),
             sent.values,
         )
         mark = self._marks(number, rank)

@@ -185,13 +185,9 @@ class SparseStep:
             # Not all entries have to be looked at if entries that are not
             # finite are always selected.
             *([] if self._method.sparsifier.selects_non_finite else [a]),
-            # What was selected is looked at as well if the codec may leave
-            # some of it out.
-            *(
-                [selection.take(a, sent.indices)]
-                if isinstance(self._method.payload_codec, codecs.ScatteredCodec)
-                else []
-            ),
+            # What was selected is looked at as well, because a codec may make
+            # infinity a finite value, or leave an entry out.
+            selection.take(a, sent.indices),
             sent.values,
         )
         changed = {
