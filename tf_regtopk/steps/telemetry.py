@@ -19,8 +19,8 @@ and what the others receive of them, `sent`:
 
 and what the sparsifier measures (`Sparsifier.measure`). With a `ReduceScatter`
 `sent`, `residual` and `age` are about what was selected, of which the owners
-keep a part. Ages take an array of J
-numbers, and are asked for by themselves.
+keep a part. Ages need an array of J numbers, and are measured only with
+`telemetry="ages"`.
 """
 
 from collections.abc import Sequence
@@ -46,9 +46,9 @@ def initial(
         has_ages: Whether ages are measured.
 
     Returns:
-        Tuple of a float tensor `[5, number of variables]`, the sums of the
-        squares of g, a, sent and a - sent and the numbers of selected entries;
-        of a float tensor `[J]`, the ages, or `[0]`; and of float scalars:
+        Tuple of a float tensor `[5, number of variables]`, the norms of g, a,
+        sent and a - sent and the numbers of selected entries; of a float
+        tensor `[J]`, the ages, or `[0]`; and of float scalars:
         `_SCALARS`, and those of the sparsifier.
     """
     num_scalars = len(_SCALARS) + len(sparsifier.measured)
@@ -89,29 +89,32 @@ def of_send(
     variable = tf.searchsorted(ends, indices, side="right")
 
     def by_variable(entries: tf.Tensor) -> tf.Tensor:
-        entries = tf.cast(entries, tf.float32)
         return tf.math.unsorted_segment_sum(entries, variable, len(sizes))
 
+    # In float64, because a float32 has no squares of 2e19 and more, and because
+    # millions of them are added one by one, and then subtracted.
+    def squared(entries: tf.Tensor) -> tf.Tensor:
+        return tf.square(tf.cast(entries, tf.float64))
+
     def squares(vector: tf.Tensor) -> tf.Tensor:
-        return tf.stack(
-            [
-                tf.cast(tf.reduce_sum(tf.square(part)), tf.float32)
-                for part in tf.split(vector, sizes)
-            ]
-        )
+        parts = tf.split(vector, sizes)
+        return tf.stack([tf.reduce_sum(squared(part)) for part in parts])
 
     squares_of_a = squares(a)
-    held_back = squares_of_a - by_variable(tf.square(a_sent))
-    residual = held_back + by_variable(tf.square(a_sent - values))
-    vectors = tf.stack(
+    held_back = squares_of_a - by_variable(squared(a_sent))
+    residual = held_back + by_variable(squared(a_sent - values))
+    norms = tf.sqrt(
         [
             squares(gradient),
             squares_of_a,
-            by_variable(tf.square(values)),
+            by_variable(squared(values)),
             # Rounding may leave less than nothing.
             tf.maximum(residual, 0),
-            by_variable(tf.ones_like(values)),
         ]
+    )
+    counts = by_variable(tf.ones_like(indices))
+    vectors = tf.concat(
+        [tf.cast(norms, tf.float32), [tf.cast(counts, tf.float32)]], axis=0
     )
     top_k = selection.select_largest(a, method.groups, step)
     mask = tf.scatter_nd(
@@ -193,8 +196,8 @@ def by_name(
     vectors, ages, *scalars = arrays
     found: dict[str, Any] = {}
     for name, of_variables in zip(_NORMS, vectors, strict=False):
-        found[name] = float(np.sqrt(of_variables.sum()))
-        found[f"{name}_by_variable"] = np.sqrt(of_variables)
+        found[name] = float(np.linalg.norm(of_variables.astype(np.float64)))
+        found[f"{name}_by_variable"] = of_variables
     found["selected"] = float(vectors[-1].sum())
     found["selected_by_variable"] = vectors[-1]
     if ages.size:

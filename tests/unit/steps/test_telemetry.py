@@ -129,13 +129,34 @@ def test_ages(mirrored):
     assert ages.max() > 1 and "age" not in telemetry_of_a_step(np.ones(4))
 
 
-def telemetry_of_a_step(gradient):
+def telemetry_of_a_step(gradient, density=0.01):
     variable = keras.Variable(np.zeros(len(gradient)), dtype="float32")
     optimizer = tf_regtopk.SparsifiedOptimizer(
-        keras.optimizers.SGD(0.1), tf_regtopk.TopK(0.01), telemetry=True
+        keras.optimizers.SGD(0.1), tf_regtopk.TopK(density), telemetry=True
     )
     optimizer.apply([keras.ops.cast(gradient, "float32")], [variable])
     return optimizer.telemetry()[0]
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e30])
+def test_norms_of_many_and_of_large_entries(scale):
+    """A float32 would sum a million squares wrongly, and hold no large one."""
+    normal = np.random.default_rng(0).standard_normal(1 << 20)
+    g = (scale * normal).astype(np.float32)
+    found = telemetry_of_a_step(g, density=1.0)
+    norm = np.linalg.norm(g.astype(np.float64))
+    assert found["gradient"] == pytest.approx(norm, rel=1e-6)
+    assert found["sent"] == pytest.approx(norm, rel=1e-6)
+    assert found["residual"] < 1e-6 * norm
+    half = telemetry_of_a_step(g, density=0.5)
+    small = np.sort(np.abs(g))[: 1 << 19].astype(np.float64)
+    assert half["residual"] == pytest.approx(np.linalg.norm(small), rel=1e-6)
+
+
+def test_counts_of_many_entries():
+    """A float32 cannot count beyond 2^24, one by one."""
+    found = telemetry_of_a_step(np.ones(20_000_000), density=0.9)
+    assert found["selected"] == 18_000_000
 
 
 def test_a_sample_that_fails():
