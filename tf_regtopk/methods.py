@@ -46,9 +46,10 @@ def recommended(
     r"""The most accurate setting found for a given number of bytes.
 
     RegTop-k with the learned shift, and one bit a value: the bytes that are
-    saved on values pay for about four times as many entries. Momentum enters
-    the residual errors at once, because those delay what it would spread over
-    steps; so the learning rate is that of training without compression.
+    saved on values pay for about four times as many entries. The
+    momentum of a gradient is added to the residual error at once, because
+    entries wait there for many steps anyway. The learning rate stays that of
+    training without compression.
 
     Args:
         inner: The learning rate of SGD: a float or a schedule. Or a Keras
@@ -125,8 +126,8 @@ def deep_gradient_compression(
             optimizer without momentum.
         momentum: Float m in [0, 1). With 0 it is Top-k with error accumulation.
         density: Float in (0, 1]. The share of the entries that is sent.
-        clip_norm: Positive float, or None. The norm to which the sum of the
-            gradients is clipped, as of `Accumulate`.
+        clip_norm: Positive float, or None. The norm to which gradients are
+            clipped: that of each replica to `clip_norm / sqrt(N)`.
         **options: Other arguments of `SparsifiedOptimizer`, such as `codec`.
 
     Returns:

@@ -224,6 +224,20 @@ def test_weights_that_are_lost_are_not_passed_on(values, mirrored):
     assert np.isfinite(first.numpy()).all()
 
 
+def test_no_weights_to_mix(mirrored):
+    strategy = mirrored(2)
+    with strategy.scope():
+        variable = keras.Variable(np.zeros([0, 3]), dtype="float32")
+        optimizer = tf_regtopk.DecentralizedOptimizer(keras.optimizers.SGD())
+        optimizer.build([variable])
+    strategy.run(
+        tf.function(lambda: optimizer.apply([tf.zeros([0, 3])], [variable]))
+    )
+    assert optimizer.iterations.numpy() == 1
+    with pytest.raises(ValueError, match="of several replicas that have wei"):
+        optimizer.wire_report()
+
+
 def test_missing_gradients_and_slices(mirrored):
     """Weights are mixed in any case; a row of an embedding is one's own."""
     strategy = mirrored(2)

@@ -210,7 +210,8 @@ class PayloadCodec:
         Returns:
             `(indices, values, is_valid)`: tensors `[N, k]`, `[N, k]` and `[N]`.
             Whatever the payloads hold, the indices lie in the gradient;
-            `is_valid` tells whether a payload held k rising indices.
+            `is_valid` tells whether a payload held k rising indices. (If one of
+            them is incomplete, the order of the others may go unchecked.)
 
         Raises:
             ValueError: If the payloads are of another length.

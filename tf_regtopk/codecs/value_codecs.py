@@ -29,7 +29,8 @@ from tf_regtopk.codecs import bit_packing
 from tf_regtopk.kernels import hashing
 from tf_regtopk.sizes import values as sizes
 
-# The step and the replica, scalar integers that stochastic rounding depends on.
+# The step, and a number that tells apart those who round in it: the rank of a
+# replica or more. Stochastic rounding depends on these scalar integers.
 Stream = tuple[int | tf.Tensor, int | tf.Tensor]
 
 # A float32 has its exponent here, by IEEE 754.

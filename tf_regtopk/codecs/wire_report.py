@@ -69,7 +69,10 @@ class WireReport:
 
     @property
     def ratio(self) -> float:
-        """Bytes of all gradients divided by the bytes that a replica sends."""
+        """Bytes of all gradients, divided by those of one payload.
+
+        The gradients that are sent densely count as a part of the payload.
+        """
         num_bytes = self.payload_bytes + self.dense_below_bytes
         return self.dense_bytes / max(num_bytes, 1)
 

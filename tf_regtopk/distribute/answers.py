@@ -89,7 +89,7 @@ def tables(weights: np.ndarray, is_mutual: bool) -> Tables:
 
 
 class AnsweringNeighbours(neighbours.Neighbours):
-    """Neighbours of whom each may be told something else.
+    """Neighbours, each of which gets a vector of its own.
 
     A replica has D places for neighbours. Replicas with fewer than D of them
     have themselves in the places that are left, and take nothing of these.
@@ -97,8 +97,8 @@ class AnsweringNeighbours(neighbours.Neighbours):
     Args:
         steps: As of `Neighbours`.
         weights: As of `Neighbours`.
-        answers: Whether `answer` is to be called. Who meets has to hear of each
-            other then, so that there may be no `Cycle`.
+        answers: Whether `answer` is to be called. Both of two replicas that
+            meet must receive then, so that no group may be a `Cycle`.
 
     Raises:
         ValueError: As of `Neighbours`, or if there is a `Cycle`.

@@ -7,6 +7,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_regtopk import keras_internals
+from tf_regtopk.distribute import strategy as strategy_lib
 from tf_regtopk.distribute import watchdog
 from tf_regtopk.kernels import words
 
@@ -174,10 +175,16 @@ def gather_from_workers(
         strategy: The `tf.distribute.Strategy` of the workers.
 
     Returns:
-        Array `[number of replicas, number of integers]`.
+        Array `[number of replicas, number of integers]`, the replicas of the
+        first worker first.
     """
-    gathered = strategy.run(_gather_numbers, (tf.constant(numbers, tf.int32),))
-    return strategy.experimental_local_results(gathered)[0].numpy()
+    worker, _ = strategy_lib.worker_number(strategy)
+    gathered = strategy.run(
+        _gather_numbers, (tf.constant([worker, *numbers], tf.int32),)
+    )
+    rows = strategy.experimental_local_results(gathered)[0].numpy()
+    # TensorFlow orders workers by their names: task 10 comes before task 2.
+    return rows[np.argsort(rows[:, 0], kind="stable"), 1:]
 
 
 def _gather_in_replica(numbers: tf.Tensor) -> tf.Tensor:

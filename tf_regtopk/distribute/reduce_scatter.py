@@ -46,7 +46,8 @@ class ReduceScatter(topology.EntryTopology):
         capacity: Float of at least 1: the most entries from one participant to
             one owner, in units of k / N, rounded up.
         keep: Positive float: the most sums that an owner keeps, in units of
-            k / N, rounded up. `keep = capacity * N` keeps all sums.
+            k / N, rounded up. `keep = capacity * N` keeps all sums, but for
+            what `capacity` was rounded up; `keep = N * N` keeps all of them.
         hierarchical: Boolean, by its name only. Whether every worker acts as
             one.
 

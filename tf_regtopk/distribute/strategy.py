@@ -21,7 +21,7 @@ _REDUCIBLE = (
 
 
 def worker_number(strategy: tf.distribute.Strategy) -> tuple[int, int]:
-    """`(number of this worker, number of workers)` of a `tf.distribute` one."""
+    """`(number of this worker, number of workers)` of a strategy."""
     return _number_in(getattr(strategy, "cluster_resolver", None))
 
 

@@ -12,6 +12,7 @@ from tf_regtopk import validation
 from tf_regtopk.error_feedback import base
 from tf_regtopk.error_feedback import equations
 from tf_regtopk.error_feedback import error_accumulation
+from tf_regtopk.sizes import selected
 
 
 @keras.saving.register_keras_serializable(package="tf_regtopk")
@@ -30,13 +31,15 @@ class CompressedDownlink(base.ErrorFeedback):
     Sparse ternary compression as a whole is
     `tf_regtopk.methods.sparse_ternary_compression`.
 
-    In an all-gather there is no way back, every replica computes the same, and
-    no byte is saved: this is to compare with, and for who relays aggregates.
+    An all-gather sends no sum back: every replica computes the aggregate
+    itself, and no byte is saved. This rule is for comparisons, and for programs
+    that pass aggregates on.
 
     Args:
         error_feedback: `ErrorFeedback`, the rule for the way there. Defaults
             to `Accumulate()`.
-        density: Float in (0, 1], or None for that of the sparsifier.
+        density: Float in (0, 1], or None for the share of the entries that
+            replicas send in the step.
         codec: `Codec`, how the entries are written. Defaults to ternary values.
 
     Source: Sattler, Wiedemann, Mueller, Samek, "Robust and
@@ -122,7 +125,7 @@ class CompressedDownlink(base.ErrorFeedback):
         total, inner = self.error_feedback.aggregate(shared[1:], total, step)
         a = shared[0] + total
         density = step.density if self.density is None else self.density
-        k = max(1, round(density * a.shape[0]))
+        k = selected.num_selected(density, a.shape[0])
         indices = selection.select_largest(
             a, [selection.Group(a.shape[0], k)], step.number
         )

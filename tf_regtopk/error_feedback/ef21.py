@@ -15,7 +15,7 @@ from tf_regtopk.error_feedback import momentum_of_sum
 class EF21(base.ErrorFeedback):
     r"""EF21: the replicas send what changes in their gradients.
 
-        a = v - h,          h = h + sent,           v = (1 - eta) v + eta g
+        v = (1 - eta) v + eta g,    a = v - h,      h = h + sent
         aggregate = H = H + total                   H: the sum of all h
 
     With eta = 1, v is g itself; with less this is EF21-SGDM, for stochastic

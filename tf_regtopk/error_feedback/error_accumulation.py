@@ -65,7 +65,11 @@ class Accumulate(base.ErrorFeedback):
         )
         if self.clip_norm is not None:
             # The limit is above 0, as a smaller norm would be 0 in float32.
-            self._check_number("clip_norm", "positive", lambda c: c > 1e-37)
+            self._check_number(
+                "clip_norm",
+                "positive, and at least 1e-37",
+                lambda c: c >= 1e-37,
+            )
 
     @property
     def num_local(self) -> int:

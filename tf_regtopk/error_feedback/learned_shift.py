@@ -20,10 +20,10 @@ class LearnedShift(base.ErrorFeedback):
         a = e + g - h,      e = a - sent,           h = h + rate sent
         aggregate = H + total,                      H = H + rate total
 
-    H is the sum of all h. At a fixed point h is the local gradient (at once,
-    g / (1 - m)), so that what is left to send goes to zero. The aggregates of
-    all steps and the errors add up to all gradients: nothing is lost. With
-    local momentum m, for which the inner optimizer is plain SGD:
+    H is the sum of all h. At a fixed point h is the local gradient g, or
+    g / (1 - m) at once, so that what is left to send goes to zero. The
+    aggregates of all steps and the errors add up to all gradients: nothing is
+    lost. With local momentum m, for which the inner optimizer is plain SGD:
 
         u = m u + g - h,    a = e + u,              e = a - sent
         p = m p + H,        aggregate = total + p

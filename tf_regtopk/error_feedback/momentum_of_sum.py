@@ -60,7 +60,7 @@ class MomentumOfSum(base.ErrorFeedback):
     ) -> tuple[tf.Tensor, base.Tensors]:
         del step
         if not self.momentum:
-            return total, shared
+            return self.scale * total, shared
         u = self.momentum * shared[0] + self.scale * total
         return u, (u,)
 

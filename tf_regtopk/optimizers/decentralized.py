@@ -41,6 +41,7 @@ from tf_regtopk.steps import cross_gradients as cross_gradients_lib
 from tf_regtopk.steps import flat_buffer
 from tf_regtopk.steps import gossip
 from tf_regtopk.steps import own_gradients
+from tf_regtopk.steps import variable_rules
 
 # Function of variables, and of other values for them, that returns the
 # gradients of this replica's loss at these values.
@@ -237,9 +238,12 @@ class DecentralizedOptimizer(decentralized_saving.DecentralizedSaving):
         self._zeroed = replica_state.ReplicaState(
             lambda: tf.constant(0, tf.int64)
         )
-        # A single replica has nobody to exchange with.
+        # A single replica has nobody to exchange with, and replicas without
+        # weights nothing.
         self._gossip = None
-        if self._num_replicas > 1:
+        if self._num_replicas > 1 and any(
+            map(variable_rules.can_be_summed, variables)
+        ):
             self._gossip = gossip.Gossip(
                 variables,
                 gossip.Choices(
@@ -477,13 +481,15 @@ class DecentralizedOptimizer(decentralized_saving.DecentralizedSaving):
         """Returns the bytes that each replica sends per step, to print.
 
         Raises:
-            ValueError: If the optimizer is not built, or there is a single
-                replica, which sends nothing.
+            ValueError: If the optimizer is not built, or nothing is sent: by a
+                single replica, or without weights.
         """
         training_validation.check_built(self, "wire_report")
         if self._gossip is None:
             raise ValueError(
-                "`wire_report` must be asked of several replicas. Received: 1"
+                "`wire_report` must be asked of several replicas that have "
+                f"weights. Received: {self._num_replicas} with the shapes "
+                f"{[tuple(v.shape) for v in self._trainable_variables]}"
             )
         return self._gossip.wire_report(self.communication_period)
 

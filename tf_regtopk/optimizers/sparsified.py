@@ -69,7 +69,8 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
     gradients, the next step that is skipped and the end of `fit` warn of it.
 
     Without a strategy, or with a single replica, nothing is exchanged, but
-    entries are selected all the same.
+    entries are selected all the same, unless `exchange` is `"dense"` or
+    `"auto"`.
 
     The residual errors and what the sparsifier remembers are saved and loaded
     with the model, by Keras and by `tf.train.Checkpoint`, and training goes on
@@ -93,8 +94,8 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
             gradients, in the order of the trainable variables;
             `"per_variable"` selects in each variable separately. A variable
             whose gradient is None stays as it is, and so does its residual
-            error. `tf.IndexedSlices` (of embeddings)
-            reach the inner optimizer as dense gradients.
+            error. `tf.IndexedSlices` (of embeddings) reach the inner optimizer
+            as dense gradients.
         dense_below: Variables with fewer entries than this are exchanged
             densely, by an all-reduce, and have no residual error, but the
             momentum of `error_feedback` (and a `clip_norm` of their own).

@@ -139,7 +139,7 @@ def _bounds(
     samples = tf.gather(scores, tf.range(p.num_samples) * stretch + offset)
     keys = keys_lib.in_rows(keys_lib.order_preserving(samples), [p.num_samples])
 
-    # Only the upper half of a key is searched, because that makes a good enough
+    # GPUs search only the upper half of a key, because that makes a good enough
     # bound. (Scores that all have the same upper half are all searched.)
     num_bits = 4 * keys.rows.dtype.size + 2
 

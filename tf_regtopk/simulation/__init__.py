@@ -4,7 +4,8 @@ For research on small problems, of which the exchange between replicas would
 take all the time: all steps of all workers are one call, on one device, without
 a strategy. The step itself is the one of `SparsifiedOptimizer`
 (`steps/round.py`) or of `DecentralizedOptimizer` (`steps/gossip_round.py`),
-taken for one worker after the other.
+taken for one worker after the other. A `SparseDescent` skips no step: NaN stays
+in the weights.
 
     optimizer = tf_regtopk.SparsifiedOptimizer(
         keras.optimizers.SGD(0.01), tf_regtopk.RegTopK(density=0.1))

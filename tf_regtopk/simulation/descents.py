@@ -172,10 +172,10 @@ class SparseDescent(NamedTuple):
         """Measures the step that `step` would take.
 
         Args:
-            state: As of `step`, and so the others.
-            gradients: See above.
-            t: See above.
-            rate: See above.
+            state: As of `step`.
+            gradients: As of `step`.
+            t: As of `step`.
+            rate: As of `step`.
 
         Returns:
             For each worker what `telemetry.of_settle` returns, of one variable

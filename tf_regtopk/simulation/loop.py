@@ -45,7 +45,9 @@ def gradient_descent(
         `[num_steps / measure_every, ...]`.
 
     Raises:
-        ValueError: If `measure_every` does not divide `num_steps`.
+        TypeError: If a number of steps is no integer.
+        ValueError: If it is less than 1, or if `measure_every` does not divide
+            `num_steps`.
 
     Example:
 
@@ -65,6 +67,7 @@ def gradient_descent(
     >>> run(tf.zeros([2]), 0.5, (centres,)).numpy().round(2)
     array([1.35, 0.7 , 0.31], dtype=float32)
     """
+    validation.check_integer("num_steps", num_steps, minimum=1)
     validation.check_integer("measure_every", measure_every, minimum=1)
     if num_steps % measure_every:
         raise ValueError(

@@ -101,7 +101,7 @@ class Scattered(NamedTuple):
         n, share = num_owners, share_of(size, num_owners)
         to_owner = min(math.ceil(min(capacity, n) * k / n), share, k)
         most = n * to_owner
-        to_all = min(math.ceil(min(keep, most) * k / n), share, most)
+        to_all = min(math.ceil(min(keep * k / n, most)), share, most)
         return cls(share, to_owner, to_all)
 
     @property

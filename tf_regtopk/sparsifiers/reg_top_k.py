@@ -108,8 +108,8 @@ class RegTopK(base.Sparsifier):
         # divided by a larger one would be 0.
         self._check_number(
             "mu",
-            "a positive number of at most 1e30",
-            lambda mu: 1e-37 < mu <= 1e30,
+            "from 1e-37 to 1e30",
+            lambda mu: 1e-37 <= mu <= 1e30,
         )
         self._check_number("q", "a non-negative number", lambda q: q >= 0)
         validation.check_choice(

@@ -14,7 +14,8 @@ from tf_regtopk.distribute import collectives
 from tf_regtopk.steps import layout as layout_lib
 from tf_regtopk.steps import partition as partition_lib
 
-# Timed runs of each, if in the first no other is slower by a factor of
+# Timed runs of each exchange. One run is enough if all others take this ratio
+# times as long as the fastest.
 _NUM_RUNS = 5
 _CLEAR_RATIO = 2.0
 # The dense exchange loses nothing, and owners keep fewer entries than an
@@ -36,12 +37,13 @@ def measure(
     workers at the same time.
 
     Args:
-        exchanges: Dict from name to function of no arguments, for a replica
-            context; each returns a tensor that is there when it is done.
+        exchanges: Dict from the names of two exchanges or more to functions of
+            no arguments, for a replica context; each returns a tensor that is
+            there when the exchange is done.
 
     Returns:
         Dict from name to seconds, the same on every worker: the slowest
-        replica's median.
+        worker's median.
     """
     strategy = tf.distribute.get_strategy()
     runs = {

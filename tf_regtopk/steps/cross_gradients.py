@@ -44,9 +44,10 @@ class CrossGradients(hyper_parameters.HyperParameters):
         g_i = (1 - alpha) sum over j of W_ij grad F_i(x_j)
               + alpha sum over j of W_ij C(grad F_j(x_i))    j = i included
 
-    Each replica takes the gradient of its batch at the weights of each of its
-    neighbours, which is one more forward and backward pass for each. (All take
-    as many passes, those of the replica and the step with most neighbours.)
+    where C changes nothing for j = i. Each replica takes the gradient of its
+    batch at the weights of each of its neighbours, which is one more forward
+    and backward pass for each. (All replicas take as many passes as the one
+    with the most neighbours in any step.)
     Where alpha > 0 it sends the result back to that neighbour, as the codec C
     writes it: one payload more for each that is sent. With plain values this is
     NGC, and with `Codec(values="sign")` CompNGC.

@@ -68,8 +68,8 @@ class FlatBuffer:
         )
         if buffer.size >= 2**31:
             raise ValueError(
-                "The variables exchanged sparsely must have fewer than 2^31 "
-                f"entries in all. Received: {buffer.size} entries"
+                "Variables that are exchanged as one vector must have fewer "
+                f"than 2^31 entries in all. Received: {buffer.size} entries"
             )
         return buffer
 

@@ -268,7 +268,7 @@ def _checks(flags: tf.Tensor, senders: tf.Tensor) -> list[tf.Operation | None]:
 
     with tf.device("CPU:0"):
         are_alike, are_finite, are_valid = tf.unstack(tf.identity(flags))
-        # What another step sends says nothing.
+        # The other flags mean nothing if a sender is at another step.
         is_other_step = ~tf.reduce_all(are_alike)
         return [
             check(

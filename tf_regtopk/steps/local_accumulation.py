@@ -241,7 +241,7 @@ class LocalAccumulation:
         self, gradients: Sequence[tf.Tensor | None]
     ) -> list[tf.Tensor | None]:
         """The mean over the m batches, of which `gradients` are the last."""
-        # Others than these are no summands: the last of them count.
+        # Gradients of other variables are not added up: the last ones are used.
         means = list(gradients)
         totals = self._sums.variables()
         for slot, total in zip(self._slots, totals, strict=True):

@@ -59,7 +59,7 @@ class Missing:
     def applied(self, indices: tf.Tensor, values: tf.Tensor) -> tf.Tensor:
         """Values `[k]`, 0 where nothing is applied of what was sent.
 
-        A codec may make something of the zeros of a missing gradient.
+        A codec may decode the zeros of a missing gradient as other values.
         """
         return tf.where(self.covers(indices), tf.zeros_like(values), values)
 

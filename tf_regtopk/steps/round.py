@@ -187,7 +187,8 @@ def settle(
 ) -> tuple[tuple[tf.Tensor, ...], tuple[tf.Tensor, ...]]:
     """Clears the error and remembers what became of the entries, on a replica.
 
-        local  = update(a, sent, total)
+        local  = update(local, sent, total)
+        local  = add_error(local, taken_over)           of an owner
         memory = remember(memory, sent, total at s)
 
     Args:

@@ -245,8 +245,10 @@ class SparseStep:
         """The aggregate; assigns the state after the step.
 
         Args:
-            entries: `(indices, values)` of all replicas, `[N, k]` each.
-            sent: `(indices, values)` of this one, `[k]` each.
+            entries: `(indices, values)` of all replicas, from `decode`,
+                `[N, n]` each; no indices where all entries are sent. Indices
+                are held words.
+            sent: `(indices, values)` of this one, `[k]` each, likewise.
             state: `round.State` of variables, whose local ones are those of
                 `round.Sent`.
             moment: `error_feedback.Moment`.

@@ -1,6 +1,7 @@
 """The rules by which variables are exchanged densely, or at another density."""
 
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
@@ -94,6 +95,7 @@ class VariableRules:
             variables: List of the trainable variables.
 
         Raises:
+            TypeError: If a function returns patterns.
             ValueError: If a pattern matches none of them.
         """
         if not callable(self.dense):
@@ -171,8 +173,10 @@ def _is_meant(
 
 def _check_patterns(name: str, patterns: Sequence[str]) -> None:
     """Raises unless all patterns are strings, and not one string for all."""
-    if isinstance(patterns, str) or not all(
-        isinstance(pattern, str) for pattern in patterns
+    if (
+        isinstance(patterns, str)
+        or not isinstance(patterns, Iterable)
+        or not all(isinstance(pattern, str) for pattern in patterns)
     ):
         raise TypeError(
             f'`{name}` must be given patterns of names such as `["bias"]`. '

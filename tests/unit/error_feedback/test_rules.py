@@ -359,7 +359,7 @@ def test_huge_gradients_are_clipped_as_well():
         (
             lambda: tf_regtopk.Accumulate(clip_norm=0),
             ValueError,
-            "`clip_norm` must be positive. Received: clip_norm=0",
+            "`clip_norm` must be positive, and at .*Received: clip_norm=0",
         ),
         (
             lambda: tf_regtopk.EF21(momentum=0),
@@ -423,3 +423,10 @@ def test_huge_gradients_are_clipped_as_well():
 def test_bad_arguments(make_rule, error, message):
     with pytest.raises(error, match=message):
         make_rule()
+
+
+def test_the_scale_of_a_momentum_of_0():
+    rule = error_feedback.MomentumOfSum(0.0, scale=0.5, clip_norm=1.0)
+    step = error_feedback.Step(1, 1.0, tf.zeros([]), tf.constant(0))
+    aggregate, shared = rule.aggregate((), tf.constant([2.0]), step)
+    assert aggregate.numpy().tolist() == [1.0] and shared == ()

@@ -62,6 +62,12 @@ def test_auto_is_the_shortest_code(k_and_size):
         assert chosen == min(lengths)
 
 
+@pytest.mark.parametrize("n, k", [(8, 2), (4, 100), (3, 7)])
+def test_owners_can_keep_all_sums(n, k):
+    numbers = payload_sizes.Scattered.of(1000, n, k, 1.5, keep=n * n)
+    assert numbers.to_all == min(n * numbers.to_owner, numbers.share)
+
+
 @pytest.mark.parametrize("values", value_sizes.CODES)
 @pytest.mark.parametrize("size, n, k", [(1000, 4, 20), (999, 32, 500)])
 def test_owners_get_and_send_as_counted(size, n, k, values):

@@ -140,9 +140,9 @@ def test_small_mu_is_top_k():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"mu": 0}, "`mu` must be a positive number .* Received: mu=0"),
-        ({"mu": 1e60}, "`mu` must be .* at most 1e30. Received: mu=1e"),
-        ({"mu": -1.0}, "`mu` must be a positive number .* Received: mu=-1"),
+        ({"mu": 0}, "`mu` must be from 1e-37 .* Received: mu=0"),
+        ({"mu": 1e60}, "`mu` must be .* to 1e30. Received: mu=1e"),
+        ({"mu": -1.0}, "`mu` must be from 1e-37 .* Received: mu=-1"),
         ({"mu": math.nan}, "`mu` must be .* Received: mu=nan"),
         ({"mu": True}, "`mu` must be .* Received: mu=True"),
         ({"q": -1}, "`q` must be a non-negative number. Received: q=-1"),

@@ -138,3 +138,9 @@ def test_a_function_may_return_a_match():
     )
     variables = make_variables()
     assert paths_of(rules.slots(variables).dense, variables) == ["head/bias"]
+
+
+@pytest.mark.parametrize("dense", [None, 5])
+def test_dense_that_is_no_list(dense):
+    with pytest.raises(TypeError, match="`dense` must be given patterns"):
+        variable_rules.VariableRules(dense=dense)
