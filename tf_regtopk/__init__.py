@@ -22,7 +22,8 @@ What there is, and for what:
                               CrossGradientTraining for data that differ much
     methods                   complete methods: recommended, and published
     MultiWorkerMirroredStrategy  for `fit` on several hosts
-    Monitor, DensityWarmup    callbacks: numbers in the logs, more entries first
+    Monitor, DensityDecay,    callbacks: numbers in the logs, more entries while
+      DensityWarmup           the learning rate is large, or in the first epochs
     Backup, load_scope,       saving and resuming, on several hosts as well
       worker_path
 
@@ -43,6 +44,7 @@ if not _needs_no_tensorflow():
     from tf_regtopk.callbacks.consensus import ConsensusDistance
     from tf_regtopk.callbacks.consensus import EvaluateAverage
     from tf_regtopk.callbacks.consensus import tracked
+    from tf_regtopk.callbacks.density_decay import DensityDecay
     from tf_regtopk.callbacks.density_warmup import DensityWarmup
     from tf_regtopk.callbacks.load_scope import load_scope
     from tf_regtopk.callbacks.monitor import Monitor
@@ -120,6 +122,7 @@ __all__ = [
     "CrossGradients",
     "DecentralizedOptimizer",
     "Dense",
+    "DensityDecay",
     "DensityWarmup",
     "EntryTopology",
     "ErrorFeedback",

@@ -55,7 +55,11 @@ _NOT_OF_A_RUN = (
     "tuning_seeds",
 )
 # Of flags that came later, the value of the runs from before.
-VALUES_BEFORE = {"inner_optimizer": "sgd", "look_ahead": "none"}
+VALUES_BEFORE = {
+    "inner_optimizer": "sgd",
+    "look_ahead": "none",
+    "density_phases": 1,
+}
 # What most comparisons lack: the same without error feedback, and others'
 # answers to its weakness.
 _METHODS = (

@@ -22,6 +22,7 @@ import training_programs
 import worker_data
 
 from tf_regtopk.kernels import tracing
+from tf_regtopk.sizes import density_decay
 
 # Steps between two files of a run, and between two measurements of a step.
 _SAVE_EVERY = 500
@@ -47,6 +48,13 @@ def define_flags(output_dir, learning_rates, batch_size):
         "Share of the steps in which the learning rate rises.",
         lower_bound=0.0,
         upper_bound=0.5,
+    )
+    flags.DEFINE_integer(
+        "density_phases",
+        1,
+        "In how many parts of the steps the density follows the learning rate, "
+        "as of DensityDecay. --density is the mean.",
+        lower_bound=1,
     )
     flags.DEFINE_enum(
         "look_ahead",
@@ -110,6 +118,17 @@ def learning_rate_at(step, num_steps, peak, warm_up, schedule):
     return peak * (1 + math.cos(math.pi * progress)) / 2
 
 
+def _densities(num_steps, args):
+    """The density of each step, by `--density_phases`."""
+    if args.density_phases == 1:
+        return [args.density] * num_steps
+    rates = [
+        learning_rate_at(t, num_steps, 1.0, args.warm_up, args.schedule)
+        for t in range(num_steps)
+    ]
+    return density_decay.densities(rates, args.density, args.density_phases)
+
+
 def train(task, args, is_tuning, method, learning_rate, seed):
     """One run, as of `image_training.train`, without a strategy.
 
@@ -138,7 +157,7 @@ def train(task, args, is_tuning, method, learning_rate, seed):
     keras.backend.clear_session()  # The run before is not needed any more.
     keras.utils.set_random_seed(seed)
     model = task.build_model()
-    run = _Run(model, method, args)
+    densities = _densities(num_steps, args)
     weights = tf.concat(
         [tf.reshape(v, [-1]) for v in model.trainable_variables], axis=0
     )
@@ -148,9 +167,12 @@ def train(task, args, is_tuning, method, learning_rate, seed):
         f"unfinished_{_file_name(method)}_{learning_rate:g}_{seed}_{num_steps}"
         f"_{'tuning' if is_tuning else 'test'}.npz",
     )
-    first, arrays = 0, run.start(weights)
+    first = 0
     if path.exists():
         first, arrays, record = _load(path)
+    run = _Run(model, method, args, densities[max(first - 1, 0)])
+    if not first:
+        arrays = run.start(weights)
     title = f"{method}, {learning_rate:g}, {seed}"
     for t in tqdm.trange(
         first,
@@ -164,6 +186,9 @@ def train(task, args, is_tuning, method, learning_rate, seed):
         rate = learning_rate_at(
             t, num_steps, learning_rate, args.warm_up, args.schedule
         )
+        if run.is_sparse and densities[t] != run.density:
+            run = _Run(model, method, args, densities[t])
+            arrays = run.go_on(arrays)
         gradients = run.gradients(
             rate, arrays, images[numbers[t]], labels[numbers[t]]
         )
@@ -178,7 +203,12 @@ def train(task, args, is_tuning, method, learning_rate, seed):
         if done % _SAVE_EVERY == 0 and done < num_steps:
             _save(path, done, arrays, record)
     path.unlink(missing_ok=True)
-    return {**record, "bytes_a_step": run.bytes_a_step}
+    num_bytes = [
+        densities.count(density)
+        * training_programs.Method(method, args, model, density).bytes_a_step
+        for density in sorted({*densities})
+    ]
+    return {**record, "bytes_a_step": round(sum(num_bytes) / num_steps)}
 
 
 class _Run:
@@ -186,15 +216,16 @@ class _Run:
 
     Args:
         model: A built Keras model.
-        method: As of `methods.make_optimizer`.
+        method: As of `methods.make_optimizer`, and so the density.
         args: The flags.
+        density: See above; None for that of the flags.
     """
 
-    def __init__(self, model, method, args):
+    def __init__(self, model, method, args, density=None):
         network = training_programs.Network(model)
-        self._method = training_programs.Method(method, args, model)
+        self._method = training_programs.Method(method, args, model, density)
+        self.density = density
         self.is_sparse = self._method.is_sparse
-        self.bytes_a_step = self._method.bytes_a_step
 
         @tf.function(autograph=False)
         def gradients(weights, images, labels):
@@ -224,6 +255,9 @@ class _Run:
 
     def start(self, weights):
         return self._method.start(weights)
+
+    def go_on(self, arrays):
+        return self._method.go_on(arrays)
 
     def gradients(self, rate, arrays, images, labels):
         weights = arrays[0]

@@ -99,14 +99,15 @@ class Method:
         name: As of `methods.make_optimizer`.
         args: The flags.
         model: A built Keras model.
+        density: As of `methods.make_optimizer`; None for that of the flags.
     """
 
-    def __init__(self, name, args, model):
+    def __init__(self, name, args, model, density=None):
         optimizer = methods.make_optimizer(
             name,
             args,
             1.0,
-            args.density,
+            args.density if density is None else density,
             args.momentum,
             adam=args.inner_optimizer == "adam",
         )
@@ -127,6 +128,16 @@ class Method:
     def start(self, weights):
         """The list of arrays of the state before the first step."""
         return tf.nest.flatten(self._descent.initial_state(weights))
+
+    def go_on(self, arrays):
+        """The state after steps with another density.
+
+        What the sparsifier remembers of the last one is dropped, as by
+        `SparsifiedOptimizer.set_density`.
+        """
+        before = self._state(arrays[0], arrays)
+        start = self._descent.initial_state(before.weights)
+        return tf.nest.flatten(before._replace(memory=start.memory))
 
     def step(self, gradients, t, learning_rate, *arrays):
         """Those after a step, of which the weights are the first."""

@@ -47,6 +47,7 @@ PUBLIC = {
     "Codec",
     "CompressedDownlink",
     "Dense",
+    "DensityDecay",
     "DensityWarmup",
     "EF21",
     "ErrorFeedback",

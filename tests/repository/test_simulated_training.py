@@ -22,6 +22,7 @@ ARGS = types.SimpleNamespace(
     evaluate_every=2,
     schedule="constant",
     look_ahead="none",
+    density_phases=1,
     warm_up=0.0,
     split="iid",
     shard_sizes="equal",
@@ -93,10 +94,14 @@ def test_steps_are_those_of_the_strategy(
     )
 
 
-@pytest.mark.parametrize("method", ["dense", "shift_at_once_sign"])
+@pytest.mark.parametrize(
+    "method, num_phases",
+    [("dense", 1), ("shift_at_once_sign", 1), ("shift_at_once_sign", 3)],
+)
 def test_goes_on_where_it_was_stopped(
-    task, args, weights_after, monkeypatch, method
+    task, args, weights_after, monkeypatch, method, num_phases
 ):
+    args.schedule, args.density_phases = "cosine", num_phases
     whole = simulated_training.train(task, args, False, method, RATE, SEED)
     [*expected] = weights_after
 
@@ -203,6 +208,33 @@ def test_telemetry(task, args, monkeypatch):
         assert numbers["residual"] > 0
     dense = simulated_training.train(task, args, False, "dense", RATE, SEED)
     assert not dense["telemetry"]
+
+
+def test_the_density_follows_the_learning_rate(task, args, monkeypatch):
+    """In phases, with the residual errors of the one before."""
+    args.schedule, args.density_phases = "cosine", 2
+    step, runs, before = simulated_training._Run.step, [], []
+
+    def noted(self, gradients, t, rate, arrays):
+        runs.append(self)
+        before.append(arrays)
+        return step(self, gradients, t, rate, arrays)
+
+    monkeypatch.setattr(simulated_training._Run, "step", noted)
+    found = simulated_training.train(task, args, False, "regtopk", RATE, SEED)
+    assert [run is runs[0] for run in runs] == [True] * 3 + [False] * 3
+    first, second = runs[0].density, runs[-1].density
+    assert first > 0.1 > second
+    assert (first + second) / 2 == pytest.approx(0.1, rel=1e-3)
+    # The residual errors stay, and what RegTop-k remembers is dropped.
+    [errors] = [a.numpy() for a in before[3] if a.shape == [2, 63]]
+    assert np.count_nonzero(errors)
+    assert np.isnan(before[3][-1]).all() and not np.isnan(before[4][-1]).any()
+    bytes_a_step = [
+        training_programs.Method("regtopk", args, build_model(), d).bytes_a_step
+        for d in (first, second)
+    ]
+    assert found["bytes_a_step"] == round(np.mean(bytes_a_step))
 
 
 @pytest.mark.parametrize("schedule, last", [("constant", 2.0), ("cosine", 0.0)])

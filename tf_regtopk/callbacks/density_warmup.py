@@ -1,15 +1,13 @@
 """Warm-up of the density under `model.fit`."""
 
 from collections.abc import Iterable
-from typing import Any
-
-import keras
 
 from tf_regtopk import validation
-from tf_regtopk.optimizers import of_models
+from tf_regtopk.callbacks import density_of_epoch
+from tf_regtopk.optimizers import wrapper
 
 
-class DensityWarmup(keras.callbacks.Callback):
+class DensityWarmup(density_of_epoch.DensityOfEpoch):
     """Sends more entries in the first epochs than later.
 
     Epoch i, counted from 0, trains with `densities[i]`, and the epochs after
@@ -53,22 +51,10 @@ class DensityWarmup(keras.callbacks.Callback):
             validation.check_number(
                 "densities", density, "all in (0, 1]", lambda d: 0 < d <= 1
             )
-        # The training function, and the number of changes when it was traced.
-        self._traced: tuple[Any, list[int]] | None = None
 
-    def on_epoch_begin(
-        self, epoch: int, logs: dict[str, Any] | None = None
-    ) -> None:
-        optimizers = of_models.all_of_model(self.model, has_gradients=True)
-        for optimizer in optimizers:
-            density = optimizer.default_density
-            if epoch < len(self.densities):
-                density = self.densities[epoch]
-            if density != optimizer.density:
-                optimizer.set_density(density)
-        # The function that `fit` holds may have been traced before a change.
-        changes = [optimizer.changes for optimizer in optimizers]
-        traced = self.model.train_function, changes
-        if traced != self._traced:
-            self.model.make_train_function(force=True)
-            self._traced = self.model.train_function, changes
+    def density_of(
+        self, epoch: int, optimizer: wrapper.OptimizerWrapper
+    ) -> float:
+        if epoch < len(self.densities):
+            return self.densities[epoch]
+        return optimizer.default_density

@@ -1,0 +1,115 @@
+"""A density that follows the learning rate under `model.fit`."""
+
+from collections.abc import Callable
+from collections.abc import Iterable
+from typing import Any
+from typing import TypeAlias
+
+import keras
+
+from tf_regtopk import validation
+from tf_regtopk.callbacks import density_of_epoch
+from tf_regtopk.optimizers import wrapper
+from tf_regtopk.sizes import density_decay
+
+LearningRate: TypeAlias = (
+    keras.optimizers.schedules.LearningRateSchedule | Callable[[int], float]
+)
+
+
+class DensityDecay(density_of_epoch.DensityOfEpoch):
+    r"""Sends more entries while the learning rate is large, no more in all.
+
+        d_t = d r_t^(2/3) / (mean over all epochs of r_t^(2/3))
+
+    with the learning rates r_t and the density d of the optimizer's sparsifier,
+    which is the mean over the training. An entry that waits in the residual
+    error harms more while the learning rate is large, because the weights are
+    off by the product of both.
+
+    The epochs are in `num_phases` parts of one density each. Whenever the
+    density changes, the step is compiled anew, and what the sparsifier
+    remembers of the last step is dropped. A run that is resumed, with the same
+    `epochs` of `fit`, goes on with the density of the epoch it resumes in.
+
+    Args:
+        learning_rate: The `LearningRateSchedule` of the optimizer; or a
+            function of the epoch, counted from 0, that returns a float, as of
+            `keras.callbacks.LearningRateScheduler`. Only ratios matter.
+        num_phases: Integer, the number of densities. With as many as epochs or
+            more each epoch has its own.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If `num_phases` is less than 1; in `fit`, if all learning
+            rates are 0, or if the number of steps of an epoch is not known.
+
+    Example:
+
+    >>> decay = DensityDecay(lambda epoch: 0.1 * (1 - epoch / 4), num_phases=2)
+    >>> decay.densities(0.01, num_epochs=4)
+    [0.0128, 0.0128, 0.0072, 0.0072]
+
+    ```python
+    schedule = keras.optimizers.schedules.CosineDecay(0.1, decay_steps=90_000)
+    model.compile(
+        optimizer=tf_regtopk.methods.recommended(
+            keras.optimizers.SGD(schedule, momentum=0.9)),
+        loss="sparse_categorical_crossentropy")
+    model.fit(
+        dataset, epochs=90, callbacks=[tf_regtopk.DensityDecay(schedule)])
+    ```
+    """
+
+    def __init__(
+        self, learning_rate: LearningRate, num_phases: int = 8
+    ) -> None:
+        super().__init__()
+        if not callable(learning_rate):
+            raise TypeError(
+                "`learning_rate` must be a `LearningRateSchedule`, or a "
+                "function of the epoch that returns a float. Received: "
+                f"learning_rate={learning_rate!r}"
+            )
+        validation.check_integer("num_phases", num_phases, 1)
+        self.learning_rate = learning_rate
+        self.num_phases = num_phases
+
+    def densities(
+        self, density: float, num_epochs: int, steps_per_epoch: float = 0.0
+    ) -> list[float]:
+        """Returns the density of each epoch.
+
+        Args:
+            density: Float d in (0, 1].
+            num_epochs: Number of epochs of the whole training.
+            steps_per_epoch: Number of steps of an epoch, as `iterations` counts
+                them. A function of the epoch needs none.
+        """
+        times: Iterable[Any] = range(num_epochs)
+        if self._is_schedule:  # The middle of each epoch, in steps.
+            times = [(epoch + 0.5) * steps_per_epoch for epoch in times]
+        rates = [float(self.learning_rate(time)) for time in times]
+        return density_decay.densities(rates, density, self.num_phases)
+
+    def density_of(
+        self, epoch: int, optimizer: wrapper.OptimizerWrapper
+    ) -> float:
+        num_batches = self.params["steps"]
+        if not num_batches and self._is_schedule:
+            raise ValueError(
+                "`steps_per_epoch` of `fit` must be given for `DensityDecay`, "
+                "because the dataset does not tell how many batches it has. "
+                f"Received: steps={num_batches}"
+            )
+        return self.densities(
+            optimizer.default_density,
+            self.params["epochs"],
+            (num_batches or 0) / optimizer.accumulation_steps,
+        )[epoch]
+
+    @property
+    def _is_schedule(self) -> bool:
+        return isinstance(
+            self.learning_rate, keras.optimizers.schedules.LearningRateSchedule
+        )
