@@ -5,6 +5,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from tf_regtopk.distribute import strategy as strategy_lib
+
 
 def call_on_all_replicas(
     condition: tf.Tensor,
@@ -64,8 +66,6 @@ def may_be_first_replica() -> bool:
     for each replica needs no operations for the others. On several workers the
     rank may be known only when the function runs.
     """
-    replica = tf.distribute.get_replica_context()
-    if replica is None:
+    if tf.distribute.get_replica_context() is None:
         return True
-    rank = tf.convert_to_tensor(replica.replica_id_in_sync_group)
-    return tf.get_static_value(rank) in (None, 0)
+    return tf.get_static_value(strategy_lib.replica_rank()) in (None, 0)

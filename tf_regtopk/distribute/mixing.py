@@ -151,7 +151,7 @@ def sendings(group: Group) -> list[tuple[int, int]]:
     return [*itertools.permutations(group, 2)]
 
 
-def rounds_of(groups: Iterable[Iterable[int]]) -> Step:
+def one_round(groups: Iterable[Iterable[int]]) -> Step:
     """The one round of some groups, without those of a single rank."""
     in_order = (tuple(sorted(map(int, group))) for group in groups)
     found = tuple(group for group in in_order if len(group) > 1)

@@ -54,13 +54,13 @@ class Cliques(mixing.MixingTopology):
             for rank in link:
                 num_links[rank] += 1
             links.append(link)
-        return ((*mixing.rounds_of(self.cliques), *mixing.matchings(links)),)
+        return ((*mixing.one_round(self.cliques), *mixing.matchings(links)),)
 
     def gradient_groups(self, num_replicas: int) -> mixing.Round:
         if not self.average_gradients:
             return ()
         _check_parts("cliques", self.cliques, num_replicas)
-        return tuple(itertools.chain(*mixing.rounds_of(self.cliques)))
+        return tuple(itertools.chain(*mixing.one_round(self.cliques)))
 
 
 @keras.saving.register_keras_serializable(package="tf_regtopk")

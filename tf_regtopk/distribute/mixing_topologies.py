@@ -24,7 +24,7 @@ class Complete(mixing.MixingTopology):
     """
 
     def rounds(self, num_replicas: int) -> Sequence[mixing.Step]:
-        return (mixing.rounds_of([range(num_replicas)]),)
+        return (mixing.one_round([range(num_replicas)]),)
 
 
 @keras.saving.register_keras_serializable(package="tf_regtopk")
@@ -152,7 +152,7 @@ class OnePeerExponential(mixing.MixingTopology):
                 self, "a power of two (`directed=True` suits any number)", n
             )
         return tuple(
-            mixing.rounds_of((i, i ^ hop) for i in range(n) if i < i ^ hop)
+            mixing.one_round((i, i ^ hop) for i in range(n) if i < i ^ hop)
             for hop in _hops(n)
         ) or ((),)
 
@@ -198,7 +198,7 @@ class Grid(mixing.MixingTopology):
             raise _unsuitable(self, f"a power of {self.side}", n)
         points = np.arange(n).reshape([self.side] * dimensions)
         return tuple(
-            mixing.rounds_of(
+            mixing.one_round(
                 np.moveaxis(points, axis, -1).reshape(-1, self.side)
             )
             for axis in range(dimensions)

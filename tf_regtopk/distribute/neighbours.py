@@ -14,6 +14,7 @@ from tf_regtopk import keras_internals
 from tf_regtopk.distribute import collectives
 from tf_regtopk.distribute import meetings
 from tf_regtopk.distribute import mixing
+from tf_regtopk.distribute import strategy as strategy_lib
 from tf_regtopk.distribute import topology as topology_lib
 from tf_regtopk.distribute import watchdog
 
@@ -226,8 +227,7 @@ class Neighbours:
         with tf.device("CPU:0"):
             rank = tf.constant(0)
             if self._is_emulated:
-                replica = tf.distribute.get_replica_context()
-                rank = tf.convert_to_tensor(replica.replica_id_in_sync_group)
+                rank = strategy_lib.replica_rank()
             place = tf.stack([self._place(number), tf.cast(rank, tf.int32)])
             return tf.gather_nd(tf.constant(table, dtype), place)
 

@@ -25,6 +25,12 @@ def worker_number(strategy: tf.distribute.Strategy) -> tuple[int, int]:
     return _number_in(getattr(strategy, "cluster_resolver", None))
 
 
+def replica_rank() -> tf.Tensor:
+    """The rank of this replica, a scalar int32 tensor, in a replica context."""
+    replica = tf.distribute.get_replica_context()
+    return tf.convert_to_tensor(replica.replica_id_in_sync_group)
+
+
 def _number_in(
     resolver: tf.distribute.cluster_resolver.ClusterResolver | None,
 ) -> tuple[int, int]:

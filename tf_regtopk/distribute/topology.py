@@ -292,8 +292,7 @@ class Participants:
     @property
     def rank(self) -> tf.Tensor:
         """The rank of the participant that this replica belongs to."""
-        replica = tf.distribute.get_replica_context()
-        rank = tf.convert_to_tensor(replica.replica_id_in_sync_group)
+        rank = strategy_lib.replica_rank()
         return rank // self.copies if self.copies > 1 else rank
 
     def sum_within(

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from tf_regtopk import hyper_parameters
 from tf_regtopk.distribute import replica_state
+from tf_regtopk.distribute import strategy as strategy_lib
 from tf_regtopk.steps import flat_buffer
 
 
@@ -166,8 +167,7 @@ class Masking:
 
     def _flags(self) -> tf.Tensor:
         """A bool tensor: for each variable whether this replica trains it."""
-        replica = tf.distribute.get_replica_context()
-        rank = tf.convert_to_tensor(replica.replica_id_in_sync_group)
+        rank = strategy_lib.replica_rank()
         with tf.device("CPU:0"):
             return tf.gather(tf.constant(self._trains), rank)
 

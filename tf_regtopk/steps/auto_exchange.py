@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from tf_regtopk import error_feedback
 from tf_regtopk.distribute import collectives
+from tf_regtopk.distribute import strategy as strategy_lib
 from tf_regtopk.steps import layout as layout_lib
 from tf_regtopk.steps import partition as partition_lib
 
@@ -90,8 +91,7 @@ def trial(
     """
 
     def run() -> tf.Tensor:
-        replica = tf.distribute.get_replica_context()
-        seed = tf.convert_to_tensor(replica.replica_id_in_sync_group)
+        seed = strategy_lib.replica_rank()
         gradients = [
             tf.cast(tf.random.stateless_normal(v.shape, [slot, seed]), v.dtype)
             for slot, v in enumerate(variables)

@@ -6,6 +6,7 @@ import tensorflow as tf
 
 from tf_regtopk import error_feedback as error_feedback_lib
 from tf_regtopk.distribute import answers as answers_lib
+from tf_regtopk.distribute import strategy as strategy_lib
 from tf_regtopk.kernels import tracing
 from tf_regtopk.kernels import words
 from tf_regtopk.steps import cross_gradients as cross_gradients_lib
@@ -56,8 +57,7 @@ class CrossGradientStep:
         gradients = tf.stack(at_weights)
         answers = None
         if self._alpha > 0:
-            replica = tf.distribute.get_replica_context()
-            rank = tf.convert_to_tensor(replica.replica_id_in_sync_group)
+            rank = strategy_lib.replica_rank()
             with tf.device("CPU:0"):
                 told_apart = words.hold(
                     tf.stack(

@@ -10,6 +10,7 @@ from tf_regtopk import selection
 from tf_regtopk.codecs import header as header_lib
 from tf_regtopk.distribute import mixing_rules
 from tf_regtopk.distribute import neighbours as neighbours_lib
+from tf_regtopk.distribute import strategy as strategy_lib
 from tf_regtopk.kernels import tracing
 from tf_regtopk.kernels import words
 from tf_regtopk.steps import finiteness
@@ -76,8 +77,7 @@ class GossipStep:
                 another step, its weights are not finite, or its payload held
                 no k entries.
         """
-        replica = tf.distribute.get_replica_context()
-        rank = tf.convert_to_tensor(replica.replica_id_in_sync_group)
+        rank = strategy_lib.replica_rank()
         with tf.name_scope("tf_regtopk/join"):
             vectors = self._buffer.vectors(weights)
         with tf.name_scope("tf_regtopk/send"):

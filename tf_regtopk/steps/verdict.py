@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from tf_regtopk import keras_internals
 from tf_regtopk.distribute import branches
+from tf_regtopk.distribute import strategy as strategy_lib
 
 
 class Flags(NamedTuple):
@@ -100,8 +101,7 @@ def tell_of_first_skip(num_skipped: tf.Tensor) -> None:
         return
     if keras_internals.in_xla_context():
         return  # A program that XLA compiles as a whole cannot print.
-    replica = tf.distribute.get_replica_context()
-    rank = tf.convert_to_tensor(replica.replica_id_in_sync_group)
+    rank = strategy_lib.replica_rank()
 
     def tell() -> tf.Tensor:
         tf.print(
