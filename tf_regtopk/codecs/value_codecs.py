@@ -152,6 +152,10 @@ class Natural(ValueCodec):
     Args:
         seed: Non-negative integer that stochastic rounding depends on.
 
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If an argument breaks its rule.
+
     Source: Horvath et al., "Natural Compression for Distributed Deep Learning"
     (2019).
     """
@@ -225,6 +229,10 @@ class Uniform(_InBuckets):
             share `low` and `step`.
         seed: Non-negative integer that stochastic rounding depends on.
 
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If an argument breaks its rule.
+
     Sources: Alistarh et al., "QSGD" (2017), here with the bounds of Markov et
     al., "CGX" (2022).
     """
@@ -297,6 +305,10 @@ class ScaledSign(_InBuckets):
         bucket_size: Positive integer, the number of consecutive values that
             share a magnitude; None for all values. With k selected entries one
             bucket makes the ternary code of STC: +mean, -mean, or not sent.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If an argument breaks its rule.
 
     Sources: Karimireddy et al., "Error Feedback Fixes SignSGD and other
     Gradient Compression Schemes" (2019); Sattler et al., "Robust and

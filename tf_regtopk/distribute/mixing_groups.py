@@ -29,6 +29,10 @@ class Cliques(mixing.MixingTopology):
             the mean of their gradients, which send whole gradients: then each
             step follows the data of a whole clique, also with momentum.
 
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If an argument breaks its rule.
+
     Example:
 
     >>> Cliques([[0, 1], [2, 3]]).rounds(4)
@@ -71,6 +75,10 @@ class PeriodicGlobalAveraging(mixing.MixingTopology):
     Args:
         topology: `MixingTopology` of the other steps.
         every: Integer of at least 1, steps from one mean of all to the next.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If an argument breaks its rule.
 
     Example:
 
@@ -134,6 +142,10 @@ class RingPass(mixing.MixingTopology):
 
     Args:
         classes: List of lists of ranks, in which each rank is once.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If an argument breaks its rule.
 
     Example:
 

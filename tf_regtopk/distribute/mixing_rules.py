@@ -113,6 +113,10 @@ class NonlinearGossip(MixingRule):
         epsilon: Float in (0, 1], the step size. (`consensus_step_size` of the
             optimizer multiplies it.)
 
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If an argument breaks its rule.
+
     Example:
 
     >>> values = tf.constant([[1.0], [5.0]])

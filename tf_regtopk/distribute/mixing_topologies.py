@@ -54,6 +54,10 @@ class Torus(mixing.MixingTopology):
         rows: Integer, by which the number of replicas can be divided, or None
             for as many rows as make it most like a square.
 
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If an argument breaks its rule.
+
     Example:
 
     >>> Torus().messages(16)
@@ -122,6 +126,10 @@ class OnePeerExponential(mixing.MixingTopology):
             bytes. The mean is exact for powers of two only: of six replicas
             each weighs 1/4 or 1/8 after three steps.
 
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If an argument breaks its rule.
+
     Example:
 
     >>> OnePeerExponential().rounds(4)
@@ -176,6 +184,10 @@ class Grid(mixing.MixingTopology):
 
     Args:
         side: Integer of at least 2, of which the number of replicas is a power.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If an argument breaks its rule.
 
     Example:
 

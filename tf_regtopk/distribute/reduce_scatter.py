@@ -51,6 +51,10 @@ class ReduceScatter(topology.EntryTopology):
         hierarchical: Boolean, by its name only. Whether every worker acts as
             one.
 
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If an argument breaks its rule.
+
     Example:
 
     >>> cluster = topology.Cluster(num_replicas=4)

@@ -42,6 +42,10 @@ class CompressedDownlink(base.ErrorFeedback):
             replicas send in the step.
         codec: `Codec`, how the entries are written. Defaults to ternary values.
 
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If an argument breaks its rule.
+
     Source: Sattler, Wiedemann, Mueller, Samek, "Robust and
     Communication-Efficient Federated Learning from Non-IID Data" (2019).
     """

@@ -24,6 +24,10 @@ class EF21(base.ErrorFeedback):
     Args:
         momentum: Float eta in (0, 1].
 
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If an argument breaks its rule.
+
     Sources: Richtarik, Sokolov, Fatkhullin, "EF21" (2021); Fatkhullin,
     Tyurin, Richtarik, "Momentum Provably Improves Error Feedback!" (2023).
     """

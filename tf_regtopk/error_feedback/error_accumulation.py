@@ -37,6 +37,11 @@ class Accumulate(base.ErrorFeedback):
             weights as far as if it had been sent at once. (Not in steps in
             which its variable has no gradient.)
 
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If an argument breaks its rule, or `factor_masking` goes
+            without `momentum`.
+
     Example:
 
     >>> dgc = Accumulate(momentum=0.9, factor_masking=True)

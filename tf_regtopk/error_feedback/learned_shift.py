@@ -52,6 +52,11 @@ class LearnedShift(base.ErrorFeedback):
             step of the gradient. Where all entries are sent, as by
             `exchange="dense"`, it is the usual momentum nevertheless.
 
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If an argument breaks its rule, or `factor_masking` goes
+            without `momentum` or with `at_once`.
+
     A relative of EC-SGD-DIANA (Gorbunov et al., 2020), which learns the shift
     from a second message.
     """

@@ -37,6 +37,10 @@ class RandomK(base.Sparsifier):
         seed: Non-negative integer. Runs with one seed select the same entries.
             A value codec that rounds at random needs another seed.
 
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If an argument breaks its rule.
+
     Source: Stich, Cordonnier, Jaggi, "Sparsified SGD with Memory" (2018).
     """
 

@@ -86,6 +86,10 @@ class RegTopK(base.Sparsifier):
             are published; only `"previous"` reaches the optimum where Top-k
             stalls.
 
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If an argument breaks its rule.
+
     Example:
 
     >>> RegTopK(density=0.01, mu=5.0)

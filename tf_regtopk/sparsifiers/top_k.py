@@ -30,6 +30,10 @@ class TopK(base.Sparsifier):
         density: Float in (0, 1], or None. The share of entries that is sent.
             None is 0.1 %, but at least 1,000 entries.
 
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If an argument breaks its rule.
+
     Example:
 
     >>> TopK(density=0.01).num_selected(1000)
