@@ -177,6 +177,34 @@ def test_published_gain_at_a_compression_of_300():
     assert published in " ".join(page.split())
 
 
+def test_published_gains_of_a_density_that_decays():
+    page = (paths.ROOT / "docs" / "results.md").read_text("utf-8")
+    rows = {1: "| constant density |", 8: "| `DensityDecay` |"}
+    gained = []
+    for split in ("iid", "dirichlet"):
+        folder = RESULTS / f"cifar10_long_{split}"
+        of_all, runs_of = folder / "runs.jsonl", {}
+        _, dense = kept_runs.read(of_all, {"rounds": 6000})["dense"]
+        for num_phases, path in (
+            (1, of_all),
+            (8, RESULTS / f"cifar10_long_{split}_decay" / "runs.jsonl"),
+        ):
+            setting = {"rounds": 6000, "density_phases": num_phases}
+            method = "shift_at_once_sign"
+            _, runs = kept_runs.read(path, setting, [method])[method]
+            accuracy = kept_runs.accuracy(list(kept_runs.final(runs).values()))
+            gain = kept_runs.points(kept_runs.gains(runs, dense))
+            rows[num_phases] += f" {accuracy} | {gain} |"
+            runs_of[num_phases] = runs
+        gained.append(kept_runs.points(kept_runs.gains(runs_of[8], runs_of[1])))
+    assert set(rows.values()) <= set(page.splitlines())
+    lost, won = (text.strip("+\N{MINUS SIGN}") for text in gained)
+    assert gained == [f"\N{MINUS SIGN}{lost}", f"+{won}"]
+    page = " ".join(page.split())
+    assert f"it gains {won} points over a constant" in page
+    assert f"does no harm, it loses {lost}." in page
+
+
 def test_setting_of_older_runs_is_kept():
     """Values from before a flag are left out, and no others."""
     config = {
