@@ -23,16 +23,17 @@ class Recorder(keras.callbacks.Callback):
         self.densities.append(self.model.optimizer.density)
 
 
-def make_model(learning_rate=0.1, **options):
-    model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(20)])
-    model.compile(
-        tf_regtopk.SparsifiedOptimizer(
-            keras.optimizers.SGD(learning_rate),
-            tf_regtopk.RegTopK(0.1),
-            **options,
-        ),
-        loss="mse",
-    )
+def make_model(learning_rate=0.1, strategy=None, **options):
+    with (strategy or tf.distribute.get_strategy()).scope():
+        model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(20)])
+        model.compile(
+            tf_regtopk.SparsifiedOptimizer(
+                keras.optimizers.SGD(learning_rate),
+                tf_regtopk.RegTopK(0.1),
+                **options,
+            ),
+            loss="mse",
+        )
     return model
 
 
@@ -56,11 +57,13 @@ def expected(rates, density=0.1):
     return pytest.approx(density * weights / weights.mean(), rel=1e-3)
 
 
-def test_densities_follow_a_schedule_of_steps():
+@pytest.mark.parametrize("num_replicas", [0, 2])
+def test_densities_follow_a_schedule_of_steps(num_replicas, mirrored):
     schedule = keras.optimizers.schedules.CosineDecay(
         0.1, decay_steps=NUM_EPOCHS * BATCHES
     )
-    found = fit(make_model(schedule), tf_regtopk.DensityDecay(schedule))
+    model = make_model(schedule, mirrored(num_replicas))
+    found = fit(model, tf_regtopk.DensityDecay(schedule))
     middles = (np.arange(NUM_EPOCHS) + 0.5) / NUM_EPOCHS
     assert found == expected(1 + np.cos(np.pi * middles))
     assert np.mean(found) == pytest.approx(0.1, rel=1e-3)
