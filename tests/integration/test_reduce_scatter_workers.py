@@ -67,19 +67,25 @@ def test_workers_choose_alike(workers):
     check_choices(results)
 
 
+def check_bytes(counted, reported, messages):
+    """As reported, and some 530 bytes that gRPC and TCP add to a message."""
+    # Workers end a step at different times, so that up to one of the 20 is in
+    # part not counted.
+    assert 0.97 * reported < counted < reported + 700 * messages
+
+
 def test_bytes(workers):
     """As reported; however many workers there are, no more than 2.5 k."""
     results, is_alone = workers
     if not is_alone:
         pytest.skip("Needs a network of its own, by `unshare --net`.")
     n = len(results)
-    # Workers end a step at different times, so that up to one of the 20 is in
-    # part not counted.
+    messages = n * (n - 1)
     counted, reported = results[0]["bytes"]["reduce_scatter"]
-    assert 0.97 < counted / reported < 1.05
+    check_bytes(counted, reported, 2 * messages)
     gathered, expected = results[0]["bytes"]["all_gather"]
     if gathered is not None:
-        assert 0.97 < gathered / expected < 1.05
+        check_bytes(gathered, expected, messages)
     # Each sends `1.5 k + k` entries of which 1 in N stays, or k entries N - 1
     # times. Fillers and headers take some more.
     assert 0.95 < reported / expected / (2.5 / n) < 1.1

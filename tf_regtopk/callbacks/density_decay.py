@@ -25,7 +25,8 @@ class DensityDecay(density_of_epoch.DensityOfEpoch):
     with the learning rates r_t and the density d of the optimizer's sparsifier,
     which is the mean over the training. An entry that waits in the residual
     error harms more while the learning rate is large, because the weights are
-    off by the product of both.
+    off by the product of both. While a learning rate warms up its largest value
+    counts, because the entries of these epochs are sent later.
 
     The epochs are in `num_phases` parts of one density each. Whenever the
     density changes, the step is compiled anew, and what the sparsifier
@@ -74,6 +75,8 @@ class DensityDecay(density_of_epoch.DensityOfEpoch):
         validation.check_integer("num_phases", num_phases, 1)
         self.learning_rate = learning_rate
         self.num_phases = num_phases
+        # What `densities` has returned, because a schedule takes its time.
+        self._found: dict[tuple[float, int, float], list[float]] = {}
 
     def densities(
         self, density: float, num_epochs: int, steps_per_epoch: float = 0.0
@@ -102,11 +105,14 @@ class DensityDecay(density_of_epoch.DensityOfEpoch):
                 "because the dataset does not tell how many batches it has. "
                 f"Received: steps={num_batches}"
             )
-        return self.densities(
+        arguments = (
             optimizer.default_density,
             self.params["epochs"],
             (num_batches or 0) / optimizer.accumulation_steps,
-        )[epoch]
+        )
+        if arguments not in self._found:
+            self._found[arguments] = self.densities(*arguments)
+        return self._found[arguments][epoch]
 
     @property
     def _is_schedule(self) -> bool:
