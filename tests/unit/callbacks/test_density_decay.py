@@ -113,6 +113,11 @@ def test_mean_and_bounds(rates, num_phases, density):
         assert set(found) == {density}
 
 
+def test_a_learning_rate_that_warms_up_counts_as_its_largest_value():
+    found = sizes.densities([0.0, 0.5, 1.0, 0.5], 0.1)
+    assert found == expected([1.0, 1.0, 1.0, 0.5])
+
+
 def test_the_squared_errors_are_the_least():
     """Of all densities with this mean, near the ones that are chosen."""
     rates = np.array([1.0, 0.7, 0.4, 0.1])
