@@ -14,8 +14,11 @@ import pytest
 
 import tf_regtopk
 from tf_regtopk import advise
+from tf_regtopk.planning import cost_model
 from tf_regtopk.planning import figure
+from tf_regtopk.planning import job as job_lib
 from tf_regtopk.planning import network as network_lib
+from tf_regtopk.planning import report
 from tf_regtopk.sizes import payload as payload_sizes
 
 
@@ -184,7 +187,7 @@ def test_a_missing_device_is_said_where_it_matters():
         flags_of(**RESNET, **TEN_GIGABIT)
     )
     assert "ASSUMED" in remark
-    text = advise.other_devices(job, others)
+    text = report.other_devices(job, others)
     assert text.startswith("THE ANSWER DEPENDS ON THE DEVICE")
     assert "compress: cpu;" in text
     del network
@@ -335,14 +338,16 @@ def test_command_refuses_bananas(run):
 def test_the_validation_compares_with_measurements(tmp_path):
     """Of times that are the model's own but one, which is twice as long."""
     network = {"bulk_bits_per_second": 1e8, "round_trip_milliseconds": 0.2}
-    job = advise.Job(
+    job = job_lib.Job(
         parameters=10**6,
         workers=3,
         step_seconds=0.02,
         density=0.01,
         device=planning_jobs.cpu(),
     )
-    predicted = advise.predict(job, advise.Network(12.5e6, latency=1e-4))
+    predicted = cost_model.predict(
+        job, network_lib.Network(12.5e6, latency=1e-4)
+    )
     methods = {
         "local": 0.02,
         "dense": predicted["dense"].step_seconds,

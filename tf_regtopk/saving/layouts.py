@@ -1,4 +1,4 @@
-"""What a saved state must have in common with the optimizer that loads it."""
+"""Layouts: facts in which a saved state and the loading optimizer agree."""
 
 from collections.abc import Sequence
 import re

@@ -13,13 +13,13 @@ import pytest
 
 from benchmarks.cluster import published_validation
 import tf_regtopk
-from tf_regtopk import advise
 from tf_regtopk import codecs
 from tf_regtopk.kernels import ownership
 from tf_regtopk.planning import cost_model
 from tf_regtopk.planning import crossover
 from tf_regtopk.planning import devices as devices_lib
 from tf_regtopk.planning import network as network_lib
+from tf_regtopk.planning import report
 
 # So fast that only links take time.
 FAST_MEMORY = 1e18
@@ -382,7 +382,7 @@ def test_crossovers_without_end():
     sparse = planning_jobs.METHODS["sparse"]
     assert crossover.last_workers(sparse, job, network) == crossover.MAX_WORKERS
     assert crossover.last_density(sparse, job, network) == 1 - 1e-5
-    assert "any number of workers" in advise.table(job, network)
+    assert "any number of workers" in report.table(job, network)
 
 
 def test_one_host_is_its_devices_as_workers():
