@@ -46,12 +46,11 @@ def recommended(
     r"""The most accurate setting found for a given number of bytes.
 
     RegTop-k with the learned shift, and one bit a value: the bytes that are
-    saved on values pay for about four times as many entries. The
-    momentum of a gradient is added to the residual error at once, because
-    entries wait there for many steps anyway. The learning rate stays that of
-    training without compression. Where the replicas' data differ and the
-    learning rate decays, the callback `DensityDecay` gains accuracy at the same
-    bytes.
+    saved on values pay for about four times as many entries. The momentum of a
+    gradient is added to the residual error at once, because entries wait there
+    for many steps anyway. The learning rate stays that of training without
+    compression. Where the replicas' data differ and the learning rate decays,
+    the callback `DensityDecay` gains accuracy at the same bytes.
 
     Args:
         inner: The learning rate of SGD: a float or a schedule. Or a Keras

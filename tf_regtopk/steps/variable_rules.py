@@ -161,7 +161,7 @@ def _is_meant(
 ) -> bool:
     """Returns what a function of the user's says of a variable."""
     answer = function(variable)
-    # Patterns are a mistake: as an answer, any of them would mean "yes".
+    # Patterns are refused, because any of them would mean "yes" as an answer.
     if isinstance(answer, Sequence | np.ndarray):
         raise TypeError(
             "`dense` must return True or False for each variable, or be a list "
