@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import mutation
 import paths
 import pytest
 
@@ -237,6 +238,14 @@ def test_build_names_examples(folder):
     for path in (paths.ROOT / folder).glob("*.py"):
         is_script = "__main__" in path.read_text(encoding="utf-8")
         assert is_script == (f'        "{path.stem}",' in text), path
+
+
+def test_harmless_mutants_are_of_lines_that_exist():
+    """Else such a mutant, explained before, is printed as a survivor."""
+    for module, line, _ in itertools.chain(*mutation.HARMLESS.values()):
+        path = paths.ROOT / "tf_regtopk" / module
+        source = " ".join(path.read_text(encoding="utf-8").split())
+        assert " ".join(line.split()) in source, (module, line)
 
 
 def test_readme_commands():

@@ -129,8 +129,8 @@ HARMLESS = {
         ),
         (
             "selection/largest.py",
-            "if scores.shape[0] < _SMALLEST_SAMPLED:",
-            "if scores.shape[ -1] < _SMALLEST_SAMPLED:",
+            "or scores.shape[0] < _SMALLEST_SAMPLED",
+            "or scores.shape[ -1] < _SMALLEST_SAMPLED",
         ),
     ],
     "Random bits of values do not change how many words are sent.": [
