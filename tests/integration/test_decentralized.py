@@ -238,6 +238,29 @@ def test_no_weights_to_mix(mirrored):
         optimizer.wire_report()
 
 
+@pytest.mark.parametrize("g", [1.0, np.nan])
+def test_what_is_overwritten_is_no_gradient(g, mirrored):
+    strategy = mirrored(2)
+    with strategy.scope():
+        weights = keras.Variable(np.zeros(4, "float32"))
+        scale = keras.Variable(1.0)
+        scale.overwrite_with_gradient = True
+        optimizer = tf_regtopk.DecentralizedOptimizer(
+            keras.optimizers.SGD(0.1), RING
+        )
+        optimizer.build([weights, scale])
+    strategy.run(
+        tf.function(
+            lambda: optimizer.apply(
+                [tf.fill([4], g), tf.constant(3.0)], [weights, scale]
+            ),
+            autograph=False,
+        )
+    )
+    parts = strategy.experimental_local_results(scale.value)
+    assert [part.numpy() for part in parts] == [3.0, 3.0]
+
+
 def test_missing_gradients_and_slices(mirrored):
     """Weights are mixed in any case; a row of an embedding is one's own."""
     strategy = mirrored(2)

@@ -354,11 +354,16 @@ class DecentralizedOptimizer(decentralized_saving.DecentralizedSaving):
         self, gradients: Sequence[flat_buffer.Gradient]
     ) -> list[flat_buffer.Gradient]:
         """The gradients of this replica's own loss; counts those taken as 0."""
-        own, is_finite = own_gradients.own_gradients(
-            gradients, self._num_replicas
+        # Others are values to assign, and stay as they are.
+        slots = variable_rules.summed_slots(self._trainable_variables)
+        scaled, is_finite = own_gradients.own_gradients(
+            [gradients[i] for i in slots], self._num_replicas
         )
         zeroed = self._zeroed.variables()
         zeroed.assign_add(tf.cast(~is_finite, zeroed.dtype))
+        own = [*gradients]
+        for i, gradient in zip(slots, scaled, strict=True):
+            own[i] = gradient
         return own
 
     def _own_at(

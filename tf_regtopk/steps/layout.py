@@ -292,11 +292,5 @@ def _rule_when_dense(
 def _all_dense(variables: Sequence[keras.Variable]) -> variable_rules.Slots:
     """The slots of an exchange by which no variable is sent sparsely."""
     return variable_rules.Slots(
-        (),
-        (),
-        tuple(
-            slot
-            for slot, variable in enumerate(variables)
-            if variable_rules.can_be_summed(variable)
-        ),
+        (), (), tuple(variable_rules.summed_slots(variables))
     )

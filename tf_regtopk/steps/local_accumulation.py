@@ -47,11 +47,7 @@ class LocalAccumulation:
         self, variables: Sequence[keras.Variable], num_batches: int
     ) -> None:
         self.num_batches = num_batches
-        self._slots = [
-            slot
-            for slot, v in enumerate(variables)
-            if variable_rules.can_be_summed(v)
-        ]
+        self._slots = variable_rules.summed_slots(variables)
         accumulated = [variables[slot] for slot in self._slots]
         self._buffer = flat_buffer.FlatBuffer(
             tuple(tuple(v.shape) for v in accumulated),
