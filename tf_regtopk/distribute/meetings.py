@@ -8,6 +8,7 @@ import numpy as np
 
 from tf_regtopk import keras_internals
 from tf_regtopk.distribute import mixing
+from tf_regtopk.distribute import topology as topology_lib
 
 
 class Meeting(NamedTuple):
@@ -16,7 +17,8 @@ class Meeting(NamedTuple):
     Args:
         sizes: int32 array `[T]`, the size of the group, 1 for none.
         keys: int32 array `[T]`, the key of the group.
-        others: int32 array `[T, rows]`, the places of the others in the group.
+        others: int32 array `[T, rows]`, the places of the others in the group,
+            whose members are in TensorFlow's order.
     """
 
     sizes: np.ndarray
@@ -64,19 +66,22 @@ class Table(NamedTuple):
     is_first: np.ndarray
 
 
-def table(steps: Sequence[mixing.Step], rank: int) -> Table:
+def table(
+    steps: Sequence[mixing.Step], cluster: topology_lib.Cluster
+) -> Table:
     """Returns the table of one worker; asks for group keys as all workers do.
 
     Args:
         steps: For each of the T steps its rounds, as of
             `MixingTopology.rounds`.
-        rank: The worker's.
+        cluster: `Cluster`, of which the worker is one.
     """
+    rank = cluster.worker
     meetings = _of_kind(steps, is_cycle=False)
     passes = _of_kind(steps, is_cycle=True)
     keys = _keys(meetings, passes)
     parts = [
-        *(_meeting(of_round, rank, keys) for of_round in meetings),
+        *(_meeting(of_round, cluster, keys) for of_round in meetings),
         *(_pass(of_round, rank, keys) for of_round in passes),
     ]
     own = np.full([len(steps), 1], rank, np.int32)
@@ -126,21 +131,23 @@ def _keys(
 
 def _meeting(
     of_steps: Sequence[mixing.Round],
-    rank: int,
+    cluster: topology_lib.Cluster,
     keys: dict[mixing.Group, int],
 ) -> tuple[Meeting, np.ndarray]:
     """A round, and the senders of its rows, `[T, rows]`."""
+    rank = cluster.worker
     own = [
         next((g for g in groups if rank in g), (rank,)) for groups in of_steps
     ]
     largest = max(map(len, itertools.chain(*of_steps)))
     others = []
-    for group in own:
+    members = [cluster.in_order(group) for group in own]
+    for group in members:
         found = [i for i, other in enumerate(group) if other != rank]
         others.append((found + [0] * largest)[: largest - 1])
     senders = [
         [group[i] for i in places]
-        for group, places in zip(own, others, strict=True)
+        for group, places in zip(members, others, strict=True)
     ]
     meeting = Meeting(
         np.array([len(group) for group in own], np.int32),

@@ -169,7 +169,7 @@ class Neighbours:
             self._senders, self._weights = everyone, weights
             return
         rank = self._cluster.worker
-        self._table = meetings.table(steps, rank)
+        self._table = meetings.table(steps, self._cluster)
         self._senders = self._table.senders[:, np.newaxis]
         taken = np.take_along_axis(
             weights[:, rank], self._table.senders, axis=1

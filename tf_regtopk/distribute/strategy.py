@@ -25,6 +25,12 @@ def worker_number(strategy: tf.distribute.Strategy) -> tuple[int, int]:
     return _number_in(getattr(strategy, "cluster_resolver", None))
 
 
+def has_chief(strategy: tf.distribute.Strategy) -> bool:
+    """Returns whether the first worker of a strategy is of the job "chief"."""
+    resolver = getattr(strategy, "cluster_resolver", None)
+    return bool(resolver) and "chief" in resolver.cluster_spec().jobs
+
+
 def replica_rank() -> tf.Tensor:
     """The rank of this replica, a scalar int32 tensor, in a replica context."""
     replica = tf.distribute.get_replica_context()

@@ -37,6 +37,7 @@ class Cluster:
         num_replicas: Number of replicas on all workers.
         num_workers: Number of workers, which have as many replicas each.
         worker: Rank of this process's worker.
+        has_chief: Whether the first worker is of the job "chief".
 
     Example:
 
@@ -47,18 +48,41 @@ class Cluster:
     num_replicas: int
     num_workers: int = 1
     worker: int = 0
+    has_chief: bool = False
 
     @classmethod
     def in_scope(cls) -> "Cluster":
         """Returns the cluster of the `tf.distribute.Strategy` in scope."""
         strategy = tf.distribute.get_strategy()
         worker, num_workers = strategy_lib.worker_number(strategy)
-        return cls(strategy.num_replicas_in_sync, num_workers, worker)
+        return cls(
+            strategy.num_replicas_in_sync,
+            num_workers,
+            worker,
+            strategy_lib.has_chief(strategy),
+        )
 
     @property
     def replicas_per_worker(self) -> int:
         """Number of replicas of each worker."""
         return self.num_replicas // self.num_workers
+
+    def in_order(self, workers: Sequence[int]) -> list[int]:
+        """Sorts ranks of workers as TensorFlow sorts the members of a group.
+
+        TensorFlow sorts their names, as texts, so that task 10 comes before
+        task 2.
+
+        >>> Cluster(num_replicas=12, num_workers=12).in_order([2, 9, 10])
+        [10, 2, 9]
+        """
+
+        def name(worker: int) -> str:
+            if self.has_chief and worker == 0:
+                return "/job:chief/replica:0/task:0"
+            return f"/job:worker/replica:0/task:{worker - self.has_chief}"
+
+        return sorted(workers, key=name)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -78,13 +78,14 @@ def exchange_in_group(
 
     Args:
         payloads: Tensor `[group_size, length]`, of the same length on every
-            worker: the rows are for the workers in the order of the ranks.
+            worker: the rows are for the workers in the order of their names
+            (as texts, so that task 10 comes before task 2).
         group_size: Scalar int32 tensor, at least 2.
         group_key: Scalar int32 tensor, from `group_keys`.
         instance_key: Scalar int32 tensor, from `take_instance_keys`.
 
     Returns:
-        Tensor `[group_size, length]`, in the order of the ranks.
+        Tensor `[group_size, length]`, in the same order.
     """
     # The host sends, because NCCL would need a communicator for each group, and
     # could block where groups differ from worker to worker.

@@ -17,6 +17,8 @@ TOPOLOGIES = [
     (RING, 5),
     (tf_regtopk.Exponential(), 7),
     (tf_regtopk.OnePeerExponential(), 8),
+    (tf_regtopk.OnePeerExponential(), 16),
+    (tf_regtopk.Complete(), 12),
     (tf_regtopk.Grid(3), 9),
     (CLIQUES, 7),
     (tf_regtopk.PeriodicGlobalAveraging(CLIQUES, 3), 7),
@@ -51,6 +53,7 @@ def heard(workers, steps, t, rank):
     for r, of_worker in enumerate(workers[rank]._table.rounds):
         groups = steps[t][r] if r < len(steps[t]) else ()
         group = next((g for g in groups if rank in g), (rank,))
+        group = sorted(group, key=str)  # As TensorFlow sorts task 10 and 2.
         p = group.index(rank)
         received = [
             (giver, workers[giver]._answers_in_rounds[r][t][p])
