@@ -1,8 +1,11 @@
 """TensorFlow's collective still takes sizes and keys that change."""
 
+import group_order_program
+import multi_worker_launcher
 import tensorflow as tf
 
 from tf_regtopk import keras_internals
+from tf_regtopk.distribute import topology as topology_lib
 
 
 def test_size_and_keys_are_tensors():
@@ -78,3 +81,15 @@ def test_links_are_tensors_and_wait_for_each_other():
         names = {other.name for other in map(by_op.__getitem__, ops)}
         assert not names & {i.lstrip("^").partition(":")[0] for i in node.input}
     assert any(f"^{by_op[ops[0]].name}" in node.input for node in nodes)
+
+
+def test_members_have_the_order_that_a_cluster_tells(tmp_path):
+    [rows] = multi_worker_launcher.run_workers(
+        group_order_program.__file__,
+        num_workers=0,
+        directory=tmp_path,
+        timeout=120,
+    )
+    cluster = topology_lib.Cluster(num_replicas=11, num_workers=11)
+    expected = cluster.in_order(group_order_program.MEMBERS)
+    assert rows == [expected] * len(expected)
