@@ -66,9 +66,7 @@ class Table(NamedTuple):
     is_first: np.ndarray
 
 
-def table(
-    steps: Sequence[mixing.Step], cluster: topology_lib.Cluster
-) -> Table:
+def table(steps: Sequence[mixing.Step], cluster: topology_lib.Cluster) -> Table:
     """Returns the table of one worker; asks for group keys as all workers do.
 
     Args:
