@@ -22,7 +22,6 @@ import tf_regtopk
 from tf_regtopk import selection
 from tf_regtopk.error_feedback import equations
 from tf_regtopk.kernels import scatter_sum
-from tf_regtopk.selection import sampling
 from tf_regtopk.steps import flat_buffer
 
 
@@ -67,7 +66,7 @@ class Worker:
     def _select(self, g, error, memory, step):
         a = equations.accumulate(error, g)
         scores = self.sparsifier.score(a, memory, step)
-        *_, suffices = sampling.candidates(scores, self.group, step)
+        suffices = selection.sample_suffices(scores, [self.group], step)
         indices = selection.select_largest(scores, [self.group], step)
         sent = tf.gather(a, indices)
         error = equations.residual_error(a, indices, sent)
