@@ -148,7 +148,9 @@ def can_be_summed(variable: keras.Variable) -> bool:
 
 def summed_slots(variables: Sequence[keras.Variable]) -> list[int]:
     """Lists the places of those variables of which `can_be_summed` is true."""
-    return [i for i, variable in enumerate(variables) if can_be_summed(variable)]
+    return [
+        i for i, variable in enumerate(variables) if can_be_summed(variable)
+    ]
 
 
 def _matches(pattern: str, variable: keras.Variable) -> bool:
