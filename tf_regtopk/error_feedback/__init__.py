@@ -14,7 +14,7 @@ their gradients.
 
 from tf_regtopk.error_feedback.base import ErrorFeedback
 from tf_regtopk.error_feedback.base import Moment
-from tf_regtopk.error_feedback.base import Step
+from tf_regtopk.error_feedback.base import StepContext
 from tf_regtopk.error_feedback.downlink import CompressedDownlink
 from tf_regtopk.error_feedback.ef21 import EF21
 from tf_regtopk.error_feedback.error_accumulation import Accumulate
@@ -31,5 +31,5 @@ __all__ = [
     "Moment",
     "MomentumOfSum",
     "NoFeedback",
-    "Step",
+    "StepContext",
 ]

@@ -26,7 +26,7 @@ class Moment(NamedTuple):
     number: tf.Tensor
 
 
-class Step(NamedTuple):
+class StepContext(NamedTuple):
     """The context of a step: its facts for the rules.
 
     Args:
@@ -80,7 +80,7 @@ class ErrorFeedback(hyper_parameters.HyperParameters, abc.ABC):
 
     @property
     def needs_learning_rate(self) -> bool:
-        """True if the rule reads `Step.learning_rate`."""
+        """True if the rule reads `StepContext.learning_rate`."""
         return False
 
     @property
@@ -111,7 +111,7 @@ class ErrorFeedback(hyper_parameters.HyperParameters, abc.ABC):
         local: Tensors,
         shared: Tensors,
         gradient: tf.Tensor,
-        step: Step,
+        context: StepContext,
     ) -> tuple[tf.Tensor, Tensors]:
         """Returns the vector from which entries are selected.
 
@@ -119,7 +119,7 @@ class ErrorFeedback(hyper_parameters.HyperParameters, abc.ABC):
             local: Tuple of `num_local` tensors `[J]`.
             shared: Tuple of tensors, as of `initial_shared`.
             gradient: Tensor `[J]`, this replica's g.
-            step: `Step`.
+            context: `StepContext`.
 
         Returns:
             `(a, local)`: a, and the tuple of the local tensors: a itself where
@@ -134,7 +134,7 @@ class ErrorFeedback(hyper_parameters.HyperParameters, abc.ABC):
         indices: tf.Tensor,
         sent: tf.Tensor,
         total: tf.Tensor,
-        step: Step,
+        context: StepContext,
     ) -> Tensors:
         """The local tensors for the next step.
 
@@ -143,7 +143,7 @@ class ErrorFeedback(hyper_parameters.HyperParameters, abc.ABC):
             indices: int32 tensor `[k]`, the entries sent, each once.
             sent: Tensor `[k]`, the values that the receivers see.
             total: Tensor `[J]`, the sum of what all replicas sent.
-            step: `Step`.
+            context: `StepContext`.
 
         Returns:
             Tuple of tensors `[J]`, the same object where one stays as it is.
@@ -155,7 +155,7 @@ class ErrorFeedback(hyper_parameters.HyperParameters, abc.ABC):
         indices: tf.Tensor,
         error: tf.Tensor,
         total: tf.Tensor,
-        step: Step,
+        context: StepContext,
     ) -> Tensors:
         """The local tensors of a replica that takes an error over.
 
@@ -169,7 +169,7 @@ class ErrorFeedback(hyper_parameters.HyperParameters, abc.ABC):
             indices: int32 tensor `[n]`, each once.
             error: Tensor `[n]`, the sums less what is in the total.
             total: As of `update`.
-            step: `Step`.
+            context: `StepContext`.
 
         Returns:
             Tuple of tensors `[J]`.
@@ -177,7 +177,7 @@ class ErrorFeedback(hyper_parameters.HyperParameters, abc.ABC):
         Raises:
             ValueError: If the rule does not say.
         """
-        del total, step
+        del total, context
         place = self.residual_place
         if place is None:
             raise ValueError(
@@ -188,19 +188,19 @@ class ErrorFeedback(hyper_parameters.HyperParameters, abc.ABC):
         return (*local[:place], added, *local[place + 1 :])
 
     def aggregate(
-        self, shared: Tensors, total: tf.Tensor, step: Step
+        self, shared: Tensors, total: tf.Tensor, context: StepContext
     ) -> tuple[tf.Tensor, Tensors]:
         """Returns the gradient for the inner optimizer.
 
         Args:
             shared: Tuple of tensors, as of `initial_shared`.
             total: Tensor `[J]`, the sum of what all replicas sent.
-            step: `Step`.
+            context: `StepContext`.
 
         Returns:
             `(aggregate, shared)`.
         """
-        del step
+        del context
         return total, shared
 
     def when_dense(self) -> "ErrorFeedback":

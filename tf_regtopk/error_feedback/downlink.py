@@ -99,9 +99,11 @@ class CompressedDownlink(base.ErrorFeedback):
         local: base.Tensors,
         shared: base.Tensors,
         gradient: tf.Tensor,
-        step: base.Step,
+        context: base.StepContext,
     ) -> tuple[tf.Tensor, base.Tensors]:
-        return self.error_feedback.accumulate(local, shared[1:], gradient, step)
+        return self.error_feedback.accumulate(
+            local, shared[1:], gradient, context
+        )
 
     def update(
         self,
@@ -109,9 +111,9 @@ class CompressedDownlink(base.ErrorFeedback):
         indices: tf.Tensor,
         sent: tf.Tensor,
         total: tf.Tensor,
-        step: base.Step,
+        context: base.StepContext,
     ) -> base.Tensors:
-        return self.error_feedback.update(local, indices, sent, total, step)
+        return self.error_feedback.update(local, indices, sent, total, context)
 
     def add_error(
         self,
@@ -119,22 +121,24 @@ class CompressedDownlink(base.ErrorFeedback):
         indices: tf.Tensor,
         error: tf.Tensor,
         total: tf.Tensor,
-        step: base.Step,
+        context: base.StepContext,
     ) -> base.Tensors:
-        return self.error_feedback.add_error(local, indices, error, total, step)
+        return self.error_feedback.add_error(
+            local, indices, error, total, context
+        )
 
     def aggregate(
-        self, shared: base.Tensors, total: tf.Tensor, step: base.Step
+        self, shared: base.Tensors, total: tf.Tensor, context: base.StepContext
     ) -> tuple[tf.Tensor, base.Tensors]:
-        total, inner = self.error_feedback.aggregate(shared[1:], total, step)
+        total, inner = self.error_feedback.aggregate(shared[1:], total, context)
         a = shared[0] + total
-        density = step.density if self.density is None else self.density
+        density = context.density if self.density is None else self.density
         k = selected.num_selected(density, a.shape[0])
         indices = selection.select_largest(
-            a, [selection.Group(a.shape[0], k)], step.number
+            a, [selection.Group(a.shape[0], k)], context.number
         )
         # Stochastic rounding draws other numbers than any replica does.
-        stream = (step.number, tf.constant(step.num_replicas))
+        stream = (context.number, tf.constant(context.num_replicas))
         payload = self.codec.payload(k, a.shape[0], a.dtype)
         _, sent = payload.encode(indices, selection.take(a, indices), stream)
         aggregate = equations.add_sent(tf.zeros_like(a), indices, sent)

@@ -53,9 +53,9 @@ class EF21(base.ErrorFeedback):
         local: base.Tensors,
         shared: base.Tensors,
         gradient: tf.Tensor,
-        step: base.Step,
+        context: base.StepContext,
     ) -> tuple[tf.Tensor, base.Tensors]:
-        del shared, step
+        del shared, context
         if self.momentum == 1:
             [h] = local
             return gradient - h, local
@@ -69,9 +69,9 @@ class EF21(base.ErrorFeedback):
         indices: tf.Tensor,
         sent: tf.Tensor,
         total: tf.Tensor,
-        step: base.Step,
+        context: base.StepContext,
     ) -> base.Tensors:
-        del total, step
+        del total, context
         h = equations.add_sent(local[0], indices, sent)
         return (h, *local[1:])
 
@@ -81,15 +81,15 @@ class EF21(base.ErrorFeedback):
         indices: tf.Tensor,
         error: tf.Tensor,
         total: tf.Tensor,
-        step: base.Step,
+        context: base.StepContext,
     ) -> base.Tensors:
-        del total, step
+        del total, context
         return (equations.add_sent(local[0], indices, -error), *local[1:])
 
     def aggregate(
-        self, shared: base.Tensors, total: tf.Tensor, step: base.Step
+        self, shared: base.Tensors, total: tf.Tensor, context: base.StepContext
     ) -> tuple[tf.Tensor, base.Tensors]:
-        del step
+        del context
         [h_sum] = shared
         h_sum += total
         return h_sum, (h_sum,)

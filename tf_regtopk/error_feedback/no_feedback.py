@@ -24,9 +24,9 @@ class NoFeedback(base.ErrorFeedback):
         local: base.Tensors,
         shared: base.Tensors,
         gradient: tf.Tensor,
-        step: base.Step,
+        context: base.StepContext,
     ) -> tuple[tf.Tensor, base.Tensors]:
-        del shared, step
+        del shared, context
         return gradient, local
 
     def update(
@@ -35,9 +35,9 @@ class NoFeedback(base.ErrorFeedback):
         indices: tf.Tensor,
         sent: tf.Tensor,
         total: tf.Tensor,
-        step: base.Step,
+        context: base.StepContext,
     ) -> base.Tensors:
-        del indices, sent, total, step
+        del indices, sent, total, context
         return local
 
     def add_error(
@@ -46,9 +46,9 @@ class NoFeedback(base.ErrorFeedback):
         indices: tf.Tensor,
         error: tf.Tensor,
         total: tf.Tensor,
-        step: base.Step,
+        context: base.StepContext,
     ) -> base.Tensors:
-        del indices, error, total, step
+        del indices, error, total, context
         return local
 
     def when_dense(self) -> base.ErrorFeedback:

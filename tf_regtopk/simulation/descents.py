@@ -213,7 +213,7 @@ class SparseDescent(NamedTuple):
 
     def _round(
         self, state: State, t: tf.Tensor, rate: tf.Tensor
-    ) -> tuple[round_lib.Method, error_feedback_lib.Step]:
+    ) -> tuple[round_lib.Method, error_feedback_lib.StepContext]:
         size, dtype = state.weights.shape[0], state.weights.dtype
         k = self.sparsifier.num_selected(size)
         method = round_lib.Method(
@@ -222,7 +222,7 @@ class SparseDescent(NamedTuple):
             self._payload_codec(k, size, dtype),
             (selection.Group(size, k),),
         )
-        return method, error_feedback_lib.Step(
+        return method, error_feedback_lib.StepContext(
             self.num_workers, k / size, rate, t
         )
 
@@ -261,7 +261,7 @@ class SparseDescent(NamedTuple):
         Returns:
             `(total, magnitudes, taken_over, accepted)`: a float tensor `[J]`;
             the sum of the magnitudes of all entries; a `round.TakenOver` of
-            tensors `[N, ...]`, or nothing; and `Step.accepted`.
+            tensors `[N, ...]`, or nothing; and `StepContext.accepted`.
         """
         codec = method.payload_codec
         if not isinstance(codec, codecs.ScatteredCodec):
@@ -300,7 +300,7 @@ class SparseDescent(NamedTuple):
         method: round_lib.Method,
         state: State,
         gradients: tf.Tensor,
-        context: error_feedback_lib.Step,
+        context: error_feedback_lib.StepContext,
     ) -> tuple[tf.Tensor, round_lib.Sent]:
         """Payloads and sends of all workers, of tensors `[N, ...]`."""
 

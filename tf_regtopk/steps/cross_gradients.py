@@ -184,7 +184,7 @@ def answer(
     gradients: tf.Tensor,
     errors: tuple[tf.Tensor, ...],
     neighbours: tuple[tf.Tensor, tf.Tensor],
-    step: error_feedback_lib.Step,
+    context: error_feedback_lib.StepContext,
     rank: tf.Tensor,
 ) -> Answers:
     """Makes what a replica sends back, with an error for each neighbour.
@@ -198,7 +198,7 @@ def answer(
         neighbours: `(ranks, numbers)`, int32 tensors `[D]`: the ranks of the
             neighbours, and the rows of their errors. The rank of the replica
             itself stands for nobody.
-        step: `Step`.
+        context: `StepContext`.
         rank: Scalar int32 tensor, the rank of the replica.
 
     Returns:
@@ -211,11 +211,11 @@ def answer(
             tuple(tf.gather(e, numbers[d]) for e in errors)
         )
         # Each pair of replicas rounds by random numbers of its own.
-        stream = rank * step.num_replicas + ranks[d]
+        stream = rank * context.num_replicas + ranks[d]
         payload, sent, _ = round_lib.send(
-            method, gradient, before, step, stream
+            method, gradient, before, context, stream
         )
-        local, _ = round_lib.settle(method, sent, (), gradient, step)
+        local, _ = round_lib.settle(method, sent, (), gradient, context)
         payloads.append(payload)
         values.append(sent.values)
         after.append(local)

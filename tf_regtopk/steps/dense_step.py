@@ -111,7 +111,7 @@ class DenseStep:
     ) -> tf.Tensor:
         g = tf.concat(vectors, axis=0)
         a, _ = self._error_feedback.accumulate(
-            (), shared, g, self._step_at(moment)
+            (), shared, g, self._context_at(moment)
         )
         missing = self._buffer.missing(has_gradient)
         return missing.clear(a) if missing else a
@@ -126,7 +126,7 @@ class DenseStep:
     ) -> tf.Tensor:
         old = tuple(variable.read_value() for variable in shared)
         aggregate, new = self._error_feedback.aggregate(
-            old, total, self._step_at(moment)
+            old, total, self._context_at(moment)
         )
         if missing := self._buffer.missing(has_gradient):
             new = missing.keep_state(old, new)
@@ -134,10 +134,10 @@ class DenseStep:
             variable.assign(value)
         return aggregate
 
-    def _step_at(
+    def _context_at(
         self, moment: error_feedback_lib.Moment
-    ) -> error_feedback_lib.Step:
-        return error_feedback_lib.Step(self._num_replicas, 1.0, *moment)
+    ) -> error_feedback_lib.StepContext:
+        return error_feedback_lib.StepContext(self._num_replicas, 1.0, *moment)
 
 
 def _flags_of(

@@ -125,7 +125,7 @@ class GossipStep:
             self._method,
             tf.concat(vectors, axis=0),
             state,
-            self._step_at(number),
+            self._context_at(number),
             rank,
         )
         magnitude = finiteness.largest_magnitude(
@@ -226,7 +226,7 @@ class GossipStep:
                 words.release(indices, tf.int32), values, before.local
             ),
             before,
-            self._step_at(number),
+            self._context_at(number),
         )
         for variable, old, new in zip(
             *map(tf.nest.flatten, (state, before, after)), strict=True
@@ -240,9 +240,9 @@ class GossipStep:
         number = tf.cast(number, tf.int32)
         return number * self._num_replicas + tf.cast(ranks, tf.int32)
 
-    def _step_at(self, number: tf.Tensor) -> error_feedback_lib.Step:
+    def _context_at(self, number: tf.Tensor) -> error_feedback_lib.StepContext:
         k = self._method.payload_codec.k
-        return error_feedback_lib.Step(
+        return error_feedback_lib.StepContext(
             self._num_replicas,
             k / self._buffer.size,
             tf.zeros([]),

@@ -78,10 +78,10 @@ class Partition:
         )
         # Steps are kept, because TensorFlow never frees a compiled program.
         if density not in self._steps:
-            self._steps[density] = self._step_at(density)
+            self._steps[density] = self._sparse_step_at(density)
         self.sparse_step = self._steps[density]
 
-    def _step_at(self, density: float) -> sparse_step.SparseStep:
+    def _sparse_step_at(self, density: float) -> sparse_step.SparseStep:
         # Indices are not compressed for a single participant, because nothing
         # is sent.
         codec = self.layout.choices.codec

@@ -73,12 +73,12 @@ class ScatteredStep(sparse_step.SparseStep):
             kept.error,
         )
 
-    def _step_after(
+    def _context_after(
         self, moment: error_feedback.Moment, reduced: sparse_step.Reduced
-    ) -> error_feedback.Step:
+    ) -> error_feedback.StepContext:
         most = self._participants.count * self._buffer.size
         number = self._facts(reduced).num_accepted
-        return self._step_at(moment)._replace(
+        return self._context_at(moment)._replace(
             accepted=tf.cast(number, self._buffer.dtype) / most
         )
 

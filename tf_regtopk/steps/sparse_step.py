@@ -177,7 +177,7 @@ class SparseStep:
             self._method,
             gradient,
             state,
-            self._step_at(moment),
+            self._context_at(moment),
             rank,
             self._buffer.missing(has_gradient),
         )
@@ -262,7 +262,7 @@ class SparseStep:
         all_indices, all_values = entries
         indices, values = sent
         before = self._release(_read(state))
-        step = self._step_after(moment, reduced)
+        context = self._context_after(moment, reduced)
         missing = self._buffer.missing(has_gradient)
         total = scatter_sum.sum_entries(
             all_indices, all_values, self._buffer.size
@@ -270,7 +270,7 @@ class SparseStep:
         if missing:
             total = missing.clear(total)
         aggregate, shared = round_lib.aggregate(
-            self._method, total, before.shared, step, missing
+            self._method, total, before.shared, context, missing
         )
         local, memory = round_lib.settle(
             self._method,
@@ -279,7 +279,7 @@ class SparseStep:
             ),
             before.memory,
             total,
-            step,
+            context,
             missing,
             self._taken_over(reduced),
         )
@@ -330,20 +330,22 @@ class SparseStep:
             )
         )
 
-    def _step_at(self, moment: error_feedback.Moment) -> error_feedback.Step:
-        return error_feedback.Step(
+    def _context_at(
+        self, moment: error_feedback.Moment
+    ) -> error_feedback.StepContext:
+        return error_feedback.StepContext(
             self._participants.count,
             self._method.payload_codec.k / self._buffer.size,
             moment.learning_rate,
             moment.number,
         )
 
-    def _step_after(
+    def _context_after(
         self, moment: error_feedback.Moment, reduced: Reduced
-    ) -> error_feedback.Step:
+    ) -> error_feedback.StepContext:
         """The context of the second half."""
         del reduced
-        return self._step_at(moment)
+        return self._context_at(moment)
 
     def _taken_over(self, reduced: Reduced) -> round_lib.TakenOver | None:
         """The errors of sums that this replica takes over."""
