@@ -206,7 +206,7 @@ class Monitor(keras.callbacks.Callback):
 
     def _write(
         self,
-        moment: str,
+        interval: str,
         optimizer: Any,
         found: Sequence[Mapping[str, Any]],
         combined: Mapping[str, float],
@@ -217,7 +217,7 @@ class Monitor(keras.callbacks.Callback):
         step = int(optimizer.iterations.numpy()) if epoch is None else epoch
         # TensorBoard shows in one group what has a name before the slash in
         # common.
-        group = f"{_PREFIX}{moment}"
+        group = f"{_PREFIX}{interval}"
         numbers = {
             f"{group}/{name.removeprefix(_PREFIX)}": value
             for name, value in self._numbers(optimizer, combined).items()

@@ -13,7 +13,7 @@ their gradients.
 """
 
 from tf_regtopk.error_feedback.base import ErrorFeedback
-from tf_regtopk.error_feedback.base import Moment
+from tf_regtopk.error_feedback.base import Progress
 from tf_regtopk.error_feedback.base import StepContext
 from tf_regtopk.error_feedback.downlink import CompressedDownlink
 from tf_regtopk.error_feedback.ef21 import EF21
@@ -28,8 +28,8 @@ __all__ = [
     "CompressedDownlink",
     "ErrorFeedback",
     "LearnedShift",
-    "Moment",
     "MomentumOfSum",
     "NoFeedback",
+    "Progress",
     "StepContext",
 ]

@@ -14,8 +14,8 @@ from tf_regtopk.error_feedback import equations
 Tensors: TypeAlias = tuple[tf.Tensor, ...]
 
 
-class Moment(NamedTuple):
-    """The facts of a step that are the same for all ways to exchange.
+class Progress(NamedTuple):
+    """How far the training is: the learning rate, and the steps taken before.
 
     Args:
         learning_rate: Scalar float tensor, the inner optimizer's.

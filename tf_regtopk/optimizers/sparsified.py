@@ -267,7 +267,7 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
         return step.take_step(
             self._partition,
             gradients,
-            self._read_moment(),
+            self._read_progress(),
             tf.equal(self._changes.variables(), self.changes),
             apply,
             skip,
@@ -292,11 +292,11 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
             *weights,
         ]
 
-    def _read_moment(self) -> error_feedback_lib.Moment:
+    def _read_progress(self) -> error_feedback_lib.Progress:
         rate = tf.zeros([])  # Where the rule of error feedback needs none.
         if self.error_feedback.needs_learning_rate:
             rate = tf.convert_to_tensor(self.learning_rate)
-        return error_feedback_lib.Moment(
+        return error_feedback_lib.Progress(
             tf.cast(rate, tf.float32), self._iterations.value.read_value()
         )
 
