@@ -78,12 +78,12 @@ class Worker:
         )
         return not suffices
 
-    def remember(self, aggregate):
+    def remember(self, total):
         self.memory = self.sparsifier.remember(
             self.memory,
             self.indices,
             self.sent,
-            tf.gather(aggregate, self.indices),
+            tf.gather(total, self.indices),
             tf.constant(0, tf.int64),
         )
 
@@ -119,14 +119,14 @@ def train(sparsifier, images, labels):
             loss, g = gradient(images[batch], labels[batch])
             losses.append(float(loss))
             num_fallbacks += worker.select(g, step)
-        aggregate = scatter_sum.sum_entries(
+        total = scatter_sum.sum_entries(
             tf.stack([worker.indices for worker in workers]),
             tf.stack([worker.sent for worker in workers]),
             buffer.size,
         )
         for worker in workers:
-            worker.remember(aggregate)
-        optimizer.apply(buffer.split(aggregate), model.trainable_variables)
+            worker.remember(total)
+        optimizer.apply(buffer.split(total), model.trainable_variables)
     return buffer.size, num_fallbacks, float(np.mean(losses[-50:]))
 
 

@@ -86,7 +86,7 @@ def test_a_memory_of_another_kind():
         def initial_memory(self, k, size, dtype):
             return (tf.zeros([k], dtype),)
 
-        def remember(self, memory, indices, sent, aggregate, step):
+        def remember(self, memory, indices, sent, total, step):
             return (indices,)
 
     optimizer = tf_regtopk.SparsifiedOptimizer(

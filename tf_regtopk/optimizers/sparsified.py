@@ -268,7 +268,7 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
             self._partition,
             gradients,
             self._read_progress(),
-            tf.equal(self._changes.variables(), self.changes),
+            tf.equal(self._changes_of_replicas.variables(), self.changes),
             apply,
             skip,
         )
@@ -310,7 +310,7 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
         self._participants = topology_lib.Participants(self.topology)
         # Changes are counted, because functions traced before must raise.
         self.changes = 0
-        self._changes = replica_state.ReplicaState(
+        self._changes_of_replicas = replica_state.ReplicaState(
             lambda: tf.constant(0, tf.int64)
         )
         self._exchange_seconds: dict[str, float] | None = None
@@ -501,8 +501,8 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
         with tf.init_scope(), keras_internals.strategy_of(self).scope():
             change()
         self.changes += 1
-        num_local = len(self._changes.replicas)
-        self._changes.assign_local([[self.changes]] * num_local)
+        num_local = len(self._changes_of_replicas.replicas)
+        self._changes_of_replicas.assign_local([[self.changes]] * num_local)
 
     def wire_report(self) -> codecs.WireReport:
         """Returns the bytes that each replica sends per step, to print.

@@ -18,7 +18,7 @@ from tf_regtopk import selection
 from tf_regtopk import sparsifiers
 from tf_regtopk.codecs import wire_report
 from tf_regtopk.distribute import reduce_scatter
-from tf_regtopk.distribute import topology
+from tf_regtopk.distribute import topology as topology_lib
 from tf_regtopk.kernels import ownership
 from tf_regtopk.saving import layouts
 from tf_regtopk.steps import flat_buffer
@@ -31,20 +31,20 @@ Exchange: TypeAlias = Literal["sparse", "all_gather", "dense"]
 EXCHANGES: tuple[Exchange, ...] = ("sparse", "dense")
 
 
-def candidates(topology_: topology.Topology) -> tuple[Exchange, ...]:
+def candidates(topology: topology_lib.Topology) -> tuple[Exchange, ...]:
     """The exchanges of which `exchange="auto"` chooses one.
 
     Args:
-        topology_: `Topology` of the optimizer.
+        topology: `Topology` of the optimizer.
 
     Example:
 
-    >>> candidates(topology.AllGather())
+    >>> candidates(topology_lib.AllGather())
     ('sparse', 'dense')
     >>> candidates(reduce_scatter.ReduceScatter())
     ('sparse', 'all_gather', 'dense')
     """
-    if isinstance(topology_, reduce_scatter.ReduceScatter):
+    if isinstance(topology, reduce_scatter.ReduceScatter):
         return ("sparse", "all_gather", "dense")
     return EXCHANGES
 
@@ -87,7 +87,7 @@ class Layout:
         self,
         kind: Exchange,
         variables: Sequence[keras.Variable],
-        participants: topology.Participants,
+        participants: topology_lib.Participants,
         choices: Choices,
     ) -> None:
         self.kind = kind
@@ -96,7 +96,7 @@ class Layout:
             assert isinstance(
                 participants.topology, reduce_scatter.ReduceScatter
             )
-            participants = topology.Participants(
+            participants = topology_lib.Participants(
                 participants.topology.gathering
             )
         self.participants = participants
