@@ -1,7 +1,6 @@
 """Compression of the way back: what all replicas apply of their sum."""
 
 import dataclasses
-from typing import Any
 
 import keras
 import tensorflow as tf
@@ -147,22 +146,3 @@ class CompressedDownlink(base.ErrorFeedback):
 
     def when_dense(self) -> base.ErrorFeedback:
         return self.error_feedback.when_dense()
-
-    def get_config(self) -> dict[str, Any]:
-        serialize = keras.saving.serialize_keras_object
-        return {
-            "error_feedback": serialize(self.error_feedback),
-            "density": self.density,
-            "codec": serialize(self.codec),
-        }
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "CompressedDownlink":
-        return cls(
-            **{
-                name: keras.saving.deserialize_keras_object(value)
-                if isinstance(value, dict)
-                else value
-                for name, value in config.items()
-            }
-        )

@@ -14,9 +14,7 @@ its neighbours, and C_i changes nothing. g_i is what the inner optimizer gets.
 """
 
 import dataclasses
-from typing import Any
 from typing import NamedTuple
-from typing import Self
 
 import keras
 import tensorflow as tf
@@ -146,23 +144,6 @@ class CrossGradients(hyper_parameters.HyperParameters):
         if not self.sends_back:
             return 0
         return 4 * self.codec.payload(size, size, dtype).num_words
-
-    def get_config(self) -> dict[str, Any]:
-        return {
-            "alpha": self.alpha,
-            "codec": keras.saving.serialize_keras_object(self.codec),
-            "error_feedback": keras.saving.serialize_keras_object(
-                self.error_feedback
-            ),
-        }
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Self:
-        return cls(
-            config["alpha"],
-            keras.saving.deserialize_keras_object(config["codec"]),
-            keras.saving.deserialize_keras_object(config["error_feedback"]),
-        )
 
 
 class Answers(NamedTuple):
