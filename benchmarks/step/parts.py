@@ -61,7 +61,7 @@ def replica_step(sparsifier, gradient):
             tf.zeros([]), num_steps.assign_add(1)
         )
         flags, exchanged = sparse_step.exchange([g], state, progress)
-        with tf.control_dependencies([verdict.is_finite([flags])]):
+        with tf.control_dependencies([verdict.is_taken([flags])]):
             exchanged = tf.nest.map_structure(tf.identity, exchanged)
         return sparse_step.aggregate(exchanged, state, progress, (True,))
 

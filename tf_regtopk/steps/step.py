@@ -45,13 +45,13 @@ def take_step(
     """
     has_gradient = [gradient is not None for gradient in gradients]
 
-    # Accumulate, select and encode; send.
+    # The first half keeps nothing, because a replica may still refuse the step.
     flags, exchanged = partition.exchange(gradients, progress)
     flags.append(verdict.Flags(are_current=is_current))
     with tf.name_scope("tf_regtopk/check"):
-        is_taken = verdict.is_finite(flags)
+        is_taken = verdict.is_taken(flags)
 
-    # Sum; remember, and clear the error; update the weights.
+    # The second half changes state and weights, now that all take the step.
     def settle(
         exchanged: tuple[Any, ...], progress: Sequence[tf.Tensor]
     ) -> None:
