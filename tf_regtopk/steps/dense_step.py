@@ -7,7 +7,7 @@ import keras
 import tensorflow as tf
 
 from tf_regtopk import error_feedback as error_feedback_lib
-from tf_regtopk.distribute import topology
+from tf_regtopk.distribute import collectives
 from tf_regtopk.kernels import tracing
 from tf_regtopk.steps import finiteness
 from tf_regtopk.steps import flat_buffer
@@ -28,7 +28,7 @@ class PlainStep:
         """Sums the gradients; see `SparseStep.exchange`."""
         del state, progress, sampled
         with tf.name_scope("tf_regtopk/all_reduce"):
-            totals = topology.AllReduce().sum(
+            totals = collectives.all_reduce_sum(
                 [gradient for gradient in gradients if gradient is not None]
             )
         return _flags_of(totals), tuple(totals)
@@ -86,7 +86,7 @@ class DenseStep:
             tuple(gradient is not None for gradient in gradients),
         )
         with tf.name_scope("tf_regtopk/all_reduce"):
-            totals = topology.AllReduce().sum([a])
+            totals = collectives.all_reduce_sum([a])
         return _flags_of(totals), tuple(totals)
 
     def aggregate(
