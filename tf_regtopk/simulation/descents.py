@@ -12,9 +12,7 @@ from tf_regtopk import selection
 from tf_regtopk import sparsifiers
 from tf_regtopk.codecs import scattered
 from tf_regtopk.codecs import wire_report
-from tf_regtopk.distribute import reduce_scatter
 from tf_regtopk.distribute import topology as topology_lib
-from tf_regtopk.kernels import ownership
 from tf_regtopk.kernels import scatter_sum
 from tf_regtopk.simulation import inner_optimizers
 from tf_regtopk.steps import round as round_lib
@@ -229,18 +227,8 @@ class SparseDescent(NamedTuple):
     def _payload_codec(
         self, k: int, size: int, dtype: tf.DType
     ) -> codecs.PayloadCodec | codecs.ScatteredCodec:
-        topology = self.topology
-        if self.num_workers == 1 or not isinstance(
-            topology, reduce_scatter.ReduceScatter
-        ):
-            return self.codec.payload(k, size, dtype)
-        return codecs.ScatteredCodec.of(
-            self.codec,
-            ownership.Ownership(size, self.num_workers),
-            k,
-            topology.capacity,
-            topology.keep,
-            dtype,
+        return scattered.payload_codec(
+            self.codec, k, size, dtype, self.topology, self.num_workers
         )
 
     def _exchange(

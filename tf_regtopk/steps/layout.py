@@ -16,10 +16,10 @@ from tf_regtopk import codecs
 from tf_regtopk import error_feedback as error_feedback_lib
 from tf_regtopk import selection
 from tf_regtopk import sparsifiers
+from tf_regtopk.codecs import scattered
 from tf_regtopk.codecs import wire_report
 from tf_regtopk.distribute import reduce_scatter
 from tf_regtopk.distribute import topology as topology_lib
-from tf_regtopk.kernels import ownership
 from tf_regtopk.saving import layouts
 from tf_regtopk.steps import flat_buffer
 from tf_regtopk.steps import telemetry
@@ -176,18 +176,14 @@ class Layout:
         k = sum(group.k for group in self.groups_at(density))
         if not k:
             return None
-        size, dtype = self.buffer.size, self.buffer.dtype
-        topology, n = self.participants.topology, self.participants.count
-        if n > 1 and isinstance(topology, reduce_scatter.ReduceScatter):
-            return codecs.ScatteredCodec.of(
-                codec,
-                ownership.Ownership(size, n),
-                k,
-                topology.capacity,
-                topology.keep,
-                dtype,
-            )
-        return codec.payload(k, size, dtype)
+        return scattered.payload_codec(
+            codec,
+            k,
+            self.buffer.size,
+            self.buffer.dtype,
+            self.participants.topology,
+            self.participants.count,
+        )
 
     def wire_report(
         self, density: float, is_quick: bool = False
