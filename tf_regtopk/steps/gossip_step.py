@@ -6,7 +6,6 @@ from typing import TypeAlias
 import tensorflow as tf
 
 from tf_regtopk import error_feedback as error_feedback_lib
-from tf_regtopk import selection
 from tf_regtopk.codecs import header as header_lib
 from tf_regtopk.distribute import mixing_rules
 from tf_regtopk.distribute import neighbours as neighbours_lib
@@ -81,7 +80,7 @@ class GossipStep:
         with tf.name_scope("tf_regtopk/join"):
             vectors = self._buffer.vectors(weights)
         with tf.name_scope("tf_regtopk/send"):
-            payload, sent = self.send(vectors, _read(state), number, rank)
+            payload, sent = self.send(vectors, state.read(), number, rank)
         with tf.name_scope("tf_regtopk/exchange"):
             payloads = neighbours.exchange(payload, number)
         with tf.name_scope("tf_regtopk/decode"):
@@ -128,11 +127,8 @@ class GossipStep:
             self._context_at(number),
             rank,
         )
-        magnitude = finiteness.largest_magnitude(
-            # As in a `SparseStep`.
-            *([] if self._method.sparsifier.selects_non_finite else [a]),
-            selection.take(a, sent.indices),
-            sent.values,
+        magnitude = finiteness.magnitude_of_sent(
+            self._method.sparsifier, a, sent.indices, sent.values
         )
         mark = self._marks(number, rank)
         changed = {
@@ -216,7 +212,7 @@ class GossipStep:
                 `round.Sent`.
             number: As of `moves`.
         """
-        before = _read(state)
+        before = state.read()
         indices, values = sent
         move, after = gossip_round.mix(
             self._method,
@@ -248,10 +244,6 @@ class GossipStep:
             tf.zeros([]),
             number,
         )
-
-
-def _read(state: round_lib.State) -> round_lib.State:
-    return tf.nest.map_structure(lambda v: v.read_value(), state)
 
 
 def _checks(flags: tf.Tensor, senders: tf.Tensor) -> list[tf.Operation | None]:

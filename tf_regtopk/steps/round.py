@@ -57,6 +57,10 @@ class State(NamedTuple):
     memory: tuple[tf.Tensor, ...] = ()
     measured: tuple[tf.Tensor, ...] = ()
 
+    def read(self) -> "State":
+        """Returns the `State` of the values that a state of variables has."""
+        return State(*tf.nest.map_structure(lambda v: v.read_value(), self))
+
 
 class Sent(NamedTuple):
     """Everything that a replica holds while others' entries are on the way.

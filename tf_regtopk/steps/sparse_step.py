@@ -8,7 +8,6 @@ import tensorflow as tf
 
 from tf_regtopk import codecs
 from tf_regtopk import error_feedback
-from tf_regtopk import selection
 from tf_regtopk.codecs import header as header_lib
 from tf_regtopk.distribute import topology
 from tf_regtopk.kernels import scatter_sum
@@ -86,7 +85,7 @@ class SparseStep:
         with tf.name_scope("tf_regtopk/send"):
             payload, num_used, sent, measured, mark = self.send(
                 vectors,
-                _read(state),
+                state.read(),
                 progress,
                 self._participants.rank,
                 tuple(gradient is not None for gradient in gradients),
@@ -181,14 +180,8 @@ class SparseStep:
             rank,
             self._buffer.missing(has_gradient),
         )
-        magnitude = finiteness.largest_magnitude(
-            # Not all entries have to be looked at if entries that are not
-            # finite are always selected.
-            *([] if self._method.sparsifier.selects_non_finite else [a]),
-            # What was selected is looked at as well, because a codec may make
-            # infinity a finite value, or leave an entry out.
-            selection.take(a, sent.indices),
-            sent.values,
+        magnitude = finiteness.magnitude_of_sent(
+            self._method.sparsifier, a, sent.indices, sent.values
         )
         changed = {
             i: words.hold(new)
@@ -261,7 +254,7 @@ class SparseStep:
         """
         all_indices, all_values = entries
         indices, values = sent
-        before = self._release(_read(state))
+        before = self._release(state.read())
         context = self._context_after(progress, reduced)
         missing = self._buffer.missing(has_gradient)
         total = scatter_sum.sum_entries(
@@ -362,10 +355,6 @@ def _time_after(tensor: tf.Tensor) -> tf.Tensor:
     """Seconds since 1970 when a tensor is there, as the host sees it."""
     with tf.control_dependencies([tensor]), tf.device("CPU:0"):
         return tf.timestamp()
-
-
-def _read(state: round_lib.State) -> round_lib.State:
-    return tf.nest.map_structure(lambda v: v.read_value(), state)
 
 
 def _assign(
