@@ -326,7 +326,7 @@ def choose(
         return name(k, size)
     if name == "elias_fano" and size + k >= 2**31 and 2 * k > size:
         raise ValueError(
-            "`indices` must be another code for so many entries, as "
+            '`indices` must be "auto" or "bitmap" for so many entries, because '
             '"elias_fano" numbers its bits by int32. Received: indices='
             f'"elias_fano", k={k}, size={size}'
         )

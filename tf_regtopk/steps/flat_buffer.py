@@ -69,7 +69,9 @@ class FlatBuffer:
         if buffer.size >= 2**31:
             raise ValueError(
                 "Variables that are exchanged as one vector must have fewer "
-                f"than 2^31 entries in all. Received: {buffer.size} entries"
+                "than 2^31 entries in all: name some of them in `dense`, an "
+                "argument of `SparsifiedOptimizer`. "
+                f"Received: {buffer.size} entries"
             )
         return buffer
 
