@@ -8,6 +8,7 @@ from typing import TypeAlias
 import tensorflow as tf
 
 from tf_regtopk import hyper_parameters
+from tf_regtopk import validation
 from tf_regtopk.error_feedback import equations
 
 # Tensors of a rule's state: local or shared ones.
@@ -215,4 +216,14 @@ class ErrorFeedback(hyper_parameters.HyperParameters, abc.ABC):
         raise ValueError(
             '`exchange` must be "sparse" with a rule of error feedback that '
             f"has no `when_dense`. Received: error_feedback={self}"
+        )
+
+
+def check_factor_masking(factor_masking: bool, momentum: float) -> None:
+    """Raises unless `factor_masking` is a bool, and has a momentum to mask."""
+    validation.check_boolean("factor_masking", factor_masking)
+    if factor_masking and not momentum:
+        raise ValueError(
+            "`factor_masking` must go with `momentum`, which it masks. "
+            "Received: factor_masking=True, momentum=0"
         )

@@ -59,12 +59,7 @@ class Accumulate(base.ErrorFeedback):
 
     def __post_init__(self) -> None:
         self._check_number("momentum", "in [0, 1)", lambda m: 0 <= m < 1)
-        validation.check_boolean("factor_masking", self.factor_masking)
-        if self.factor_masking and not self.momentum:
-            raise ValueError(
-                "`factor_masking` must go with `momentum`, which it masks. "
-                "Received: factor_masking=True, momentum=0"
-            )
+        base.check_factor_masking(self.factor_masking, self.momentum)
         validation.check_boolean(
             "follow_learning_rate", self.follow_learning_rate
         )

@@ -72,12 +72,7 @@ class LearnedShift(base.ErrorFeedback):
         if self.rate is not None:
             self._check_number("rate", "in (0, 1]", lambda r: 0 < r <= 1)
         self._check_number("momentum", "in [0, 1)", lambda m: 0 <= m < 1)
-        validation.check_boolean("factor_masking", self.factor_masking)
-        if self.factor_masking and not self.momentum:
-            raise ValueError(
-                "`factor_masking` must go with `momentum`, which it masks. "
-                "Received: factor_masking=True, momentum=0"
-            )
+        base.check_factor_masking(self.factor_masking, self.momentum)
         validation.check_boolean("at_once", self.at_once)
         if self.at_once and self.factor_masking:
             raise ValueError(

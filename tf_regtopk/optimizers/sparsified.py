@@ -490,9 +490,7 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
         (25, 0.25)
         """
         training_validation.check_built(self, "set_density")
-        validation.check_number(
-            "density", density, "in (0, 1]", lambda d: 0 < d <= 1
-        )
+        validation.check_density("density", density)
         dataclasses.replace(self.sparsifier, density=density)  # Checks it too.
         self._change(lambda: self._partition.start_with(float(density)))
 

@@ -265,13 +265,13 @@ class Layout:
     def sparse_paths(self) -> list[str]:
         """Returns the paths of the sparse variables, in their order."""
         in_order = [self.sparse_variables[i] for i in self.order]
-        return [str(getattr(v, "path", v.name)) for v in in_order]
+        return [variable_rules.path_of(v) for v in in_order]
 
 
 def _names_of(variables: Sequence[keras.Variable]) -> list[str]:
     """The names of variables in a layout."""
     return layouts.canonical_names(
-        [getattr(v, "path", v.name) for v in variables]
+        [variable_rules.path_of(v) for v in variables]
     )
 
 
