@@ -10,13 +10,13 @@ import numpy as np
 import tensorflow as tf
 
 from tf_regtopk import validation
+from tf_regtopk.callbacks import of_models
 from tf_regtopk.callbacks import summaries
 from tf_regtopk.codecs import WireReport
 from tf_regtopk.distribute import agreement
 from tf_regtopk.distribute import collectives
 from tf_regtopk.distribute import strategy as strategy_lib
 from tf_regtopk.log import logger
-from tf_regtopk.optimizers import of_models
 
 _PREFIX = "sparse_"
 # Of `telemetry()`: norms, and numbers of entries, shown as shares of k.
