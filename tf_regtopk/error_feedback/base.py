@@ -205,10 +205,14 @@ class ErrorFeedback(hyper_parameters.HyperParameters, abc.ABC):
         return total, shared
 
     def when_dense(self) -> "ErrorFeedback":
-        """Returns the rule for steps in which no entry is held back.
+        """Returns the rule of variables that are exchanged densely.
+
+        Those are all variables with `exchange="dense"` or `"auto"`, which need
+        this method, and those of `dense` and `dense_below`, which are just
+        summed if the rule does not say.
 
         Returns:
-            `ErrorFeedback` without local tensors, for `exchange="dense"`.
+            `ErrorFeedback` without local tensors.
 
         Raises:
             ValueError: If the rule does not say.

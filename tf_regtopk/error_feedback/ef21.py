@@ -22,7 +22,8 @@ class EF21(base.ErrorFeedback):
     gradients. What was not sent is in the next difference again.
 
     Args:
-        momentum: Float eta in (0, 1].
+        momentum: Float eta in (0, 1], the weight of the new gradient: 1 is no
+            momentum, and 0.1 averages as the momentum 0.9 of SGD does.
 
     Raises:
         TypeError: If an argument is of the wrong type.

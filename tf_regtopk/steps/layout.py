@@ -278,7 +278,7 @@ def _names_of(variables: Sequence[keras.Variable]) -> list[str]:
 def _rule_when_dense(
     error_feedback: error_feedback_lib.ErrorFeedback,
 ) -> error_feedback_lib.ErrorFeedback:
-    """The rule of the variables exchanged densely."""
+    """The rule of the variables exchanged densely, which may just be summed."""
     try:
         return error_feedback.when_dense()
     except ValueError:  # It does not say: they are just summed.
