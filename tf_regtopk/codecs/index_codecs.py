@@ -47,6 +47,9 @@ def entropy_bits(k: int, size: int) -> float:
 class IndexCodec(hyper_parameters.HyperParameters, abc.ABC):
     """Base class of index codecs: rising indices of k entries as words.
 
+    A subclass has no parameters of its own, because `Codec` takes the class. It
+    must be registered with `keras.saving.register_keras_serializable`.
+
     Args:
         k: Number of indices, at least 1.
         size: J, the number of entries of the gradient.

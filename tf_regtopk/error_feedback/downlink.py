@@ -45,6 +45,12 @@ class CompressedDownlink(base.ErrorFeedback):
         TypeError: If an argument is of the wrong type.
         ValueError: If an argument breaks its rule.
 
+    Example:
+
+    >>> rule = CompressedDownlink(error_accumulation.Accumulate(momentum=0.9))
+    >>> rule.num_local, rule.has_momentum
+    (2, True)
+
     Source: Sattler, Wiedemann, Mueller, Samek, "Robust and
     Communication-Efficient Federated Learning from Non-IID Data" (2019).
     """

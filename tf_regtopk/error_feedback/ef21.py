@@ -29,6 +29,11 @@ class EF21(base.ErrorFeedback):
         TypeError: If an argument is of the wrong type.
         ValueError: If an argument breaks its rule.
 
+    Example:
+
+    >>> EF21().has_momentum, EF21(momentum=0.1).has_momentum
+    (False, True)
+
     Sources: Richtarik, Sokolov, Fatkhullin, "EF21" (2021); Fatkhullin,
     Tyurin, Richtarik, "Momentum Provably Improves Error Feedback!" (2023).
     """

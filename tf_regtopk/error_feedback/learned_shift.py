@@ -57,6 +57,13 @@ class LearnedShift(base.ErrorFeedback):
         ValueError: If an argument breaks its rule, or `factor_masking` goes
             without `momentum` or with `at_once`.
 
+    Example:
+
+    >>> LearnedShift(momentum=0.9).num_local  # e, h and u.
+    3
+    >>> LearnedShift(momentum=0.9, at_once=True).num_local
+    2
+
     A relative of EC-SGD-DIANA (Gorbunov et al., 2020), which learns the shift
     from a second message.
     """

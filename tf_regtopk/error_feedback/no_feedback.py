@@ -15,6 +15,11 @@ class NoFeedback(base.ErrorFeedback):
 
     For unbiased codecs of whole gradients, and for comparison: a sparsifier
     without error feedback is biased.
+
+    Example:
+
+    >>> NoFeedback().num_local
+    0
     """
 
     num_local = 0

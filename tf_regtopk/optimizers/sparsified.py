@@ -476,6 +476,7 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
             density: Float in (0, 1].
 
         Raises:
+            TypeError: If the density is no number.
             ValueError: If the density is not in (0, 1], or the optimizer not
                 built.
 
