@@ -40,14 +40,14 @@ class ForgetfulAccumulate(tf_regtopk.ErrorFeedback):
                 f"`decay` must be in [0, 1]. Received: decay={self.decay}"
             )
 
-    def accumulate(self, local, shared, gradient, step):
-        del shared, step
+    def accumulate(self, local, shared, gradient, context):
+        del shared, context
         [e] = local
         a = self.decay * e + gradient
         return a, (a,)  # It keeps a until it is known what was sent.
 
-    def update(self, local, indices, sent, total, step):
-        del total, step
+    def update(self, local, indices, sent, total, context):
+        del total, context
         [a] = local
         # A codec may have rounded what was sent, and the error keeps that too.
         e = tf.tensor_scatter_nd_sub(a, indices[:, tf.newaxis], sent)

@@ -54,8 +54,8 @@ class RestingTopK(tf_regtopk.Sparsifier):
             a, indices[:, tf.newaxis], factors * tf.gather(a, indices)
         )
 
-    def remember(self, memory, indices, sent, aggregate, step):
-        del memory, aggregate, step
+    def remember(self, memory, indices, sent, total, step):
+        del memory, total, step
         return indices, tf.fill(sent.shape, tf.cast(self.rest, sent.dtype))
 
 

@@ -54,11 +54,27 @@ class HyperParameters:
         object.__setattr__(self, name, int(value))
 
     def get_config(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        values = {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self)
+        }
+        # A record within this one is saved with its class, which loading needs.
+        return {
+            name: keras.saving.serialize_keras_object(value)
+            if dataclasses.is_dataclass(value)
+            else value
+            for name, value in values.items()
+        }
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        return cls(**config)
+        return cls(
+            **{
+                name: keras.saving.deserialize_keras_object(value)
+                if isinstance(value, dict)
+                else value
+                for name, value in config.items()
+            }
+        )
 
 
 def warn_if_unregistered(*records: Any) -> None:

@@ -27,6 +27,12 @@ _BASE_ARGUMENTS = (
     "ema_overwrite_frequency",
     "gradient_accumulation_steps",
 )
+# Arguments that users look for here, and whose they are.
+_BELONGS_TO = {
+    "density": "It is one of the sparsifier, as in `TopK(density=0.01)`. ",
+    "momentum": "It is one of `error_feedback`, as in "
+    "`Accumulate(momentum=0.9)`, or of the inner optimizer. ",
+}
 
 
 def check_keras() -> None:
@@ -124,8 +130,8 @@ def check_no_parts(inner_optimizer: keras.optimizers.Optimizer) -> None:
     if hasattr(inner_optimizer, "optimizers"):
         raise ValueError(
             '`clipping="replica"` must go with an inner optimizer that has no '
-            "parts, because each part has a clipping of its own. Received: "
-            f"inner_optimizer={inner_optimizer!r}"
+            "parts, because each part has a clipping of its own: leave "
+            f"`clipping` out. Received: inner_optimizer={inner_optimizer!r}"
         )
 
 
@@ -133,8 +139,9 @@ def check_no_base_arguments(arguments: Mapping[str, Any]) -> None:
     """Raises if arguments that belong on the inner optimizer were given."""
     for name, value in arguments.items():
         if name not in _BASE_ARGUMENTS:
+            advice = _BELONGS_TO.get(name, "")
             raise TypeError(
-                f"Unknown argument `{name}`. Received: {name}={value!r}"
+                f"Unknown argument `{name}`. {advice}Received: {name}={value!r}"
             )
         _refuse_base_setting(name, value)
 

@@ -33,6 +33,17 @@ def check_number(
         raise ValueError(message)
 
 
+def check_density(name: str, value: Any, rule: str = "in (0, 1]") -> None:
+    """Raises unless `value` is a share of the entries, more than none.
+
+    Args:
+        name: As of `check_number`.
+        value: As of `check_number`.
+        rule: As of `check_number`.
+    """
+    check_number(name, value, rule, lambda density: 0 < density <= 1)
+
+
 def check_integer(name: str, value: Any, minimum: int) -> None:
     """Raises unless `value` is an integer of at least `minimum`."""
     message = (

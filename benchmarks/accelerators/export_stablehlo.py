@@ -163,14 +163,14 @@ def step_for(size, density, args):
     )
     has_gradient = (True,)
 
-    def moment_at(number):
-        return error_feedback.Moment(tf.zeros([]), tf.cast(number, tf.int64))
+    def progress_at(number):
+        return error_feedback.Progress(tf.zeros([]), tf.cast(number, tf.int64))
 
     def send(gradient, error, number, rank, *memory):
         return step.send.function.python_function(
             [gradient],
             round_lib.State((error,), (), memory),
-            moment_at(number),
+            progress_at(number),
             rank,
             has_gradient,
         )
@@ -186,7 +186,7 @@ def step_for(size, density, args):
             (all_indices, values),
             (indices, sent),
             round_lib.State(tuple(variables[:1]), (), tuple(variables[1:])),
-            moment_at(number),
+            progress_at(number),
             has_gradient,
             (),
         )

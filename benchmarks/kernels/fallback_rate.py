@@ -22,7 +22,6 @@ import tf_regtopk
 from tf_regtopk import selection
 from tf_regtopk.error_feedback import equations
 from tf_regtopk.kernels import scatter_sum
-from tf_regtopk.selection import sampling
 from tf_regtopk.steps import flat_buffer
 
 
@@ -67,7 +66,7 @@ class Worker:
     def _select(self, g, error, memory, step):
         a = equations.accumulate(error, g)
         scores = self.sparsifier.score(a, memory, step)
-        *_, suffices = sampling.candidates(scores, self.group, step)
+        suffices = selection.sample_suffices(scores, [self.group], step)
         indices = selection.select_largest(scores, [self.group], step)
         sent = tf.gather(a, indices)
         error = equations.residual_error(a, indices, sent)
@@ -79,12 +78,12 @@ class Worker:
         )
         return not suffices
 
-    def remember(self, aggregate):
+    def remember(self, total):
         self.memory = self.sparsifier.remember(
             self.memory,
             self.indices,
             self.sent,
-            tf.gather(aggregate, self.indices),
+            tf.gather(total, self.indices),
             tf.constant(0, tf.int64),
         )
 
@@ -120,14 +119,14 @@ def train(sparsifier, images, labels):
             loss, g = gradient(images[batch], labels[batch])
             losses.append(float(loss))
             num_fallbacks += worker.select(g, step)
-        aggregate = scatter_sum.sum_entries(
+        total = scatter_sum.sum_entries(
             tf.stack([worker.indices for worker in workers]),
             tf.stack([worker.sent for worker in workers]),
             buffer.size,
         )
         for worker in workers:
-            worker.remember(aggregate)
-        optimizer.apply(buffer.split(aggregate), model.trainable_variables)
+            worker.remember(total)
+        optimizer.apply(buffer.split(total), model.trainable_variables)
     return buffer.size, num_fallbacks, float(np.mean(losses[-50:]))
 
 

@@ -57,11 +57,13 @@ def replica_step(sparsifier, gradient):
     num_steps = tf.Variable(0, dtype=tf.int64)
 
     def step():
-        moment = error_feedback.Moment(tf.zeros([]), num_steps.assign_add(1))
-        flags, exchanged = sparse_step.exchange([g], state, moment)
-        with tf.control_dependencies([verdict.is_finite([flags])]):
+        progress = error_feedback.Progress(
+            tf.zeros([]), num_steps.assign_add(1)
+        )
+        flags, exchanged = sparse_step.exchange([g], state, progress)
+        with tf.control_dependencies([verdict.is_taken([flags])]):
             exchanged = tf.nest.map_structure(tf.identity, exchanged)
-        return sparse_step.aggregate(exchanged, state, moment, (True,))
+        return sparse_step.aggregate(exchanged, state, progress, (True,))
 
     return harness.compiled(step, jit_compile=False)
 

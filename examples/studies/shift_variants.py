@@ -17,11 +17,15 @@ class RoundedShift(tf_regtopk.LearnedShift):
     nothing of that rounding.
     """
 
-    def update(self, local, indices, sent, total, step):
-        e, h, *u = super().update(local, indices, sent, total, step)
+    def update(self, local, indices, sent, total, context):
+        e, h, *u = super().update(local, indices, sent, total, context)
         bits = tf.bitcast(tf.cast(h, tf.float32), tf.uint32)
         noise = tf.random.stateless_uniform(
-            h.shape, [tf.cast(step.number, tf.int32), 0], 0, 1 << 16, tf.int32
+            h.shape,
+            [tf.cast(context.number, tf.int32), 0],
+            0,
+            1 << 16,
+            tf.int32,
         )
         bits = (bits + tf.bitcast(noise, tf.uint32)) & 0xFFFF0000
         return (e, tf.cast(tf.bitcast(bits, tf.float32), h.dtype), *u)

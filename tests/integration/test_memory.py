@@ -44,13 +44,13 @@ def test_no_array_of_the_gradients_size_is_copied(sparsifier):
     local, shared, _ = exchange.feedback_state.variables()
     state = round_lib.State(local, shared, exchange.memory.variables())
     values = tf.nest.map_structure(lambda v: v.read_value(), state)
-    moment = error_feedback.Moment(tf.zeros([]), optimizer.iterations.value)
+    progress = error_feedback.Progress(tf.zeros([]), optimizer.iterations.value)
     has_gradient = (True, True)
     weights = tuple(tf.convert_to_tensor(v) for v in variables)
     args = (
         [tf.zeros([size])],
         values,
-        moment,
+        progress,
         tf.constant(0),
         has_gradient,
         weights,
@@ -59,7 +59,7 @@ def test_no_array_of_the_gradients_size_is_copied(sparsifier):
     assert not copies(sparse_step.send, size, *args)
     payload, _, sent, _, mark = sparse_step.send(*args)
     entries, _ = sparse_step.decode(payload[tf.newaxis], mark)
-    args = (entries, sent[:2], state, moment, has_gradient, (), ())
+    args = (entries, sent[:2], state, progress, has_gradient, (), ())
     assert not copies(sparse_step.settle, size, *args)
 
 

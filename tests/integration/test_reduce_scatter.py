@@ -237,10 +237,10 @@ class WithoutResidual(tf_regtopk.ErrorFeedback):
 
     num_local = 0
 
-    def accumulate(self, local, shared, gradient, step):
+    def accumulate(self, local, shared, gradient, context):
         return gradient, local
 
-    def update(self, local, indices, sent, total, step):
+    def update(self, local, indices, sent, total, context):
         return local
 
 

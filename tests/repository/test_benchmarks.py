@@ -15,6 +15,10 @@ import fork_server
 import old_versions
 import paths
 import pytest
+import tensorflow as tf
+
+from benchmarks.kernels import fallback_rate
+import tf_regtopk
 
 SIZES = (1000, 140001)
 EXPORT = "accelerators.export_stablehlo"
@@ -142,6 +146,18 @@ def test_fit(tmp_path):
         "dense",
     }
     assert all(r["milliseconds"] > 0 for r in results.values())
+
+
+@pytest.mark.parametrize("suffices", [True, False])
+def test_samples_that_fail_are_counted(suffices, monkeypatch):
+    monkeypatch.setattr(
+        fallback_rate.selection,
+        "sample_suffices",
+        lambda scores, groups, step: tf.constant(suffices),
+    )
+    worker = fallback_rate.Worker(tf_regtopk.TopK(0.5), size=4)
+    fallbacks = [worker.select(tf.range(4.0), step) for step in range(3)]
+    assert sum(fallbacks) == (0 if suffices else 3)
 
 
 # ----- Where the programs are, and which claims they belong to -----

@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 import tf_regtopk
-from tf_regtopk.optimizers import travelling
+from tf_regtopk.callbacks import travelling
 
 N = 4
 SHAPES = [(3, 5), (7,), (4, 2)]

@@ -85,6 +85,6 @@ class Halved(tf_regtopk.Accumulate):
         indices: tf.Tensor,
         sent: tf.Tensor,
         total: tf.Tensor,
-        step: object,
+        context: object,
     ) -> tuple[tf.Tensor, ...]:
         return tuple(0.5 * tensor for tensor in local)

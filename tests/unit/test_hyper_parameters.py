@@ -1,6 +1,7 @@
 """Records of a user's own: what is wrong with them is said at once."""
 
 import dataclasses
+import json
 from typing import ClassVar
 
 import keras
@@ -70,6 +71,26 @@ def test_classes_that_keras_does_not_find_when_it_loads():
     assert loaded.sparsifier == WithParameter(0.5)
 
 
+@keras.saving.register_keras_serializable(package="test")
+@dataclasses.dataclass(frozen=True)
+class Around(tf_regtopk.NoFeedback):
+    """A rule around another one."""
+
+    rule: tf_regtopk.ErrorFeedback
+
+
+@pytest.mark.parametrize(
+    "rule", [tf_regtopk.Accumulate(momentum=0.5), Around(tf_regtopk.EF21())]
+)
+def test_a_record_within_a_record_is_loaded(rule):
+    optimizer = tf_regtopk.SparsifiedOptimizer(
+        keras.optimizers.SGD(), error_feedback=Around(rule)
+    )
+    config = json.loads(json.dumps(keras.optimizers.serialize(optimizer)))
+    loaded = keras.optimizers.deserialize(config)
+    assert loaded.error_feedback == Around(rule)
+
+
 @pytest.mark.filterwarnings("error")
 def test_no_warning_of_the_library_s_own():
     hyper_parameters.warn_if_unregistered(
@@ -86,7 +107,7 @@ def test_a_memory_of_another_kind():
         def initial_memory(self, k, size, dtype):
             return (tf.zeros([k], dtype),)
 
-        def remember(self, memory, indices, sent, aggregate, step):
+        def remember(self, memory, indices, sent, total, step):
             return (indices,)
 
     optimizer = tf_regtopk.SparsifiedOptimizer(

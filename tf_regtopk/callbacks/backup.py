@@ -13,12 +13,12 @@ from tf_regtopk.callbacks import backup_contents
 from tf_regtopk.callbacks import backup_files
 from tf_regtopk.callbacks import backup_replicas
 from tf_regtopk.callbacks import load_scope
+from tf_regtopk.callbacks import of_models
 from tf_regtopk.callbacks import sigterm
 from tf_regtopk.callbacks import skipped_steps
 from tf_regtopk.distribute import collectives
 from tf_regtopk.launch import notes
 from tf_regtopk.log import logger
-from tf_regtopk.optimizers import of_models
 
 
 class Backup(keras.callbacks.Callback):

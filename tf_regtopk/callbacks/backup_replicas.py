@@ -13,11 +13,11 @@ import h5py
 import keras
 import tensorflow as tf
 
+from tf_regtopk.callbacks import of_models
 from tf_regtopk.distribute import collectives
 from tf_regtopk.distribute import replica_state
 from tf_regtopk.distribute import topology
 from tf_regtopk.optimizers import decentralized_saving
-from tf_regtopk.optimizers import of_models
 from tf_regtopk.saving import replica_variables
 from tf_regtopk.saving import saved_state
 from tf_regtopk.saving import worker_files

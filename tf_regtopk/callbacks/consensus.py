@@ -9,9 +9,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from tf_regtopk.callbacks import of_models
 from tf_regtopk.optimizers import averaging
 from tf_regtopk.optimizers import decentralized
-from tf_regtopk.optimizers import of_models
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from typing import Any
 
 import keras
 
-from tf_regtopk.optimizers import of_models
+from tf_regtopk.callbacks import of_models
 from tf_regtopk.optimizers import wrapper
 
 

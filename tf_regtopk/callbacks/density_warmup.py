@@ -48,9 +48,7 @@ class DensityWarmup(density_of_epoch.DensityOfEpoch):
             )
         self.densities = tuple(densities)
         for density in self.densities:
-            validation.check_number(
-                "densities", density, "all in (0, 1]", lambda d: 0 < d <= 1
-            )
+            validation.check_density("densities", density, "all in (0, 1]")
 
     def density_of(
         self, epoch: int, optimizer: wrapper.OptimizerWrapper

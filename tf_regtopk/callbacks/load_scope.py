@@ -9,8 +9,8 @@ import os
 import keras
 import tensorflow as tf
 
+from tf_regtopk.callbacks import of_models
 from tf_regtopk.distribute import strategy as strategy_lib
-from tf_regtopk.optimizers import of_models
 from tf_regtopk.saving import saved_state
 from tf_regtopk.saving import worker_files
 

@@ -10,13 +10,13 @@ import numpy as np
 import tensorflow as tf
 
 from tf_regtopk import validation
+from tf_regtopk.callbacks import of_models
 from tf_regtopk.callbacks import summaries
 from tf_regtopk.codecs import WireReport
 from tf_regtopk.distribute import agreement
 from tf_regtopk.distribute import collectives
 from tf_regtopk.distribute import strategy as strategy_lib
 from tf_regtopk.log import logger
-from tf_regtopk.optimizers import of_models
 
 _PREFIX = "sparse_"
 # Of `telemetry()`: norms, and numbers of entries, shown as shares of k.
@@ -206,7 +206,7 @@ class Monitor(keras.callbacks.Callback):
 
     def _write(
         self,
-        moment: str,
+        interval: str,
         optimizer: Any,
         found: Sequence[Mapping[str, Any]],
         combined: Mapping[str, float],
@@ -217,7 +217,7 @@ class Monitor(keras.callbacks.Callback):
         step = int(optimizer.iterations.numpy()) if epoch is None else epoch
         # TensorBoard shows in one group what has a name before the slash in
         # common.
-        group = f"{_PREFIX}{moment}"
+        group = f"{_PREFIX}{interval}"
         numbers = {
             f"{group}/{name.removeprefix(_PREFIX)}": value
             for name, value in self._numbers(optimizer, combined).items()

@@ -8,9 +8,9 @@ import tensorflow as tf
 
 from tf_regtopk import validation
 from tf_regtopk.callbacks import consensus
+from tf_regtopk.callbacks import travelling
 from tf_regtopk.distribute import collectives
 from tf_regtopk.optimizers import averaging
-from tf_regtopk.optimizers import travelling
 
 # Accuracies are compared by all workers as multiples of this.
 _UNIT = 1e-6

@@ -47,6 +47,9 @@ def entropy_bits(k: int, size: int) -> float:
 class IndexCodec(hyper_parameters.HyperParameters, abc.ABC):
     """Base class of index codecs: rising indices of k entries as words.
 
+    A subclass has no parameters of its own, because `Codec` takes the class. It
+    must be registered with `keras.saving.register_keras_serializable`.
+
     Args:
         k: Number of indices, at least 1.
         size: J, the number of entries of the gradient.
@@ -326,7 +329,7 @@ def choose(
         return name(k, size)
     if name == "elias_fano" and size + k >= 2**31 and 2 * k > size:
         raise ValueError(
-            "`indices` must be another code for so many entries, as "
+            '`indices` must be "auto" or "bitmap" for so many entries, because '
             '"elias_fano" numbers its bits by int32. Received: indices='
             f'"elias_fano", k={k}, size={size}'
         )

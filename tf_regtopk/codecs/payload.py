@@ -45,6 +45,7 @@ class Codec:
             in the residual error.
 
     Raises:
+        TypeError: If `indices` is a class that is no `IndexCodec`.
         ValueError: If an argument breaks its rule.
 
     Example:
@@ -173,7 +174,7 @@ class PayloadCodec:
         Args:
             indices: int32 tensor `[k]`, rising.
             values: Tensor `[k]` of `dtype`.
-            stream: `(step, replica)`, scalar integers that stochastic rounding
+            stream: `(step, rank)`, scalar integers that stochastic rounding
                 depends on.
 
         Returns:

@@ -22,6 +22,8 @@ import tensorflow as tf
 from tf_regtopk import selection
 from tf_regtopk.codecs import payload as payload_lib
 from tf_regtopk.codecs import value_codecs
+from tf_regtopk.distribute import reduce_scatter
+from tf_regtopk.distribute import topology as topology_lib
 from tf_regtopk.kernels import bitmap
 from tf_regtopk.kernels import hashing
 from tf_regtopk.kernels import ownership as ownership_lib
@@ -347,3 +349,47 @@ class ScatteredCodec:
             positions.shape[-1],
         )
         return tf.where(is_used, positions, self.ownership.share + number)
+
+
+def payload_codec(
+    codec: payload_lib.Codec,
+    k: int,
+    size: int,
+    dtype: tf.DType,
+    topology: topology_lib.Topology,
+    num_participants: int,
+) -> payload_lib.PayloadCodec | ScatteredCodec:
+    """Makes the codec of the payloads by which a topology exchanges entries.
+
+    Args:
+        codec: `Codec`.
+        k: Number of entries that a participant selects.
+        size: J, the number of entries of the gradient.
+        dtype: Float dtype of the values.
+        topology: `Topology`.
+        num_participants: N.
+
+    Returns:
+        `ScatteredCodec` for a `ReduceScatter` of several participants, else
+        `PayloadCodec`.
+
+    Example:
+
+    >>> made = payload_codec(
+    ...     payload_lib.Codec(), k=10, size=1000, dtype=tf.float32,
+    ...     topology=reduce_scatter.ReduceScatter(), num_participants=4)
+    >>> type(made).__name__, made.ownership.num_owners
+    ('ScatteredCodec', 4)
+    """
+    if num_participants == 1 or not isinstance(
+        topology, reduce_scatter.ReduceScatter
+    ):
+        return codec.payload(k, size, dtype)
+    return ScatteredCodec.of(
+        codec,
+        ownership_lib.Ownership(size, num_participants),
+        k,
+        topology.capacity,
+        topology.keep,
+        dtype,
+    )

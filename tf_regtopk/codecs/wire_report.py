@@ -19,13 +19,13 @@ from tf_regtopk.distribute import topology as topology_lib
 
 @dataclasses.dataclass(frozen=True)
 class WireReport:
-    """Bytes that one replica sends per step, and their parts.
+    """Bytes that a replica, or a worker that acts as one, sends per step.
 
     The transport's own bytes (headers, acknowledgements) do not count. An index
     codec of variable length is counted for indices that are spread evenly.
 
     Args:
-        num_replicas: N.
+        num_replicas: N, the number of participants: replicas, or workers.
         dense_below_bytes: Bytes of the gradients of the variables exchanged
             densely.
         dense_bytes: Bytes of all gradients, in the variables' dtypes.
@@ -48,6 +48,8 @@ class WireReport:
         exchange: The chosen exchange, `"sparse"`, `"all_gather"` or `"dense"`.
         exchange_seconds: Measured seconds per step of each exchange, by its
             name; None unless `exchange="auto"` measured them to choose.
+        participant: `"worker"` if the replicas of each worker act as one, as by
+            `hierarchical=True`.
     """
 
     num_replicas: int
@@ -66,6 +68,7 @@ class WireReport:
     topology: str = "AllGather"
     exchange: Literal["sparse", "all_gather", "dense"] = "sparse"
     exchange_seconds: dict[str, float] | None = None
+    participant: Literal["replica", "worker"] = "replica"
 
     @property
     def ratio(self) -> float:
@@ -90,19 +93,19 @@ class WireReport:
             exchange = "dense, because no variable is sent sparsely"
         if self.measured:
             exchange += f" (measured a step: {self.measured})"
+        sent = f"sent by a {self.participant}"
         rows = {
             "exchange": exchange,
             "all gradients": f"{self.dense_bytes:,} bytes, summed over "
             f"{self.num_replicas} replicas",
-            "sent by a replica": f"{self.sent_bytes:,} bytes a step (ring "
-            "all-reduce)",
+            sent: f"{self.sent_bytes:,} bytes a step (ring all-reduce)",
         }
         if self.num_selected:
             rows = {
                 "exchange": exchange,
                 "entries selected": f"{self.num_selected:,} of "
                 f"{self.num_entries:,}, by each of {self.num_replicas} "
-                "replicas",
+                f"{self.participant}s",
                 "bits per index": f"{self.bits_per_index:.2f} "
                 f"({self.index_code}; at least "
                 f"{self.entropy_bits_per_index:.2f})",
@@ -112,7 +115,7 @@ class WireReport:
                 "sent densely": f"{self.dense_below_bytes:,} bytes",
                 "all gradients": f"{self.dense_bytes:,} bytes, "
                 f"{self.ratio:.1f} times as many",
-                "sent by a replica": f"{self.sent_bytes:,} bytes a step "
+                sent: f"{self.sent_bytes:,} bytes a step "
                 f"({self.topology}), {self.dense_sent_bytes:,} without the "
                 "wrapper (ring all-reduce)",
             }
@@ -142,14 +145,13 @@ def report(
     """
     dense_below_bytes = _num_bytes(dense)
     dense_bytes = dense_below_bytes + _num_bytes(sparse)
-    num_replicas = participants.count
     reduced = functools.partial(
         topology_lib.AllReduce().sent_bytes, cluster=participants.cluster
     )
     dense_sent_bytes = round(reduced(dense_bytes))
     if payload_codec is None:
         return WireReport(
-            num_replicas,
+            participants.cluster.num_replicas,
             dense_below_bytes,
             dense_bytes,
             sent_bytes=round(reduced(dense_below_bytes)),
@@ -166,7 +168,7 @@ def report(
     k, size = payload_codec.k, payload_codec.size
     sent = participants.topology.sent_bytes(num_bytes, participants.cluster)
     return WireReport(
-        num_replicas,
+        participants.count,
         dense_below_bytes,
         dense_bytes,
         num_entries=size,
@@ -185,6 +187,7 @@ def report(
         sent_bytes=round(sent + reduced(dense_below_bytes)),
         topology=type(participants.topology).__name__,
         dense_sent_bytes=dense_sent_bytes,
+        participant="worker" if participants.copies > 1 else "replica",
     )
 
 

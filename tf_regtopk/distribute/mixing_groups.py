@@ -122,15 +122,6 @@ class PeriodicGlobalAveraging(mixing.MixingTopology):
         period = math.lcm(num_steps, self.every)
         return [(t + 1) % self.every == 0 for t in range(period)]
 
-    def get_config(self) -> dict[str, Any]:
-        topology = keras.saving.serialize_keras_object(self.topology)
-        return {"topology": topology, "every": self.every}
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "PeriodicGlobalAveraging":
-        topology = keras.saving.deserialize_keras_object(config["topology"])
-        return cls(topology, config["every"])
-
 
 @keras.saving.register_keras_serializable(package="tf_regtopk")
 @dataclasses.dataclass(frozen=True)

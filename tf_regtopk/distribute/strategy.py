@@ -75,6 +75,7 @@ class MultiWorkerMirroredStrategy(tf.distribute.MultiWorkerMirroredStrategy):
             of another optimizer.
 
     Raises:
+        TypeError: If `timeout_seconds` is no number.
         ValueError: If `timeout_seconds` is not positive.
 
     Example:

@@ -171,19 +171,6 @@ class AllReduce(Topology):
     1500.0
     """
 
-    def sum(
-        self, gradients: Sequence[tf.Tensor | tf.IndexedSlices]
-    ) -> list[tf.Tensor | tf.IndexedSlices]:
-        """Sums gradients over all replicas, as Keras itself does.
-
-        Args:
-            gradients: List of tensors or `tf.IndexedSlices`.
-
-        Returns:
-            List of the same structure, the same on every replica.
-        """
-        return collectives.all_reduce_sum(gradients)
-
     def sent_bytes(self, num_bytes: int, cluster: Cluster) -> float:
         return exchanges.ring(num_bytes, cluster.num_replicas)
 

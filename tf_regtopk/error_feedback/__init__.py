@@ -13,8 +13,8 @@ their gradients.
 """
 
 from tf_regtopk.error_feedback.base import ErrorFeedback
-from tf_regtopk.error_feedback.base import Moment
-from tf_regtopk.error_feedback.base import Step
+from tf_regtopk.error_feedback.base import Progress
+from tf_regtopk.error_feedback.base import StepContext
 from tf_regtopk.error_feedback.downlink import CompressedDownlink
 from tf_regtopk.error_feedback.ef21 import EF21
 from tf_regtopk.error_feedback.error_accumulation import Accumulate
@@ -28,8 +28,8 @@ __all__ = [
     "CompressedDownlink",
     "ErrorFeedback",
     "LearnedShift",
-    "Moment",
     "MomentumOfSum",
     "NoFeedback",
-    "Step",
+    "Progress",
+    "StepContext",
 ]

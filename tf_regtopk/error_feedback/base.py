@@ -8,14 +8,15 @@ from typing import TypeAlias
 import tensorflow as tf
 
 from tf_regtopk import hyper_parameters
+from tf_regtopk import validation
 from tf_regtopk.error_feedback import equations
 
 # Tensors of a rule's state: local or shared ones.
 Tensors: TypeAlias = tuple[tf.Tensor, ...]
 
 
-class Moment(NamedTuple):
-    """The facts of a step that are the same for all ways to exchange.
+class Progress(NamedTuple):
+    """How far the training is: the learning rate, and the steps taken before.
 
     Args:
         learning_rate: Scalar float tensor, the inner optimizer's.
@@ -26,7 +27,7 @@ class Moment(NamedTuple):
     number: tf.Tensor
 
 
-class Step(NamedTuple):
+class StepContext(NamedTuple):
     """The context of a step: its facts for the rules.
 
     Args:
@@ -80,7 +81,7 @@ class ErrorFeedback(hyper_parameters.HyperParameters, abc.ABC):
 
     @property
     def needs_learning_rate(self) -> bool:
-        """True if the rule reads `Step.learning_rate`."""
+        """True if the rule reads `StepContext.learning_rate`."""
         return False
 
     @property
@@ -111,7 +112,7 @@ class ErrorFeedback(hyper_parameters.HyperParameters, abc.ABC):
         local: Tensors,
         shared: Tensors,
         gradient: tf.Tensor,
-        step: Step,
+        context: StepContext,
     ) -> tuple[tf.Tensor, Tensors]:
         """Returns the vector from which entries are selected.
 
@@ -119,7 +120,7 @@ class ErrorFeedback(hyper_parameters.HyperParameters, abc.ABC):
             local: Tuple of `num_local` tensors `[J]`.
             shared: Tuple of tensors, as of `initial_shared`.
             gradient: Tensor `[J]`, this replica's g.
-            step: `Step`.
+            context: `StepContext`.
 
         Returns:
             `(a, local)`: a, and the tuple of the local tensors: a itself where
@@ -134,7 +135,7 @@ class ErrorFeedback(hyper_parameters.HyperParameters, abc.ABC):
         indices: tf.Tensor,
         sent: tf.Tensor,
         total: tf.Tensor,
-        step: Step,
+        context: StepContext,
     ) -> Tensors:
         """The local tensors for the next step.
 
@@ -143,7 +144,7 @@ class ErrorFeedback(hyper_parameters.HyperParameters, abc.ABC):
             indices: int32 tensor `[k]`, the entries sent, each once.
             sent: Tensor `[k]`, the values that the receivers see.
             total: Tensor `[J]`, the sum of what all replicas sent.
-            step: `Step`.
+            context: `StepContext`.
 
         Returns:
             Tuple of tensors `[J]`, the same object where one stays as it is.
@@ -155,7 +156,7 @@ class ErrorFeedback(hyper_parameters.HyperParameters, abc.ABC):
         indices: tf.Tensor,
         error: tf.Tensor,
         total: tf.Tensor,
-        step: Step,
+        context: StepContext,
     ) -> Tensors:
         """The local tensors of a replica that takes an error over.
 
@@ -169,7 +170,7 @@ class ErrorFeedback(hyper_parameters.HyperParameters, abc.ABC):
             indices: int32 tensor `[n]`, each once.
             error: Tensor `[n]`, the sums less what is in the total.
             total: As of `update`.
-            step: `Step`.
+            context: `StepContext`.
 
         Returns:
             Tuple of tensors `[J]`.
@@ -177,7 +178,7 @@ class ErrorFeedback(hyper_parameters.HyperParameters, abc.ABC):
         Raises:
             ValueError: If the rule does not say.
         """
-        del total, step
+        del total, context
         place = self.residual_place
         if place is None:
             raise ValueError(
@@ -188,26 +189,30 @@ class ErrorFeedback(hyper_parameters.HyperParameters, abc.ABC):
         return (*local[:place], added, *local[place + 1 :])
 
     def aggregate(
-        self, shared: Tensors, total: tf.Tensor, step: Step
+        self, shared: Tensors, total: tf.Tensor, context: StepContext
     ) -> tuple[tf.Tensor, Tensors]:
         """Returns the gradient for the inner optimizer.
 
         Args:
             shared: Tuple of tensors, as of `initial_shared`.
             total: Tensor `[J]`, the sum of what all replicas sent.
-            step: `Step`.
+            context: `StepContext`.
 
         Returns:
             `(aggregate, shared)`.
         """
-        del step
+        del context
         return total, shared
 
     def when_dense(self) -> "ErrorFeedback":
-        """Returns the rule for steps in which no entry is held back.
+        """Returns the rule of variables that are exchanged densely.
+
+        Those are all variables with `exchange="dense"` or `"auto"`, which need
+        this method, and those of `dense` and `dense_below`, which are just
+        summed if the rule does not say.
 
         Returns:
-            `ErrorFeedback` without local tensors, for `exchange="dense"`.
+            `ErrorFeedback` without local tensors.
 
         Raises:
             ValueError: If the rule does not say.
@@ -215,4 +220,14 @@ class ErrorFeedback(hyper_parameters.HyperParameters, abc.ABC):
         raise ValueError(
             '`exchange` must be "sparse" with a rule of error feedback that '
             f"has no `when_dense`. Received: error_feedback={self}"
+        )
+
+
+def check_factor_masking(factor_masking: bool, momentum: float) -> None:
+    """Raises unless `factor_masking` is a bool, and has a momentum to mask."""
+    validation.check_boolean("factor_masking", factor_masking)
+    if factor_masking and not momentum:
+        raise ValueError(
+            "`factor_masking` must go with `momentum`, which it masks. "
+            "Received: factor_masking=True, momentum=0"
         )

@@ -1,7 +1,6 @@
 """Compression of the way back: what all replicas apply of their sum."""
 
 import dataclasses
-from typing import Any
 
 import keras
 import tensorflow as tf
@@ -45,6 +44,12 @@ class CompressedDownlink(base.ErrorFeedback):
     Raises:
         TypeError: If an argument is of the wrong type.
         ValueError: If an argument breaks its rule.
+
+    Example:
+
+    >>> rule = CompressedDownlink(error_accumulation.Accumulate(momentum=0.9))
+    >>> rule.num_local, rule.has_momentum
+    (2, True)
 
     Source: Sattler, Wiedemann, Mueller, Samek, "Robust and
     Communication-Efficient Federated Learning from Non-IID Data" (2019).
@@ -99,9 +104,11 @@ class CompressedDownlink(base.ErrorFeedback):
         local: base.Tensors,
         shared: base.Tensors,
         gradient: tf.Tensor,
-        step: base.Step,
+        context: base.StepContext,
     ) -> tuple[tf.Tensor, base.Tensors]:
-        return self.error_feedback.accumulate(local, shared[1:], gradient, step)
+        return self.error_feedback.accumulate(
+            local, shared[1:], gradient, context
+        )
 
     def update(
         self,
@@ -109,9 +116,9 @@ class CompressedDownlink(base.ErrorFeedback):
         indices: tf.Tensor,
         sent: tf.Tensor,
         total: tf.Tensor,
-        step: base.Step,
+        context: base.StepContext,
     ) -> base.Tensors:
-        return self.error_feedback.update(local, indices, sent, total, step)
+        return self.error_feedback.update(local, indices, sent, total, context)
 
     def add_error(
         self,
@@ -119,22 +126,24 @@ class CompressedDownlink(base.ErrorFeedback):
         indices: tf.Tensor,
         error: tf.Tensor,
         total: tf.Tensor,
-        step: base.Step,
+        context: base.StepContext,
     ) -> base.Tensors:
-        return self.error_feedback.add_error(local, indices, error, total, step)
+        return self.error_feedback.add_error(
+            local, indices, error, total, context
+        )
 
     def aggregate(
-        self, shared: base.Tensors, total: tf.Tensor, step: base.Step
+        self, shared: base.Tensors, total: tf.Tensor, context: base.StepContext
     ) -> tuple[tf.Tensor, base.Tensors]:
-        total, inner = self.error_feedback.aggregate(shared[1:], total, step)
+        total, inner = self.error_feedback.aggregate(shared[1:], total, context)
         a = shared[0] + total
-        density = step.density if self.density is None else self.density
+        density = context.density if self.density is None else self.density
         k = selected.num_selected(density, a.shape[0])
         indices = selection.select_largest(
-            a, [selection.Group(a.shape[0], k)], step.number
+            a, [selection.Group(a.shape[0], k)], context.number
         )
         # Stochastic rounding draws other numbers than any replica does.
-        stream = (step.number, tf.constant(step.num_replicas))
+        stream = (context.number, tf.constant(context.num_replicas))
         payload = self.codec.payload(k, a.shape[0], a.dtype)
         _, sent = payload.encode(indices, selection.take(a, indices), stream)
         aggregate = equations.add_sent(tf.zeros_like(a), indices, sent)
@@ -143,22 +152,3 @@ class CompressedDownlink(base.ErrorFeedback):
 
     def when_dense(self) -> base.ErrorFeedback:
         return self.error_feedback.when_dense()
-
-    def get_config(self) -> dict[str, Any]:
-        serialize = keras.saving.serialize_keras_object
-        return {
-            "error_feedback": serialize(self.error_feedback),
-            "density": self.density,
-            "codec": serialize(self.codec),
-        }
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "CompressedDownlink":
-        return cls(
-            **{
-                name: keras.saving.deserialize_keras_object(value)
-                if isinstance(value, dict)
-                else value
-                for name, value in config.items()
-            }
-        )

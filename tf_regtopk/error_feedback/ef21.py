@@ -22,11 +22,17 @@ class EF21(base.ErrorFeedback):
     gradients. What was not sent is in the next difference again.
 
     Args:
-        momentum: Float eta in (0, 1].
+        momentum: Float eta in (0, 1], the weight of the new gradient: 1 is no
+            momentum, and 0.1 averages as the momentum 0.9 of SGD does.
 
     Raises:
         TypeError: If an argument is of the wrong type.
         ValueError: If an argument breaks its rule.
+
+    Example:
+
+    >>> EF21().has_momentum, EF21(momentum=0.1).has_momentum
+    (False, True)
 
     Sources: Richtarik, Sokolov, Fatkhullin, "EF21" (2021); Fatkhullin,
     Tyurin, Richtarik, "Momentum Provably Improves Error Feedback!" (2023).
@@ -53,9 +59,9 @@ class EF21(base.ErrorFeedback):
         local: base.Tensors,
         shared: base.Tensors,
         gradient: tf.Tensor,
-        step: base.Step,
+        context: base.StepContext,
     ) -> tuple[tf.Tensor, base.Tensors]:
-        del shared, step
+        del shared, context
         if self.momentum == 1:
             [h] = local
             return gradient - h, local
@@ -69,9 +75,9 @@ class EF21(base.ErrorFeedback):
         indices: tf.Tensor,
         sent: tf.Tensor,
         total: tf.Tensor,
-        step: base.Step,
+        context: base.StepContext,
     ) -> base.Tensors:
-        del total, step
+        del total, context
         h = equations.add_sent(local[0], indices, sent)
         return (h, *local[1:])
 
@@ -81,15 +87,15 @@ class EF21(base.ErrorFeedback):
         indices: tf.Tensor,
         error: tf.Tensor,
         total: tf.Tensor,
-        step: base.Step,
+        context: base.StepContext,
     ) -> base.Tensors:
-        del total, step
+        del total, context
         return (equations.add_sent(local[0], indices, -error), *local[1:])
 
     def aggregate(
-        self, shared: base.Tensors, total: tf.Tensor, step: base.Step
+        self, shared: base.Tensors, total: tf.Tensor, context: base.StepContext
     ) -> tuple[tf.Tensor, base.Tensors]:
-        del step
+        del context
         [h_sum] = shared
         h_sum += total
         return h_sum, (h_sum,)

@@ -59,12 +59,7 @@ class Accumulate(base.ErrorFeedback):
 
     def __post_init__(self) -> None:
         self._check_number("momentum", "in [0, 1)", lambda m: 0 <= m < 1)
-        validation.check_boolean("factor_masking", self.factor_masking)
-        if self.factor_masking and not self.momentum:
-            raise ValueError(
-                "`factor_masking` must go with `momentum`, which it masks. "
-                "Received: factor_masking=True, momentum=0"
-            )
+        base.check_factor_masking(self.factor_masking, self.momentum)
         validation.check_boolean(
             "follow_learning_rate", self.follow_learning_rate
         )
@@ -97,15 +92,15 @@ class Accumulate(base.ErrorFeedback):
         local: base.Tensors,
         shared: base.Tensors,
         gradient: tf.Tensor,
-        step: base.Step,
+        context: base.StepContext,
     ) -> tuple[tf.Tensor, base.Tensors]:
         if self.clip_norm is not None:
             gradient = equations.clip(
-                gradient, self.clip_norm / step.num_replicas**0.5
+                gradient, self.clip_norm / context.num_replicas**0.5
             )
         e, *u = local
         if self.follow_learning_rate:
-            e *= _ratio(shared[0], tf.cast(step.learning_rate, e.dtype))
+            e *= _ratio(shared[0], tf.cast(context.learning_rate, e.dtype))
         if not self.momentum:
             a = equations.accumulate(e, gradient)
             return a, (a,)
@@ -119,9 +114,9 @@ class Accumulate(base.ErrorFeedback):
         indices: tf.Tensor,
         sent: tf.Tensor,
         total: tf.Tensor,
-        step: base.Step,
+        context: base.StepContext,
     ) -> base.Tensors:
-        del total, step
+        del total, context
         e = equations.residual_error(local[0], indices, sent)
         if not self.momentum:
             return (e,)
@@ -130,10 +125,10 @@ class Accumulate(base.ErrorFeedback):
         return e, equations.clear_sent(local[1], indices, sent)
 
     def aggregate(
-        self, shared: base.Tensors, total: tf.Tensor, step: base.Step
+        self, shared: base.Tensors, total: tf.Tensor, context: base.StepContext
     ) -> tuple[tf.Tensor, base.Tensors]:
         if self.follow_learning_rate:
-            shared = (tf.cast(step.learning_rate, total.dtype),)
+            shared = (tf.cast(context.learning_rate, total.dtype),)
         return total, shared
 
     def when_dense(self) -> base.ErrorFeedback:

@@ -57,6 +57,13 @@ class LearnedShift(base.ErrorFeedback):
         ValueError: If an argument breaks its rule, or `factor_masking` goes
             without `momentum` or with `at_once`.
 
+    Example:
+
+    >>> LearnedShift(momentum=0.9).num_local  # e, h and u.
+    3
+    >>> LearnedShift(momentum=0.9, at_once=True).num_local
+    2
+
     A relative of EC-SGD-DIANA (Gorbunov et al., 2020), which learns the shift
     from a second message.
     """
@@ -72,12 +79,7 @@ class LearnedShift(base.ErrorFeedback):
         if self.rate is not None:
             self._check_number("rate", "in (0, 1]", lambda r: 0 < r <= 1)
         self._check_number("momentum", "in [0, 1)", lambda m: 0 <= m < 1)
-        validation.check_boolean("factor_masking", self.factor_masking)
-        if self.factor_masking and not self.momentum:
-            raise ValueError(
-                "`factor_masking` must go with `momentum`, which it masks. "
-                "Received: factor_masking=True, momentum=0"
-            )
+        base.check_factor_masking(self.factor_masking, self.momentum)
         validation.check_boolean("at_once", self.at_once)
         if self.at_once and self.factor_masking:
             raise ValueError(
@@ -102,9 +104,9 @@ class LearnedShift(base.ErrorFeedback):
         local: base.Tensors,
         shared: base.Tensors,
         gradient: tf.Tensor,
-        step: base.Step,
+        context: base.StepContext,
     ) -> tuple[tf.Tensor, base.Tensors]:
-        del shared, step
+        del shared, context
         if not self._keeps_momentum:
             e, h = local
             if self.momentum:
@@ -122,11 +124,11 @@ class LearnedShift(base.ErrorFeedback):
         indices: tf.Tensor,
         sent: tf.Tensor,
         total: tf.Tensor,
-        step: base.Step,
+        context: base.StepContext,
     ) -> base.Tensors:
         a, h, *u = local
         e = equations.residual_error(a, indices, sent)
-        h = equations.add_sent(h, indices, self._rate(step) * sent)
+        h = equations.add_sent(h, indices, self._rate(context) * sent)
         if self.factor_masking:
             u = [equations.clear_sent(u[0], indices, sent)]
         return (e, h, *u)
@@ -137,18 +139,18 @@ class LearnedShift(base.ErrorFeedback):
         indices: tf.Tensor,
         error: tf.Tensor,
         total: tf.Tensor,
-        step: base.Step,
+        context: base.StepContext,
     ) -> base.Tensors:
         del total
         e, h, *u = local
         e = equations.add_sent(e, indices, error)
-        h = equations.add_sent(h, indices, -self._rate(step) * error)
+        h = equations.add_sent(h, indices, -self._rate(context) * error)
         return (e, h, *u)
 
     def aggregate(
-        self, shared: base.Tensors, total: tf.Tensor, step: base.Step
+        self, shared: base.Tensors, total: tf.Tensor, context: base.StepContext
     ) -> tuple[tf.Tensor, base.Tensors]:
-        h_sum = shared[0] + self._rate(step) * total
+        h_sum = shared[0] + self._rate(context) * total
         if not self._keeps_momentum:
             return shared[0] + total, (h_sum,)
         p = self.momentum * shared[1] + shared[0]
@@ -158,8 +160,8 @@ class LearnedShift(base.ErrorFeedback):
         # Factor masking is left out, because no entry is held back here.
         return momentum_of_sum.momentum_of_sum(self.momentum)
 
-    def _rate(self, step: base.Step) -> float | tf.Tensor:
-        rate = step.applied_density if self.rate is None else self.rate
+    def _rate(self, context: base.StepContext) -> float | tf.Tensor:
+        rate = context.applied_density if self.rate is None else self.rate
         return rate * (1 - self.momentum) if self._keeps_momentum else rate
 
     @property

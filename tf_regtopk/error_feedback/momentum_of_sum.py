@@ -35,12 +35,12 @@ class MomentumOfSum(base.ErrorFeedback):
         local: base.Tensors,
         shared: base.Tensors,
         gradient: tf.Tensor,
-        step: base.Step,
+        context: base.StepContext,
     ) -> tuple[tf.Tensor, base.Tensors]:
         del shared
         if self.clip_norm is not None:
             gradient = equations.clip(
-                gradient, self.clip_norm / step.num_replicas**0.5
+                gradient, self.clip_norm / context.num_replicas**0.5
             )
         return gradient, local
 
@@ -50,15 +50,15 @@ class MomentumOfSum(base.ErrorFeedback):
         indices: tf.Tensor,
         sent: tf.Tensor,
         total: tf.Tensor,
-        step: base.Step,
+        context: base.StepContext,
     ) -> base.Tensors:
-        del indices, sent, total, step
+        del indices, sent, total, context
         return local
 
     def aggregate(
-        self, shared: base.Tensors, total: tf.Tensor, step: base.Step
+        self, shared: base.Tensors, total: tf.Tensor, context: base.StepContext
     ) -> tuple[tf.Tensor, base.Tensors]:
-        del step
+        del context
         if not self.momentum:
             return self.scale * total, shared
         u = self.momentum * shared[0] + self.scale * total

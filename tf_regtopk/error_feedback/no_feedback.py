@@ -15,6 +15,11 @@ class NoFeedback(base.ErrorFeedback):
 
     For unbiased codecs of whole gradients, and for comparison: a sparsifier
     without error feedback is biased.
+
+    Example:
+
+    >>> NoFeedback().num_local
+    0
     """
 
     num_local = 0
@@ -24,9 +29,9 @@ class NoFeedback(base.ErrorFeedback):
         local: base.Tensors,
         shared: base.Tensors,
         gradient: tf.Tensor,
-        step: base.Step,
+        context: base.StepContext,
     ) -> tuple[tf.Tensor, base.Tensors]:
-        del shared, step
+        del shared, context
         return gradient, local
 
     def update(
@@ -35,9 +40,9 @@ class NoFeedback(base.ErrorFeedback):
         indices: tf.Tensor,
         sent: tf.Tensor,
         total: tf.Tensor,
-        step: base.Step,
+        context: base.StepContext,
     ) -> base.Tensors:
-        del indices, sent, total, step
+        del indices, sent, total, context
         return local
 
     def add_error(
@@ -46,9 +51,9 @@ class NoFeedback(base.ErrorFeedback):
         indices: tf.Tensor,
         error: tf.Tensor,
         total: tf.Tensor,
-        step: base.Step,
+        context: base.StepContext,
     ) -> base.Tensors:
-        del indices, error, total, step
+        del indices, error, total, context
         return local
 
     def when_dense(self) -> base.ErrorFeedback:

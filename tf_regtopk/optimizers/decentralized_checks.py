@@ -100,7 +100,8 @@ def check_parts(
     if codec.payload(k=1, size=2).is_variable:
         raise ValueError(
             "`codec` must write indices in a fixed length, which neighbours "
-            f'know. Received: indices="{codec.indices}"'
+            'know, as `Codec(indices="auto")` does. '
+            f"Received: indices={codec.indices!r}"
         )
     if error_feedback == error_feedback_lib.NoFeedback() and not _sends_all(
         sparsifier, codec

@@ -12,6 +12,7 @@ from tf_regtopk import hyper_parameters
 from tf_regtopk.distribute import replica_state
 from tf_regtopk.distribute import strategy as strategy_lib
 from tf_regtopk.steps import flat_buffer
+from tf_regtopk.steps import variable_rules
 
 
 @keras.saving.register_keras_serializable(package="tf_regtopk")
@@ -114,7 +115,7 @@ class Masking:
         variables: Sequence[keras.Variable],
         num_replicas: int,
     ) -> None:
-        paths = [getattr(v, "path", v.name) for v in variables]
+        paths = [variable_rules.path_of(v) for v in variables]
         self._trains = mask.trains(paths, num_replicas)
         self._variables = variables
         # Those that all replicas train are left alone.

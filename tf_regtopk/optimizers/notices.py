@@ -37,11 +37,11 @@ def _line(report: codecs.WireReport, sparsifier: str, density: float) -> str:
         f"{_count(report.num_entries)} entries"
     )
     if report.num_replicas == 1:
-        return f"{selected}, by a single replica."
+        return f"{selected}, by a single {report.participant}."
     sent = report.payload_bytes + report.dense_below_bytes
     return (
         f"{selected}, {_bytes(sent)} a step instead of {dense}, "
-        f"{report.topology} of {report.num_replicas} replicas."
+        f"{report.topology} of {report.num_replicas} {report.participant}s."
     )
 
 
@@ -52,15 +52,15 @@ def _warnings(report: codecs.WireReport) -> list[str]:
         pass
     elif report.num_replicas == 1:
         warnings.append(
-            "There is a single replica: nothing is sent, and entries are held "
-            "back all the same. Train with the inner optimizer alone, or with "
-            '`exchange="auto"`.'
+            f"There is a single {report.participant}: no entry is sent, and "
+            "entries are held back all the same. Train with the inner "
+            'optimizer alone, or with `exchange="auto"`.'
         )
     elif report.sent_bytes >= report.dense_sent_bytes:
         warnings.append(
-            f"A replica sends {_bytes(report.sent_bytes)} a step, and "
-            f"{_bytes(report.dense_sent_bytes)} without the wrapper. Choose a "
-            "lower `density` (with `methods.recommended` a larger "
+            f"A {report.participant} sends {_bytes(report.sent_bytes)} a step, "
+            f"and {_bytes(report.dense_sent_bytes)} without the wrapper. "
+            "Choose a lower `density` (with `methods.recommended` a larger "
             '`compression`) or `exchange="dense"`.'
         )
     if 0 < k < min(_FEW_ENTRIES, size):

@@ -87,16 +87,16 @@ class ReplicaSaving(wrapper.OptimizerWrapper):
     def load_state(self, saved: saved_state.SavedState) -> None:
         """Loads a `SavedState`, or raises and changes nothing."""
         resuming.check_replicas(saved)
-        exchange = self._partition_for(saved)
-        layout = self._layout_of(exchange)
+        partition = self._partition_for(saved)
+        layout = self._layout_of(partition)
         layouts.check_layout(self._completed(saved.layout, layout), layout)
-        state = exchange.feedback_state
+        state = partition.feedback_state
         # Older ones could not have another than the sparsifier's.
-        density = saved.moment.get("density", exchange.layout.default_density)
+        density = saved.moment.get("density", partition.layout.default_density)
         local, *other_parts = state.initial_arrays()
         shared = [*itertools.chain(*other_parts)]
         initial_memory = [
-            p.numpy() for p in exchange.layout.initial_memory(density)
+            p.numpy() for p in partition.layout.initial_memory(density)
         ]
         ranks = state.replicas, state.num_replicas
         complete = worker_files.complete(saved, *ranks)
@@ -112,14 +112,14 @@ class ReplicaSaving(wrapper.OptimizerWrapper):
             replicas, [*local, *shared, *initial_memory], split
         )
         for parts in replicas:
-            exchange.layout.check_memory(parts[split:])
+            partition.layout.check_memory(parts[split:])
         if self._accumulation:
             load_accumulated = self._accumulation.prepare(complete, *ranks)
         else:
             local_accumulation.check_saved(saved, num_batches=1)
         # All is checked before anything is assigned.
-        if exchange is not self._partition:
-            self._change(lambda: setattr(self, "_partition", exchange))
+        if partition is not self._partition:
+            self._change(lambda: setattr(self, "_partition", partition))
         if density != self.density:
             self.set_density(density)
         state, memory = self._states()
@@ -139,13 +139,13 @@ class ReplicaSaving(wrapper.OptimizerWrapper):
     def _states(
         self,
     ) -> tuple[replica_state.ReplicaState, replica_state.ReplicaState]:
-        exchange = self._partition
-        return exchange.feedback_state, exchange.memory
+        partition = self._partition
+        return partition.feedback_state, partition.memory
 
     def _partition_for(
         self, saved: saved_state.SavedState
     ) -> partition_lib.Partition:
-        """The exchange by which the saved run went, and is to go on."""
+        """The partition of the exchange by which the saved run went."""
         candidates: tuple[str | None, ...] = (self.chosen_exchange,)
         if self.exchange == "auto":
             candidates = layout_lib.candidates(self.topology)
@@ -176,10 +176,10 @@ class ReplicaSaving(wrapper.OptimizerWrapper):
             **local_accumulation.moment_of(self._accumulation),
         }
 
-    def _layout_of(self, exchange: partition_lib.Partition) -> dict[str, Any]:
+    def _layout_of(self, partition: partition_lib.Partition) -> dict[str, Any]:
         """Returns the facts in which a saved state must agree to fit."""
         return {
-            **exchange.layout.facts(),
+            **partition.layout.facts(),
             **{
                 name: saved_config.describe(record)
                 for name, record in self._compared_records().items()

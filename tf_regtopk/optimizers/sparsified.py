@@ -267,8 +267,8 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
         return step.take_step(
             self._partition,
             gradients,
-            self._read_moment(),
-            tf.equal(self._changes.variables(), self.changes),
+            self._read_progress(),
+            tf.equal(self._changes_of_replicas.variables(), self.changes),
             apply,
             skip,
         )
@@ -292,11 +292,11 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
             *weights,
         ]
 
-    def _read_moment(self) -> error_feedback_lib.Moment:
+    def _read_progress(self) -> error_feedback_lib.Progress:
         rate = tf.zeros([])  # Where the rule of error feedback needs none.
         if self.error_feedback.needs_learning_rate:
             rate = tf.convert_to_tensor(self.learning_rate)
-        return error_feedback_lib.Moment(
+        return error_feedback_lib.Progress(
             tf.cast(rate, tf.float32), self._iterations.value.read_value()
         )
 
@@ -310,7 +310,7 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
         self._participants = topology_lib.Participants(self.topology)
         # Changes are counted, because functions traced before must raise.
         self.changes = 0
-        self._changes = replica_state.ReplicaState(
+        self._changes_of_replicas = replica_state.ReplicaState(
             lambda: tf.constant(0, tf.int64)
         )
         self._exchange_seconds: dict[str, float] | None = None
@@ -476,6 +476,7 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
             density: Float in (0, 1].
 
         Raises:
+            TypeError: If the density is no number.
             ValueError: If the density is not in (0, 1], or the optimizer not
                 built.
 
@@ -490,9 +491,7 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
         (25, 0.25)
         """
         training_validation.check_built(self, "set_density")
-        validation.check_number(
-            "density", density, "in (0, 1]", lambda d: 0 < d <= 1
-        )
+        validation.check_density("density", density)
         dataclasses.replace(self.sparsifier, density=density)  # Checks it too.
         self._change(lambda: self._partition.start_with(float(density)))
 
@@ -501,8 +500,8 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
         with tf.init_scope(), keras_internals.strategy_of(self).scope():
             change()
         self.changes += 1
-        num_local = len(self._changes.replicas)
-        self._changes.assign_local([[self.changes]] * num_local)
+        num_local = len(self._changes_of_replicas.replicas)
+        self._changes_of_replicas.assign_local([[self.changes]] * num_local)
 
     def wire_report(self) -> codecs.WireReport:
         """Returns the bytes that each replica sends per step, to print.

@@ -62,6 +62,7 @@ def check(
     ):
         raise ValueError(
             "`codec` must write indices in a fixed length with a topology "
-            f"whose `can_vary_length` is False. Received: {topology=}, "
-            f'indices="{codec.indices}"'
+            "whose `can_vary_length` is False, as "
+            '`Codec(indices="auto")` does. '
+            f"Received: {topology=}, indices={codec.indices!r}"
         )

@@ -53,7 +53,8 @@ def wrap(
     plain, scaler = _parts_of(model)
     if isinstance(plain, wrapper.OptimizerWrapper):
         raise ValueError(
-            "The optimizer of `model` must not be wrapped yet. "
+            "The optimizer of `model` must not be wrapped yet: call "
+            "`tf_regtopk.unwrap(model)` before. "
             f"Received: {model.optimizer!r}"
         )
     with keras_internals.strategy_of(plain).scope():

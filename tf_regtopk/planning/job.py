@@ -69,9 +69,7 @@ class Job:
             "overlap", self.overlap, "in [0, 1]", lambda share: 0 <= share <= 1
         )
         validation.check_choice("values", self.values, tuple(value_sizes.CODES))
-        validation.check_number(
-            "density", self.density, "in (0, 1]", lambda d: 0 < d <= 1
-        )
+        validation.check_density("density", self.density)
 
     @property
     def num_devices(self) -> int:

@@ -41,7 +41,7 @@ class Sample(NamedTuple):
     rank: int
 
 
-class Plan(NamedTuple):
+class GroupPlan(NamedTuple):
     """The samples of all groups, and the number of candidates to expect.
 
     Args:
@@ -53,7 +53,7 @@ class Plan(NamedTuple):
     room: int
 
 
-class Candidates(NamedTuple):
+class GroupCandidates(NamedTuple):
     """The scores that have not been ruled out.
 
     Args:
@@ -73,8 +73,8 @@ class Candidates(NamedTuple):
     room: int
 
 
-def plan(groups: Sequence[keys_lib.Group]) -> Plan | None:
-    """Makes the `Plan` for some groups, None if no sample would pay."""
+def plan(groups: Sequence[keys_lib.Group]) -> GroupPlan | None:
+    """Makes the `GroupPlan` for some groups, None if no sample would pay."""
     samples, mean, variance = [], 0.0, 0.0
     for size, k in groups:
         m = min(max(size // 256, _FEWEST_SAMPLES), _MOST_SAMPLES)
@@ -96,12 +96,12 @@ def plan(groups: Sequence[keys_lib.Group]) -> Plan | None:
     room = math.ceil(room + bitmap.WORD * len(groups))
     if _CANDIDATES_PAY * room > sum(group.size for group in groups):
         return None
-    return Plan(tuple(samples), room)
+    return GroupPlan(tuple(samples), room)
 
 
 def candidates(
     scores: tf.Tensor, groups: Sequence[keys_lib.Group], step: int | tf.Tensor
-) -> Candidates | None:
+) -> GroupCandidates | None:
     """Rules out most scores in one pass.
 
         candidates = {j : |score_j| >= lower_g},    g the group of j
@@ -112,7 +112,7 @@ def candidates(
         step: Scalar integer that changes the samples.
 
     Returns:
-        `Candidates`, None if no sample would pay.
+        `GroupCandidates`, None if no sample would pay.
     """
     p = plan(groups)
     if p is None:
@@ -130,7 +130,7 @@ def candidates(
     in_group = tf.concat([first[1:], [number]], axis=0) - first
     ks = tf.constant([group.k for group in groups])
     suffice = tf.reduce_all(in_group >= ks) & (number <= p.room)
-    return Candidates(words, number, first, suffice, p.room)
+    return GroupCandidates(words, number, first, suffice, p.room)
 
 
 def _starts(sizes: Sequence[int]) -> np.ndarray:

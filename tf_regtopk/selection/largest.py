@@ -65,7 +65,7 @@ def select_largest(
     if all(group.k == group.size for group in groups):
         return ranges.range_from(ranges.opaque_zero(step), scores.shape[0])
     candidates = _sample(scores, groups, step)
-    if isinstance(candidates, group_sampling.Candidates):
+    if isinstance(candidates, group_sampling.GroupCandidates):
         return _select_few_of_each(scores, groups, candidates)
     if isinstance(candidates, sampling.Candidates):
         [group] = groups
@@ -101,7 +101,7 @@ def sample_suffices(
 
 def _sample(
     scores: tf.Tensor, groups: Sequence[Group], step: int | tf.Tensor
-) -> sampling.Candidates | group_sampling.Candidates | None:
+) -> sampling.Candidates | group_sampling.GroupCandidates | None:
     """Rules out most scores by a sample, None where that would not pay."""
     if (
         all(group.k == group.size for group in groups)
@@ -176,7 +176,7 @@ def _select_many(
 def _select_few_of_each(
     scores: tf.Tensor,
     groups: Sequence[Group],
-    candidates: group_sampling.Candidates,
+    candidates: group_sampling.GroupCandidates,
 ) -> tf.Tensor:
     """Selects the k largest of each group, if possible of the candidates."""
     ks = [group.k for group in groups]
@@ -190,7 +190,7 @@ def _select_few_of_each(
 def _select_candidates(
     scores: tf.Tensor,
     ks: Sequence[int],
-    candidates: group_sampling.Candidates,
+    candidates: group_sampling.GroupCandidates,
 ) -> tf.Tensor:
     """Selects the k largest of each group of candidates that suffice."""
     room = candidates.room

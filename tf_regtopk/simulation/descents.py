@@ -12,9 +12,7 @@ from tf_regtopk import selection
 from tf_regtopk import sparsifiers
 from tf_regtopk.codecs import scattered
 from tf_regtopk.codecs import wire_report
-from tf_regtopk.distribute import reduce_scatter
 from tf_regtopk.distribute import topology as topology_lib
-from tf_regtopk.kernels import ownership
 from tf_regtopk.kernels import scatter_sum
 from tf_regtopk.simulation import inner_optimizers
 from tf_regtopk.steps import round as round_lib
@@ -213,7 +211,7 @@ class SparseDescent(NamedTuple):
 
     def _round(
         self, state: State, t: tf.Tensor, rate: tf.Tensor
-    ) -> tuple[round_lib.Method, error_feedback_lib.Step]:
+    ) -> tuple[round_lib.Method, error_feedback_lib.StepContext]:
         size, dtype = state.weights.shape[0], state.weights.dtype
         k = self.sparsifier.num_selected(size)
         method = round_lib.Method(
@@ -222,25 +220,15 @@ class SparseDescent(NamedTuple):
             self._payload_codec(k, size, dtype),
             (selection.Group(size, k),),
         )
-        return method, error_feedback_lib.Step(
+        return method, error_feedback_lib.StepContext(
             self.num_workers, k / size, rate, t
         )
 
     def _payload_codec(
         self, k: int, size: int, dtype: tf.DType
     ) -> codecs.PayloadCodec | codecs.ScatteredCodec:
-        topology = self.topology
-        if self.num_workers == 1 or not isinstance(
-            topology, reduce_scatter.ReduceScatter
-        ):
-            return self.codec.payload(k, size, dtype)
-        return codecs.ScatteredCodec.of(
-            self.codec,
-            ownership.Ownership(size, self.num_workers),
-            k,
-            topology.capacity,
-            topology.keep,
-            dtype,
+        return scattered.payload_codec(
+            self.codec, k, size, dtype, self.topology, self.num_workers
         )
 
     def _exchange(
@@ -261,7 +249,7 @@ class SparseDescent(NamedTuple):
         Returns:
             `(total, magnitudes, taken_over, accepted)`: a float tensor `[J]`;
             the sum of the magnitudes of all entries; a `round.TakenOver` of
-            tensors `[N, ...]`, or nothing; and `Step.accepted`.
+            tensors `[N, ...]`, or nothing; and `StepContext.accepted`.
         """
         codec = method.payload_codec
         if not isinstance(codec, codecs.ScatteredCodec):
@@ -300,7 +288,7 @@ class SparseDescent(NamedTuple):
         method: round_lib.Method,
         state: State,
         gradients: tf.Tensor,
-        context: error_feedback_lib.Step,
+        context: error_feedback_lib.StepContext,
     ) -> tuple[tf.Tensor, round_lib.Sent]:
         """Payloads and sends of all workers, of tensors `[N, ...]`."""
 

@@ -183,14 +183,16 @@ class GossipDescent(NamedTuple):
         """
         size, dtype = gradients.shape[2], gradients.dtype
         method = choices.method(size, dtype)
-        step = error_feedback_lib.Step(self.num_workers, 1.0, tf.zeros([]), t)
+        context = error_feedback_lib.StepContext(
+            self.num_workers, 1.0, tf.zeros([]), t
+        )
 
         def answer(
             of_worker: tuple[tf.Tensor, ...],
         ) -> tuple[tf.Tensor, tuple[tf.Tensor, ...]]:
             rank, of_neighbours, errors, ranks, numbers = of_worker
             made = cross_gradients_lib.answer(
-                method, of_neighbours, errors, (ranks, numbers), step, rank
+                method, of_neighbours, errors, (ranks, numbers), context, rank
             )
             return made.values, made.errors
 
@@ -236,13 +238,13 @@ class GossipDescent(NamedTuple):
         """
         size, dtype = state.weights.shape[1], state.weights.dtype
         method = self._method(size, dtype)
-        step = error_feedback_lib.Step(
+        context = error_feedback_lib.StepContext(
             self.num_workers,
             method.payload_codec.k / size,
             tf.zeros([]),
             number,
         )
-        sent = self._send(method, state, step)
+        sent = self._send(method, state, context)
 
         def move(of_worker: tuple[tf.Tensor, ...]) -> tuple[tf.Tensor, ...]:
             taken, sent_by_it, local, shared = of_worker
@@ -257,7 +259,7 @@ class GossipDescent(NamedTuple):
                 d,
                 sent_by_it,
                 round_lib.State(local, shared),
-                step,
+                context,
             )
             return moved, after.local, after.shared
 
@@ -278,14 +280,14 @@ class GossipDescent(NamedTuple):
         self,
         method: round_lib.Method,
         state: descents.State,
-        step: error_feedback_lib.Step,
+        context: error_feedback_lib.StepContext,
     ) -> round_lib.Sent:
         """Sends of all workers, of tensors `[N, ...]`."""
 
         def send(of_worker: tuple[tf.Tensor, ...]) -> round_lib.Sent:
             rank, x, local, shared = of_worker
             before = round_lib.State(local, shared)
-            return round_lib.send(method, x, before, step, rank)[1]
+            return round_lib.send(method, x, before, context, rank)[1]
 
         k = method.payload_codec.k
         sent: round_lib.Sent = tf.map_fn(

@@ -43,9 +43,7 @@ def densities(
     >>> densities([1.0, 0.6, 0.2, 0.0], 0.01, num_phases=2)
     [0.01667, 0.01667, 0.003331, 0.003331]
     """
-    validation.check_number(
-        "density", density, "in (0, 1]", lambda d: 0 < d <= 1
-    )
+    validation.check_density("density", density)
     validation.check_integer("num_phases", num_phases, 1)
     for rate in learning_rates:
         validation.check_number(

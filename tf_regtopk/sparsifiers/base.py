@@ -146,7 +146,7 @@ class Sparsifier(hyper_parameters.HyperParameters, abc.ABC):
         memory: tuple[tf.Tensor, ...],
         indices: tf.Tensor,
         sent: tf.Tensor,
-        aggregate: tf.Tensor,
+        total: tf.Tensor,
         step: tf.Tensor,
     ) -> tuple[tf.Tensor, ...]:
         """Returns the memory for the next step.
@@ -157,7 +157,7 @@ class Sparsifier(hyper_parameters.HyperParameters, abc.ABC):
             sent: Float tensor `[k]`, the values it sent; 0 also where a value
                 is not in the sum, because a codec rounded it to 0 or an owner
                 kept others (`ReduceScatter`).
-            aggregate: Float tensor `[k]`, the sum over all replicas of the
+            total: Float tensor `[k]`, the sum over all replicas of the
                 values sent for these entries.
             step: Scalar int64 tensor, the number of steps taken before.
 
@@ -165,5 +165,5 @@ class Sparsifier(hyper_parameters.HyperParameters, abc.ABC):
             Tuple of tensors of the shapes and dtypes of `initial_memory`, the
             same object if a tensor is unchanged.
         """
-        del indices, sent, aggregate, step
+        del indices, sent, total, step
         return memory

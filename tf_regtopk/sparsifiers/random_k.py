@@ -41,6 +41,11 @@ class RandomK(base.Sparsifier):
         TypeError: If an argument is of the wrong type.
         ValueError: If an argument breaks its rule.
 
+    Example:
+
+    >>> RandomK(density=0.01).num_selected(1000)
+    10
+
     Source: Stich, Cordonnier, Jaggi, "Sparsified SGD with Memory" (2018).
     """
 

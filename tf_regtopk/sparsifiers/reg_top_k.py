@@ -194,13 +194,13 @@ class RegTopK(base.Sparsifier):
         memory: tuple[tf.Tensor, tf.Tensor],
         indices: tf.Tensor,
         sent: tf.Tensor,
-        aggregate: tf.Tensor,
+        total: tf.Tensor,
         step: tf.Tensor,
     ) -> tuple[tf.Tensor, tf.Tensor]:
         del memory, step
         # With the current denominator the difference is remembered, because the
         # denominator follows in the next step.
         is_current = self.denominator == "current"
-        found = aggregate - sent if is_current else aggregate / sent
+        found = total - sent if is_current else total / sent
         not_defined = tf.constant(math.nan, sent.dtype)
         return indices, tf.where(sent == 0, not_defined, found)

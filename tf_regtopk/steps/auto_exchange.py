@@ -96,9 +96,9 @@ def trial(
             tf.cast(tf.random.stateless_normal(v.shape, [slot, seed]), v.dtype)
             for slot, v in enumerate(variables)
         ]
-        moment = error_feedback.Moment(tf.ones([]), tf.zeros([], tf.int64))
-        _, exchanged = partition.exchange(gradients, moment)
-        sums = partition.aggregate(exchanged, [True] * len(variables), moment)
+        progress = error_feedback.Progress(tf.ones([]), tf.zeros([], tf.int64))
+        _, exchanged = partition.exchange(gradients, progress)
+        sums = partition.aggregate(exchanged, [True] * len(variables), progress)
         # One entry of every sum is read, because TensorFlow would prune the
         # computation of a sum that nobody reads.
         return tf.add_n(

@@ -105,11 +105,11 @@ class CrossGradientStep:
             residual errors after.
         """
         ranks, numbers = tf.unstack(words.release(told_apart, tf.int32))
-        step = error_feedback_lib.Step(
+        context = error_feedback_lib.StepContext(
             self._num_replicas, 1.0, tf.zeros([]), number
         )
         found = cross_gradients_lib.answer(
-            self._method, gradients, errors, (ranks, numbers), step, rank
+            self._method, gradients, errors, (ranks, numbers), context, rank
         )
         return words.hold(found.payloads), found.errors
 

@@ -14,9 +14,7 @@ its neighbours, and C_i changes nothing. g_i is what the inner optimizer gets.
 """
 
 import dataclasses
-from typing import Any
 from typing import NamedTuple
-from typing import Self
 
 import keras
 import tensorflow as tf
@@ -147,23 +145,6 @@ class CrossGradients(hyper_parameters.HyperParameters):
             return 0
         return 4 * self.codec.payload(size, size, dtype).num_words
 
-    def get_config(self) -> dict[str, Any]:
-        return {
-            "alpha": self.alpha,
-            "codec": keras.saving.serialize_keras_object(self.codec),
-            "error_feedback": keras.saving.serialize_keras_object(
-                self.error_feedback
-            ),
-        }
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Self:
-        return cls(
-            config["alpha"],
-            keras.saving.deserialize_keras_object(config["codec"]),
-            keras.saving.deserialize_keras_object(config["error_feedback"]),
-        )
-
 
 class Answers(NamedTuple):
     """The gradients that a replica sends back to its D neighbours.
@@ -184,7 +165,7 @@ def answer(
     gradients: tf.Tensor,
     errors: tuple[tf.Tensor, ...],
     neighbours: tuple[tf.Tensor, tf.Tensor],
-    step: error_feedback_lib.Step,
+    context: error_feedback_lib.StepContext,
     rank: tf.Tensor,
 ) -> Answers:
     """Makes what a replica sends back, with an error for each neighbour.
@@ -198,7 +179,7 @@ def answer(
         neighbours: `(ranks, numbers)`, int32 tensors `[D]`: the ranks of the
             neighbours, and the rows of their errors. The rank of the replica
             itself stands for nobody.
-        step: `Step`.
+        context: `StepContext`.
         rank: Scalar int32 tensor, the rank of the replica.
 
     Returns:
@@ -211,11 +192,11 @@ def answer(
             tuple(tf.gather(e, numbers[d]) for e in errors)
         )
         # Each pair of replicas rounds by random numbers of its own.
-        stream = rank * step.num_replicas + ranks[d]
+        stream = rank * context.num_replicas + ranks[d]
         payload, sent, _ = round_lib.send(
-            method, gradient, before, step, stream
+            method, gradient, before, context, stream
         )
-        local, _ = round_lib.settle(method, sent, (), gradient, step)
+        local, _ = round_lib.settle(method, sent, (), gradient, context)
         payloads.append(payload)
         values.append(sent.values)
         after.append(local)

@@ -7,7 +7,7 @@ import keras
 import tensorflow as tf
 
 from tf_regtopk import error_feedback as error_feedback_lib
-from tf_regtopk.distribute import topology
+from tf_regtopk.distribute import collectives
 from tf_regtopk.kernels import tracing
 from tf_regtopk.steps import finiteness
 from tf_regtopk.steps import flat_buffer
@@ -22,13 +22,13 @@ class PlainStep:
         self,
         gradients: Sequence[flat_buffer.Gradient],
         state: round_lib.State,
-        moment: error_feedback_lib.Moment,
+        progress: error_feedback_lib.Progress,
         sampled: Sequence[keras.Variable] = (),
     ) -> tuple[verdict.Flags, tuple[tf.Tensor | tf.IndexedSlices, ...]]:
         """Sums the gradients; see `SparseStep.exchange`."""
-        del state, moment, sampled
+        del state, progress, sampled
         with tf.name_scope("tf_regtopk/all_reduce"):
-            totals = topology.AllReduce().sum(
+            totals = collectives.all_reduce_sum(
                 [gradient for gradient in gradients if gradient is not None]
             )
         return _flags_of(totals), tuple(totals)
@@ -37,11 +37,11 @@ class PlainStep:
         self,
         exchanged: Iterable[tf.Tensor | tf.IndexedSlices],
         state: round_lib.State,
-        moment: error_feedback_lib.Moment,
+        progress: error_feedback_lib.Progress,
         has_gradient: tuple[bool, ...],
     ) -> list[flat_buffer.Gradient]:
         """Returns the gradients to apply; see `SparseStep.aggregate`."""
-        del state, moment
+        del state, progress
         totals = iter(exchanged)
         return [next(totals) if has else None for has in has_gradient]
 
@@ -73,7 +73,7 @@ class DenseStep:
         self,
         gradients: Sequence[flat_buffer.Gradient],
         state: round_lib.State,
-        moment: error_feedback_lib.Moment,
+        progress: error_feedback_lib.Progress,
         sampled: Sequence[keras.Variable] = (),
     ) -> tuple[verdict.Flags, tuple[tf.Tensor, ...]]:
         """Sums the gradients; see `SparseStep.exchange`."""
@@ -82,23 +82,23 @@ class DenseStep:
         a = self._accumulate(
             self._buffer.vectors(gradients),
             tuple(variable.read_value() for variable in state.shared),
-            moment,
+            progress,
             tuple(gradient is not None for gradient in gradients),
         )
         with tf.name_scope("tf_regtopk/all_reduce"):
-            totals = topology.AllReduce().sum([a])
+            totals = collectives.all_reduce_sum([a])
         return _flags_of(totals), tuple(totals)
 
     def aggregate(
         self,
         exchanged: Iterable[tf.Tensor],
         state: round_lib.State,
-        moment: error_feedback_lib.Moment,
+        progress: error_feedback_lib.Progress,
         has_gradient: tuple[bool, ...],
     ) -> list[tf.Tensor]:
         """Returns the gradients to apply; see `SparseStep.aggregate`."""
         [total] = exchanged
-        aggregate = self._apply(total, state.shared, moment, has_gradient)
+        aggregate = self._apply(total, state.shared, progress, has_gradient)
         return self._buffer.split(aggregate)
 
     @tracing.compiled
@@ -106,12 +106,12 @@ class DenseStep:
         self,
         vectors: Sequence[tf.Tensor],
         shared: tuple[tf.Tensor, ...],
-        moment: error_feedback_lib.Moment,
+        progress: error_feedback_lib.Progress,
         has_gradient: tuple[bool, ...],
     ) -> tf.Tensor:
         g = tf.concat(vectors, axis=0)
         a, _ = self._error_feedback.accumulate(
-            (), shared, g, self._step_at(moment)
+            (), shared, g, self._context_at(progress)
         )
         missing = self._buffer.missing(has_gradient)
         return missing.clear(a) if missing else a
@@ -121,12 +121,12 @@ class DenseStep:
         self,
         total: tf.Tensor,
         shared: tuple[tf.Variable, ...],
-        moment: error_feedback_lib.Moment,
+        progress: error_feedback_lib.Progress,
         has_gradient: tuple[bool, ...],
     ) -> tf.Tensor:
         old = tuple(variable.read_value() for variable in shared)
         aggregate, new = self._error_feedback.aggregate(
-            old, total, self._step_at(moment)
+            old, total, self._context_at(progress)
         )
         if missing := self._buffer.missing(has_gradient):
             new = missing.keep_state(old, new)
@@ -134,10 +134,12 @@ class DenseStep:
             variable.assign(value)
         return aggregate
 
-    def _step_at(
-        self, moment: error_feedback_lib.Moment
-    ) -> error_feedback_lib.Step:
-        return error_feedback_lib.Step(self._num_replicas, 1.0, *moment)
+    def _context_at(
+        self, progress: error_feedback_lib.Progress
+    ) -> error_feedback_lib.StepContext:
+        return error_feedback_lib.StepContext(
+            self._num_replicas, 1.0, *progress
+        )
 
 
 def _flags_of(

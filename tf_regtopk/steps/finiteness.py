@@ -9,6 +9,8 @@ import numpy as np
 import tensorflow as tf
 
 from tf_regtopk import keras_internals
+from tf_regtopk import selection
+from tf_regtopk import sparsifiers
 
 
 def largest_magnitude(*tensors: tf.Tensor) -> tf.Tensor:
@@ -34,6 +36,44 @@ def largest_magnitude(*tensors: tf.Tensor) -> tf.Tensor:
         for values in tensors
     ]
     return tf.bitcast(tf.reduce_max(largest), dtype)
+
+
+def magnitude_of_sent(
+    sparsifier: sparsifiers.Sparsifier,
+    a: tf.Tensor,
+    indices: tf.Tensor,
+    values: tf.Tensor,
+) -> tf.Tensor:
+    """The magnitude by which others learn whether what is sent is finite.
+
+    Args:
+        sparsifier: `Sparsifier` that has selected the entries.
+        a: Float tensor `[J]`, the accumulated gradient.
+        indices: int32 tensor `[k]`, the entries that were selected.
+        values: Float tensor `[k]`, as the receivers decode them.
+
+    Returns:
+        Scalar tensor, as of `largest_magnitude`.
+
+    Example:
+
+    >>> a, indices = tf.constant([-3.0, np.inf]), tf.constant([0])
+    >>> magnitude_of_sent(
+    ...     sparsifiers.TopK(), a[:1], indices, tf.constant([-2.0])).numpy()
+    np.float32(3.0)
+    >>> magnitude_of_sent(
+    ...     sparsifiers.RandomK(), a, indices, tf.constant([-2.0])).numpy()
+    np.float32(inf)
+    """
+    return largest_magnitude(
+        # Not all entries have to be looked at if entries that are not finite
+        # are always selected.
+        *([] if sparsifier.selects_non_finite else [a]),
+        # What was selected is looked at as well, because a codec may make
+        # infinity a finite value, or leave an entry out.
+        selection.take(a, indices),
+        values,
+    )
 
 
 def is_sum_finite(magnitudes: tf.Tensor) -> tf.Tensor:

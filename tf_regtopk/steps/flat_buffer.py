@@ -17,6 +17,7 @@ import tensorflow as tf
 from tf_regtopk import selection
 from tf_regtopk.kernels import device_kind
 from tf_regtopk.steps import missing as missing_lib
+from tf_regtopk.steps import variable_rules
 
 # The gradient of a variable, as Keras hands it over; None where there is none.
 Gradient: TypeAlias = tf.Tensor | tf.IndexedSlices | None
@@ -59,7 +60,7 @@ class FlatBuffer:
                 raise ValueError(
                     "The variables whose gradients are exchanged must be of "
                     "floats: give real and imaginary parts variables of their "
-                    f"own. Received: {getattr(v, 'path', v.name)!r} of "
+                    f"own. Received: {variable_rules.path_of(v)!r} of "
                     f"{tf.as_dtype(v.dtype).name}"
                 )
         buffer = cls(
@@ -69,7 +70,9 @@ class FlatBuffer:
         if buffer.size >= 2**31:
             raise ValueError(
                 "Variables that are exchanged as one vector must have fewer "
-                f"than 2^31 entries in all. Received: {buffer.size} entries"
+                "than 2^31 entries in all: name some of them in `dense`, an "
+                "argument of `SparsifiedOptimizer`. "
+                f"Received: {buffer.size} entries"
             )
         return buffer
 

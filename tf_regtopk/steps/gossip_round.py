@@ -3,7 +3,7 @@ r"""A step of decentralised training on one replica, as pure functions.
 Replica i sends of its weights x_i what it would send of a gradient, and moves
 towards those of its neighbours:
 
-    payload, sent_i = round.send(method, x_i, state_i, step)
+    payload, sent_i = round.send(method, x_i, state_i, context)
     d_i             = sum over j of (W - I)_ij sent_j         `MixingRule`
     x_i            += gamma aggregate(state_i, d_i)           mix
 
@@ -60,7 +60,7 @@ def mix(
     d: tf.Tensor,
     sent: round_lib.Sent,
     state: round_lib.State,
-    step: error_feedback_lib.Step,
+    context: error_feedback_lib.StepContext,
 ) -> tuple[tf.Tensor, round_lib.State]:
     """Moves a replica towards its neighbours.
 
@@ -70,15 +70,15 @@ def mix(
         d: Float tensor `[J]`, from `MixingRule.disagreement`.
         sent: `round.Sent`, from `round.send` of the weights.
         state: `round.State` before the step.
-        step: `Step`.
+        context: `StepContext`.
 
     Returns:
         `(move, state)`: a float tensor `[J]`, what is to be added to x, and the
         `round.State` after the step. Tensors that stay as they are are the same
         objects.
     """
-    aggregate, shared = round_lib.aggregate(method, d, state.shared, step)
-    local, memory = round_lib.settle(method, sent, state.memory, d, step)
+    aggregate, shared = round_lib.aggregate(method, d, state.shared, context)
+    local, memory = round_lib.settle(method, sent, state.memory, d, context)
     return (
         tf.cast(consensus_step_size, d.dtype) * aggregate,
         round_lib.State(local, shared, memory),

@@ -6,7 +6,6 @@ from typing import TypeAlias
 import tensorflow as tf
 
 from tf_regtopk import error_feedback as error_feedback_lib
-from tf_regtopk import selection
 from tf_regtopk.codecs import header as header_lib
 from tf_regtopk.distribute import mixing_rules
 from tf_regtopk.distribute import neighbours as neighbours_lib
@@ -81,7 +80,7 @@ class GossipStep:
         with tf.name_scope("tf_regtopk/join"):
             vectors = self._buffer.vectors(weights)
         with tf.name_scope("tf_regtopk/send"):
-            payload, sent = self.send(vectors, _read(state), number, rank)
+            payload, sent = self.send(vectors, state.read(), number, rank)
         with tf.name_scope("tf_regtopk/exchange"):
             payloads = neighbours.exchange(payload, number)
         with tf.name_scope("tf_regtopk/decode"):
@@ -125,14 +124,11 @@ class GossipStep:
             self._method,
             tf.concat(vectors, axis=0),
             state,
-            self._step_at(number),
+            self._context_at(number),
             rank,
         )
-        magnitude = finiteness.largest_magnitude(
-            # As in a `SparseStep`.
-            *([] if self._method.sparsifier.selects_non_finite else [a]),
-            selection.take(a, sent.indices),
-            sent.values,
+        magnitude = finiteness.magnitude_of_sent(
+            self._method.sparsifier, a, sent.indices, sent.values
         )
         mark = self._marks(number, rank)
         changed = {
@@ -216,7 +212,7 @@ class GossipStep:
                 `round.Sent`.
             number: As of `moves`.
         """
-        before = _read(state)
+        before = state.read()
         indices, values = sent
         move, after = gossip_round.mix(
             self._method,
@@ -226,7 +222,7 @@ class GossipStep:
                 words.release(indices, tf.int32), values, before.local
             ),
             before,
-            self._step_at(number),
+            self._context_at(number),
         )
         for variable, old, new in zip(
             *map(tf.nest.flatten, (state, before, after)), strict=True
@@ -240,18 +236,14 @@ class GossipStep:
         number = tf.cast(number, tf.int32)
         return number * self._num_replicas + tf.cast(ranks, tf.int32)
 
-    def _step_at(self, number: tf.Tensor) -> error_feedback_lib.Step:
+    def _context_at(self, number: tf.Tensor) -> error_feedback_lib.StepContext:
         k = self._method.payload_codec.k
-        return error_feedback_lib.Step(
+        return error_feedback_lib.StepContext(
             self._num_replicas,
             k / self._buffer.size,
             tf.zeros([]),
             number,
         )
-
-
-def _read(state: round_lib.State) -> round_lib.State:
-    return tf.nest.map_structure(lambda v: v.read_value(), state)
 
 
 def _checks(flags: tf.Tensor, senders: tf.Tensor) -> list[tf.Operation | None]:

@@ -16,10 +16,10 @@ from tf_regtopk import codecs
 from tf_regtopk import error_feedback as error_feedback_lib
 from tf_regtopk import selection
 from tf_regtopk import sparsifiers
+from tf_regtopk.codecs import scattered
 from tf_regtopk.codecs import wire_report
 from tf_regtopk.distribute import reduce_scatter
-from tf_regtopk.distribute import topology
-from tf_regtopk.kernels import ownership
+from tf_regtopk.distribute import topology as topology_lib
 from tf_regtopk.saving import layouts
 from tf_regtopk.steps import flat_buffer
 from tf_regtopk.steps import telemetry
@@ -31,20 +31,20 @@ Exchange: TypeAlias = Literal["sparse", "all_gather", "dense"]
 EXCHANGES: tuple[Exchange, ...] = ("sparse", "dense")
 
 
-def candidates(topology_: topology.Topology) -> tuple[Exchange, ...]:
+def candidates(topology: topology_lib.Topology) -> tuple[Exchange, ...]:
     """The exchanges of which `exchange="auto"` chooses one.
 
     Args:
-        topology_: `Topology` of the optimizer.
+        topology: `Topology` of the optimizer.
 
     Example:
 
-    >>> candidates(topology.AllGather())
+    >>> candidates(topology_lib.AllGather())
     ('sparse', 'dense')
     >>> candidates(reduce_scatter.ReduceScatter())
     ('sparse', 'all_gather', 'dense')
     """
-    if isinstance(topology_, reduce_scatter.ReduceScatter):
+    if isinstance(topology, reduce_scatter.ReduceScatter):
         return ("sparse", "all_gather", "dense")
     return EXCHANGES
 
@@ -87,7 +87,7 @@ class Layout:
         self,
         kind: Exchange,
         variables: Sequence[keras.Variable],
-        participants: topology.Participants,
+        participants: topology_lib.Participants,
         choices: Choices,
     ) -> None:
         self.kind = kind
@@ -96,7 +96,7 @@ class Layout:
             assert isinstance(
                 participants.topology, reduce_scatter.ReduceScatter
             )
-            participants = topology.Participants(
+            participants = topology_lib.Participants(
                 participants.topology.gathering
             )
         self.participants = participants
@@ -176,18 +176,14 @@ class Layout:
         k = sum(group.k for group in self.groups_at(density))
         if not k:
             return None
-        size, dtype = self.buffer.size, self.buffer.dtype
-        topology, n = self.participants.topology, self.participants.count
-        if n > 1 and isinstance(topology, reduce_scatter.ReduceScatter):
-            return codecs.ScatteredCodec.of(
-                codec,
-                ownership.Ownership(size, n),
-                k,
-                topology.capacity,
-                topology.keep,
-                dtype,
-            )
-        return codec.payload(k, size, dtype)
+        return scattered.payload_codec(
+            codec,
+            k,
+            self.buffer.size,
+            self.buffer.dtype,
+            self.participants.topology,
+            self.participants.count,
+        )
 
     def wire_report(
         self, density: float, is_quick: bool = False
@@ -269,20 +265,20 @@ class Layout:
     def sparse_paths(self) -> list[str]:
         """Returns the paths of the sparse variables, in their order."""
         in_order = [self.sparse_variables[i] for i in self.order]
-        return [str(getattr(v, "path", v.name)) for v in in_order]
+        return [variable_rules.path_of(v) for v in in_order]
 
 
 def _names_of(variables: Sequence[keras.Variable]) -> list[str]:
     """The names of variables in a layout."""
     return layouts.canonical_names(
-        [getattr(v, "path", v.name) for v in variables]
+        [variable_rules.path_of(v) for v in variables]
     )
 
 
 def _rule_when_dense(
     error_feedback: error_feedback_lib.ErrorFeedback,
 ) -> error_feedback_lib.ErrorFeedback:
-    """The rule of the variables exchanged densely."""
+    """The rule of the variables exchanged densely, which may just be summed."""
     try:
         return error_feedback.when_dense()
     except ValueError:  # It does not say: they are just summed.

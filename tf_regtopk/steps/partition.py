@@ -78,10 +78,10 @@ class Partition:
         )
         # Steps are kept, because TensorFlow never frees a compiled program.
         if density not in self._steps:
-            self._steps[density] = self._step_at(density)
+            self._steps[density] = self._sparse_step_at(density)
         self.sparse_step = self._steps[density]
 
-    def _step_at(self, density: float) -> sparse_step.SparseStep:
+    def _sparse_step_at(self, density: float) -> sparse_step.SparseStep:
         # Indices are not compressed for a single participant, because nothing
         # is sent.
         codec = self.layout.choices.codec
@@ -113,13 +113,13 @@ class Partition:
     def exchange(
         self,
         gradients: Sequence[flat_buffer.Gradient],
-        moment: error_feedback_lib.Moment,
+        progress: error_feedback_lib.Progress,
     ) -> tuple[list[verdict.Flags], tuple[Any, ...]]:
         """The first half of a step; nothing is kept yet.
 
         Args:
             gradients: For each variable this replica's gradient or None.
-            moment: `error_feedback.Moment`.
+            progress: `error_feedback.Progress`.
 
         Returns:
             `(flags, exchanged)`: list of `verdict.Flags`, and for `aggregate` a
@@ -132,7 +132,7 @@ class Partition:
             if all(gradient is None for gradient in part):
                 exchanged.append(())
                 continue
-            found, sent = step.exchange(part, state, moment, self._sampled)
+            found, sent = step.exchange(part, state, progress, self._sampled)
             exchanged.append(sent)
             flags.append(found)
         # The inner optimizer gets the gradients of the others as they are.
@@ -148,14 +148,14 @@ class Partition:
         self,
         exchanged: tuple[Any, ...],
         has_gradient: Sequence[bool],
-        moment: error_feedback_lib.Moment,
+        progress: error_feedback_lib.Progress,
     ) -> list[flat_buffer.Gradient]:
         """The second half of a step: the sums over all replicas.
 
         Args:
             exchanged: From `exchange`.
             has_gradient: For each variable whether there was a gradient.
-            moment: As of `exchange`.
+            progress: As of `exchange`.
 
         Returns:
             For each variable its gradient or None.
@@ -166,7 +166,7 @@ class Partition:
             slots, step, state = part
             has = tuple(has_gradient[slot] for slot in slots)
             if any(has):
-                sums = step.aggregate(sent, state, moment, has)
+                sums = step.aggregate(sent, state, progress, has)
                 for slot, value in zip(slots, sums, strict=True):
                     aggregate[slot] = value if has_gradient[slot] else None
         return aggregate

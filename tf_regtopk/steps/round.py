@@ -1,9 +1,9 @@
 r"""A step of one replica, as pure functions of plain values.
 
-    payload, sent, a  = send(method, gradient, state, step, rank)
+    payload, sent, a  = send(method, gradient, state, context, rank)
     total             = sum of what all participants sent           exchange
-    aggregate, shared = aggregate(method, total, shared, step)
-    local, memory     = settle(method, sent, memory, total, step)
+    aggregate, shared = aggregate(method, total, shared, context)
+    local, memory     = settle(method, sent, memory, total, context)
 
 There are two halves because the entries of the other replicas arrive between
 them, and because nothing that a replica keeps may change before all of them
@@ -57,6 +57,10 @@ class State(NamedTuple):
     memory: tuple[tf.Tensor, ...] = ()
     measured: tuple[tf.Tensor, ...] = ()
 
+    def read(self) -> "State":
+        """Returns the `State` of the values that a state of variables has."""
+        return State(*tf.nest.map_structure(lambda v: v.read_value(), self))
+
 
 class Sent(NamedTuple):
     """Everything that a replica holds while others' entries are on the way.
@@ -88,7 +92,7 @@ def send(
     method: Method,
     gradient: tf.Tensor,
     state: State,
-    step: error_feedback_lib.Step,
+    context: error_feedback_lib.StepContext,
     rank: tf.Tensor,
     missing: missing_lib.Missing | None = None,
 ) -> tuple[tf.Tensor, Sent, tf.Tensor]:
@@ -102,7 +106,7 @@ def send(
         method: `Method`.
         gradient: Float tensor `[J]`.
         state: `State`.
-        step: `Step`.
+        context: `StepContext`.
         rank: Scalar int32 tensor, the participant's number, for stochastic
             rounding.
         missing: The entries without a gradient, if there are any. They send
@@ -120,22 +124,23 @@ def send(
     ...     codecs.Codec("int32").payload(k=1, size=2),
     ...     (selection.Group(size=2, k=1),))
     >>> state = State(local=(tf.constant([0.5, 1.0]),))
-    >>> step = error_feedback_lib.Step(1, 0.5, tf.zeros([]), tf.constant(0))
+    >>> context = error_feedback_lib.StepContext(
+    ...     1, 0.5, tf.zeros([]), tf.constant(0))
     >>> _, sent, a = send(
-    ...     method, tf.constant([0.0, 1.0]), state, step, tf.constant(0))
+    ...     method, tf.constant([0.0, 1.0]), state, context, tf.constant(0))
     >>> a.numpy().tolist(), sent.indices.numpy(), sent.values.numpy()
     ([0.5, 2.0], array([1], dtype=int32), array([2.], dtype=float32))
     """
     accumulated, local = method.error_feedback.accumulate(
-        state.local, state.shared, gradient, step
+        state.local, state.shared, gradient, context
     )
     training_validation.check_local_state(
         f"{type(method.error_feedback).__name__}.accumulate", local, state.local
     )
     a = missing.clear(accumulated) if missing else accumulated
-    scores = method.sparsifier.score(a, state.memory, step.number)
+    scores = method.sparsifier.score(a, state.memory, context.number)
     training_validation.check_scores(scores, a)
-    indices = selection.select_largest(scores, method.groups, step.number)
+    indices = selection.select_largest(scores, method.groups, context.number)
     a = method.sparsifier.restore(a, scores, state.memory, indices)
     # A rule that keeps a gets the restored a, because XLA may have written the
     # scores over the accumulated one.
@@ -143,7 +148,7 @@ def send(
     if missing:
         local = missing.keep_state(state.local, local)
     payload, values = method.payload_codec.encode(
-        indices, selection.take(a, indices), (step.number, rank)
+        indices, selection.take(a, indices), (context.number, rank)
     )
     return payload, Sent(indices, values, local), a
 
@@ -152,7 +157,7 @@ def aggregate(
     method: Method,
     total: tf.Tensor,
     shared: tuple[tf.Tensor, ...],
-    step: error_feedback_lib.Step,
+    context: error_feedback_lib.StepContext,
     missing: missing_lib.Missing | None = None,
 ) -> tuple[tf.Tensor, tuple[tf.Tensor, ...]]:
     """Turns the total into the gradient that the inner optimizer sees.
@@ -162,7 +167,7 @@ def aggregate(
         total: Float tensor `[J]`, the sum of what all replicas sent; 0 where
             gradients are missing.
         shared: The shared tensors of the `State` before the step.
-        step: `Step`.
+        context: `StepContext`.
         missing: As of `send`.
 
     Returns:
@@ -170,7 +175,7 @@ def aggregate(
         the step, the same on all replicas. Tensors that stay as they are are
         the same objects.
     """
-    aggregated, after = method.error_feedback.aggregate(shared, total, step)
+    aggregated, after = method.error_feedback.aggregate(shared, total, context)
     if missing:
         after = missing.keep_state(shared, after)
     return aggregated, tuple(after)
@@ -181,7 +186,7 @@ def settle(
     sent: Sent,
     memory: tuple[tf.Tensor, ...],
     total: tf.Tensor,
-    step: error_feedback_lib.Step,
+    context: error_feedback_lib.StepContext,
     missing: missing_lib.Missing | None = None,
     taken_over: TakenOver | None = None,
 ) -> tuple[tuple[tf.Tensor, ...], tuple[tf.Tensor, ...]]:
@@ -196,7 +201,7 @@ def settle(
         sent: `Sent`, from `send`.
         memory: The memory of the `State` before the step.
         total: As of `aggregate`.
-        step: `Step`.
+        context: `StepContext`.
         missing: As of `send`.
         taken_over: `TakenOver`, if entries were summed on the way. What has
             been sent then counts only where the total is not 0.
@@ -214,18 +219,18 @@ def settle(
         indices,
         missing.applied(indices, values) if missing else values,
         selection.take(total, indices),
-        step.number,
+        context.number,
     )
     training_validation.check_memory(
         f"{type(method.sparsifier).__name__}.remember", remembered, memory
     )
-    after = method.error_feedback.update(local, indices, values, total, step)
+    after = method.error_feedback.update(local, indices, values, total, context)
     training_validation.check_local_state(
         f"{type(method.error_feedback).__name__}.update", after, local
     )
     if taken_over:
         after = method.error_feedback.add_error(
-            tuple(after), *taken_over, total, step
+            tuple(after), *taken_over, total, context
         )
         training_validation.check_local_state(
             f"{type(method.error_feedback).__name__}.add_error", after, local

@@ -26,7 +26,7 @@ class ScatteredStep(sparse_step.SparseStep):
         self,
         payload: tf.Tensor,
         num_used: tf.Tensor | None,
-        moment: error_feedback.Moment,
+        progress: error_feedback.Progress,
     ) -> tuple[tf.Tensor, sparse_step.Reduced]:
         del num_used
         num_header = header_lib.header_words(self._buffer.dtype)
@@ -37,7 +37,7 @@ class ScatteredStep(sparse_step.SparseStep):
             parts = self._topology.scatter(parts, self._participants.cluster)
         with tf.name_scope("tf_regtopk/reduce"):
             kept, *taken_over = self.reduce(
-                payload[:num_header], parts, moment.number
+                payload[:num_header], parts, progress.number
             )
         with tf.name_scope("tf_regtopk/exchange"):
             payloads = self._participants.exchange(kept)
@@ -73,12 +73,12 @@ class ScatteredStep(sparse_step.SparseStep):
             kept.error,
         )
 
-    def _step_after(
-        self, moment: error_feedback.Moment, reduced: sparse_step.Reduced
-    ) -> error_feedback.Step:
+    def _context_after(
+        self, progress: error_feedback.Progress, reduced: sparse_step.Reduced
+    ) -> error_feedback.StepContext:
         most = self._participants.count * self._buffer.size
         number = self._facts(reduced).num_accepted
-        return self._step_at(moment)._replace(
+        return self._context_at(progress)._replace(
             accepted=tf.cast(number, self._buffer.dtype) / most
         )
 

@@ -8,7 +8,6 @@ import tensorflow as tf
 
 from tf_regtopk import codecs
 from tf_regtopk import error_feedback
-from tf_regtopk import selection
 from tf_regtopk.codecs import header as header_lib
 from tf_regtopk.distribute import topology
 from tf_regtopk.kernels import scatter_sum
@@ -61,7 +60,7 @@ class SparseStep:
         self,
         gradients: Sequence[flat_buffer.Gradient],
         state: round_lib.State,
-        moment: error_feedback.Moment,
+        progress: error_feedback.Progress,
         sampled: Sequence[keras.Variable] = (),
     ) -> tuple[verdict.Flags, _Exchanged]:
         """Send -> exchange: the first half of a step; nothing is kept yet.
@@ -70,7 +69,7 @@ class SparseStep:
             gradients: List of this replica's gradients, None where there is
                 none.
             state: `round.State` of this replica's variables.
-            moment: `error_feedback.Moment`.
+            progress: `error_feedback.Progress`.
             sampled: List of variables, of which replicas compare a
                 `weight_mark`.
 
@@ -86,8 +85,8 @@ class SparseStep:
         with tf.name_scope("tf_regtopk/send"):
             payload, num_used, sent, measured, mark = self.send(
                 vectors,
-                _read(state),
-                moment,
+                state.read(),
+                progress,
                 self._participants.rank,
                 tuple(gradient is not None for gradient in gradients),
                 tuple(tf.convert_to_tensor(v) for v in sampled),
@@ -96,7 +95,7 @@ class SparseStep:
         # its program may be compiled by XLA as a whole, which knows no time).
         is_timed = self._participants.count > 1 and measured
         start = _time_after(payload) if is_timed else None
-        payloads, reduced = self._meet(payload, num_used, moment)
+        payloads, reduced = self._meet(payload, num_used, progress)
         if is_timed:
             seconds = _time_after(payloads) - start
             measured = telemetry.of_exchange(measured, seconds)
@@ -108,10 +107,10 @@ class SparseStep:
         self,
         payload: tf.Tensor,
         num_used: tf.Tensor | None,
-        moment: error_feedback.Moment,
+        progress: error_feedback.Progress,
     ) -> tuple[tf.Tensor, Reduced]:
         """The payloads of all participants, and what was found on the way."""
-        del moment
+        del progress
         with tf.name_scope("tf_regtopk/exchange"):
             return self._participants.exchange(payload, num_used), ()
 
@@ -119,7 +118,7 @@ class SparseStep:
         self,
         exchanged: _Exchanged,
         state: round_lib.State,
-        moment: error_feedback.Moment,
+        progress: error_feedback.Progress,
         has_gradient: tuple[bool, ...],
     ) -> list[tf.Tensor]:
         """Sums what all have sent, and settles: the second half of a step.
@@ -127,7 +126,7 @@ class SparseStep:
         Args:
             exchanged: From `exchange`.
             state: As of `exchange`.
-            moment: As of `exchange`.
+            progress: As of `exchange`.
             has_gradient: For each variable whether there was a gradient.
 
         Returns:
@@ -142,7 +141,7 @@ class SparseStep:
                 entries,
                 (indices, values),
                 state,
-                moment,
+                progress,
                 has_gradient,
                 measured,
                 reduced,
@@ -155,7 +154,7 @@ class SparseStep:
         self,
         vectors: Sequence[tf.Tensor],
         state: round_lib.State,
-        moment: error_feedback.Moment,
+        progress: error_feedback.Progress,
         rank: tf.Tensor,
         has_gradient: tuple[bool, ...],
         weights: tuple[tf.Tensor, ...] = (),
@@ -177,18 +176,12 @@ class SparseStep:
             self._method,
             gradient,
             state,
-            self._step_at(moment),
+            self._context_at(progress),
             rank,
             self._buffer.missing(has_gradient),
         )
-        magnitude = finiteness.largest_magnitude(
-            # Not all entries have to be looked at if entries that are not
-            # finite are always selected.
-            *([] if self._method.sparsifier.selects_non_finite else [a]),
-            # What was selected is looked at as well, because a codec may make
-            # infinity a finite value, or leave an entry out.
-            selection.take(a, sent.indices),
-            sent.values,
+        magnitude = finiteness.magnitude_of_sent(
+            self._method.sparsifier, a, sent.indices, sent.values
         )
         changed = {
             i: words.hold(new)
@@ -197,12 +190,12 @@ class SparseStep:
             )
             if new is not old
         }
-        mark = weight_mark.mark(weights, moment.number)
+        mark = weight_mark.mark(weights, progress.number)
         return (
             words.hold(header_lib.add_header(magnitude, mark, payload)),
             self._num_used(payload),
             (words.hold(sent.indices), sent.values, changed),
-            self._measure(gradient, a, state, sent, moment),
+            self._measure(gradient, a, state, sent, progress),
             words.hold(mark),
         )
 
@@ -237,7 +230,7 @@ class SparseStep:
         entries: _Entries,
         sent: _Entries,
         state: round_lib.State,
-        moment: error_feedback.Moment,
+        progress: error_feedback.Progress,
         has_gradient: tuple[bool, ...],
         measured: tuple[tf.Tensor, ...],
         reduced: Reduced = (),
@@ -251,7 +244,7 @@ class SparseStep:
             sent: `(indices, values)` of this one, `[k]` each, likewise.
             state: `round.State` of variables, whose local ones are those of
                 `round.Sent`.
-            moment: `error_feedback.Moment`.
+            progress: `error_feedback.Progress`.
             has_gradient: For each variable whether there was a gradient.
             measured: From `send`.
             reduced: From the exchange.
@@ -261,8 +254,8 @@ class SparseStep:
         """
         all_indices, all_values = entries
         indices, values = sent
-        before = self._release(_read(state))
-        step = self._step_after(moment, reduced)
+        before = self._release(state.read())
+        context = self._context_after(progress, reduced)
         missing = self._buffer.missing(has_gradient)
         total = scatter_sum.sum_entries(
             all_indices, all_values, self._buffer.size
@@ -270,7 +263,7 @@ class SparseStep:
         if missing:
             total = missing.clear(total)
         aggregate, shared = round_lib.aggregate(
-            self._method, total, before.shared, step, missing
+            self._method, total, before.shared, context, missing
         )
         local, memory = round_lib.settle(
             self._method,
@@ -279,7 +272,7 @@ class SparseStep:
             ),
             before.memory,
             total,
-            step,
+            context,
             missing,
             self._taken_over(reduced),
         )
@@ -306,7 +299,7 @@ class SparseStep:
         a: tf.Tensor,
         state: round_lib.State,
         sent: round_lib.Sent,
-        moment: error_feedback.Moment,
+        progress: error_feedback.Progress,
     ) -> tuple[tf.Tensor, ...]:
         """The numbers of `telemetry`; nothing if the state has no place."""
         if not state.measured:
@@ -318,7 +311,7 @@ class SparseStep:
             a,
             state,
             sent,
-            moment.number,
+            progress.number,
         )
 
     def _release(self, state: round_lib.State) -> round_lib.State:
@@ -330,20 +323,22 @@ class SparseStep:
             )
         )
 
-    def _step_at(self, moment: error_feedback.Moment) -> error_feedback.Step:
-        return error_feedback.Step(
+    def _context_at(
+        self, progress: error_feedback.Progress
+    ) -> error_feedback.StepContext:
+        return error_feedback.StepContext(
             self._participants.count,
             self._method.payload_codec.k / self._buffer.size,
-            moment.learning_rate,
-            moment.number,
+            progress.learning_rate,
+            progress.number,
         )
 
-    def _step_after(
-        self, moment: error_feedback.Moment, reduced: Reduced
-    ) -> error_feedback.Step:
+    def _context_after(
+        self, progress: error_feedback.Progress, reduced: Reduced
+    ) -> error_feedback.StepContext:
         """The context of the second half."""
         del reduced
-        return self._step_at(moment)
+        return self._context_at(progress)
 
     def _taken_over(self, reduced: Reduced) -> round_lib.TakenOver | None:
         """The errors of sums that this replica takes over."""
@@ -360,10 +355,6 @@ def _time_after(tensor: tf.Tensor) -> tf.Tensor:
     """Seconds since 1970 when a tensor is there, as the host sees it."""
     with tf.control_dependencies([tensor]), tf.device("CPU:0"):
         return tf.timestamp()
-
-
-def _read(state: round_lib.State) -> round_lib.State:
-    return tf.nest.map_structure(lambda v: v.read_value(), state)
 
 
 def _assign(

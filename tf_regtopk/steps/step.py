@@ -7,7 +7,7 @@ from typing import Any
 import tensorflow as tf
 
 from tf_regtopk.distribute import branches
-from tf_regtopk.error_feedback import Moment
+from tf_regtopk.error_feedback import Progress
 from tf_regtopk.steps import flat_buffer
 from tf_regtopk.steps import partition as partition_lib
 from tf_regtopk.steps import verdict
@@ -16,7 +16,7 @@ from tf_regtopk.steps import verdict
 def take_step(
     partition: partition_lib.Partition,
     gradients: Sequence[flat_buffer.Gradient],
-    moment: Moment,
+    progress: Progress,
     is_current: tf.Tensor,
     apply: Callable[[Sequence[flat_buffer.Gradient]], None],
     skip: Callable[[], None],
@@ -32,7 +32,7 @@ def take_step(
     Args:
         partition: `Partition`, by which each gradient is exchanged.
         gradients: This replica's gradient of each variable, or None.
-        moment: `Moment`.
+        progress: `Progress`.
         is_current: Scalar bool tensor, True if the function that takes the step
             was traced after the last change.
         apply: Function of the gradients to apply, one for each variable or
@@ -45,18 +45,20 @@ def take_step(
     """
     has_gradient = [gradient is not None for gradient in gradients]
 
-    # Accumulate, select and encode; send.
-    flags, exchanged = partition.exchange(gradients, moment)
+    # The first half keeps nothing, because a replica may still refuse the step.
+    flags, exchanged = partition.exchange(gradients, progress)
     flags.append(verdict.Flags(are_current=is_current))
     with tf.name_scope("tf_regtopk/check"):
-        is_taken = verdict.is_finite(flags)
+        is_taken = verdict.is_taken(flags)
 
-    # Sum; remember, and clear the error; update the weights.
-    def settle(exchanged: tuple[Any, ...], moment: Sequence[tf.Tensor]) -> None:
-        apply(partition.aggregate(exchanged, has_gradient, Moment(*moment)))
+    # The second half changes state and weights, now that all take the step.
+    def settle(
+        exchanged: tuple[Any, ...], progress: Sequence[tf.Tensor]
+    ) -> None:
+        apply(partition.aggregate(exchanged, has_gradient, Progress(*progress)))
 
     # The branch is outside of the replicas, which could not meet inside of it.
     branches.call_on_all_replicas(
-        is_taken, settle, lambda *_: skip(), (exchanged, tuple(moment))
+        is_taken, settle, lambda *_: skip(), (exchanged, tuple(progress))
     )
     return is_taken

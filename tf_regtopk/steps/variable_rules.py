@@ -84,9 +84,7 @@ class VariableRules:
             )
         _check_patterns("densities", list(self.densities))
         for density in self.densities.values():
-            validation.check_number(
-                "densities", density, "all in (0, 1]", lambda d: 0 < d <= 1
-            )
+            validation.check_density("densities", density, "all in (0, 1]")
 
     def slots(self, variables: Sequence[keras.Variable]) -> Slots:
         """Sorts variables by the way that they are exchanged.
@@ -153,13 +151,18 @@ def summed_slots(variables: Sequence[keras.Variable]) -> list[int]:
     ]
 
 
+def path_of(variable: keras.Variable) -> str:
+    """Returns the path of a variable, the name of one that has no path."""
+    return str(getattr(variable, "path", variable.name))
+
+
 def _matches(pattern: str, variable: keras.Variable) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for name in _names(variable))
 
 
 def _names(variable: keras.Variable) -> tuple[str, str, str]:
     """The name and the path; the latter also as that of a part of a model."""
-    path = getattr(variable, "path", variable.name)
+    path = path_of(variable)
     return variable.name, path, f"/{path}"
 
 
@@ -173,7 +176,7 @@ def _is_meant(
         raise TypeError(
             "`dense` must return True or False for each variable, or be a list "
             f"of patterns itself. Received: {answer!r} for the variable "
-            f"{_names(variable)[1]}"
+            f"{path_of(variable)}"
         )
     return bool(answer)
 
@@ -202,5 +205,5 @@ def _check_that_all_match(
                 "trainable variable (begin it with `*/`, because a model that "
                 "is loaded may lack its own name in the paths). Received: "
                 f"{pattern!r} for variables of the paths "
-                f"{[_names(variable)[1] for variable in variables]}"
+                f"{[path_of(variable) for variable in variables]}"
             )

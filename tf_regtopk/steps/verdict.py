@@ -34,14 +34,14 @@ class Flags(NamedTuple):
     are_current: tf.Tensor | None = None
 
 
-def is_finite(flags: Sequence[Flags]) -> tf.Tensor:
-    """Returns True if all is finite, or raises if anything else is wrong.
+def is_taken(flags: Sequence[Flags]) -> tf.Tensor:
+    """Returns whether all replicas take the step; raises if they cannot.
 
     Args:
         flags: List of `Flags`, the same on every replica.
 
     Returns:
-        Scalar bool tensor in the memory of the host.
+        Scalar bool tensor in the memory of the host, True if all is finite.
 
     Raises:
         tf.errors.InvalidArgumentError: When run, if replicas are at different

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 import tf_regtopk
 from tf_regtopk.callbacks import skew_scout
-from tf_regtopk.optimizers import travelling
+from tf_regtopk.callbacks import travelling
 
 PERIODS = (1, 2, 4, 8, 16, 32)
 RING = tf_regtopk.Ring()

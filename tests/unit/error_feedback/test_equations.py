@@ -52,14 +52,14 @@ def test_rules_follow_the_reference(name, arguments, k):
     rng = np.random.default_rng(0)
     for t, rate in enumerate([1.0, 0.5, 0.5, 0.125]):
         g = rng.standard_normal((NUM_REPLICAS, SIZE))
-        step = error_feedback.Step(
+        context = error_feedback.StepContext(
             NUM_REPLICAS, k / SIZE, tf.constant(rate), tf.constant(t)
         )
         expected = plain.accumulate(g, rate)
         a, states = zip(
             *(
                 rule.accumulate(
-                    local, shared, tf.constant(g_n / NUM_REPLICAS), step
+                    local, shared, tf.constant(g_n / NUM_REPLICAS), context
                 )
                 for local, g_n in zip(states, g, strict=True)
             ),
@@ -75,10 +75,10 @@ def test_rules_follow_the_reference(name, arguments, k):
         total = tf.constant(sent.sum(axis=0) / NUM_REPLICAS)
         indices = [tf.constant(np.flatnonzero(s_n), tf.int32) for s_n in s]
         states = [
-            rule.update(local, i, tf.gather(a_n, i), total, step)
+            rule.update(local, i, tf.gather(a_n, i), total, context)
             for local, i, a_n in zip(states, indices, a, strict=True)
         ]
-        aggregate, shared = rule.aggregate(shared, total, step)
+        aggregate, shared = rule.aggregate(shared, total, context)
         np.testing.assert_allclose(
             aggregate,
             plain.update(expected, s, sent, sent.mean(axis=0)),

@@ -330,11 +330,11 @@ def test_numbers_of_any_type_are_stored_plainly():
 
 def test_huge_gradients_are_clipped_as_well():
     rule = tf_regtopk.Accumulate(clip_norm=2.0)
-    step = error_feedback.Step(4, 0.1, tf.zeros([]), tf.constant(0))
+    context = error_feedback.StepContext(4, 0.1, tf.zeros([]), tf.constant(0))
     g = tf.constant([3e30, -4e30, 0.0])
-    a, _ = rule.accumulate((tf.zeros([3]),), (), g, step)
+    a, _ = rule.accumulate((tf.zeros([3]),), (), g, context)
     np.testing.assert_allclose(a, [0.6, -0.8, 0.0], rtol=1e-6)
-    a, _ = rule.accumulate((tf.zeros([3]),), (), tf.zeros([3]), step)
+    a, _ = rule.accumulate((tf.zeros([3]),), (), tf.zeros([3]), context)
     assert not a.numpy().any()
 
 
@@ -427,6 +427,6 @@ def test_bad_arguments(make_rule, error, message):
 
 def test_the_scale_of_a_momentum_of_0():
     rule = error_feedback.MomentumOfSum(0.0, scale=0.5, clip_norm=1.0)
-    step = error_feedback.Step(1, 1.0, tf.zeros([]), tf.constant(0))
-    aggregate, shared = rule.aggregate((), tf.constant([2.0]), step)
+    context = error_feedback.StepContext(1, 1.0, tf.zeros([]), tf.constant(0))
+    aggregate, shared = rule.aggregate((), tf.constant([2.0]), context)
     assert aggregate.numpy().tolist() == [1.0] and shared == ()

@@ -78,6 +78,7 @@ def test_config():
         ),
         (dict(weight_decay=0.1), ValueError, "on the `inner_optimizer`"),
         (dict(nonsense=1), TypeError, "Unknown argument `nonsense`"),
+        (dict(density=1), TypeError, "It is one of the sparsifier, as in"),
     ],
 )
 def test_bad_arguments(kwargs, error, message):

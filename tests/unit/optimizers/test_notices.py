@@ -6,6 +6,9 @@ import pytest
 import tensorflow as tf
 
 import tf_regtopk
+from tf_regtopk.codecs import wire_report
+from tf_regtopk.distribute import topology
+from tf_regtopk.optimizers import notices
 
 
 def told(capfd, sparsifier=None, num_entries=20_000, **arguments):
@@ -66,8 +69,33 @@ def test_more_bytes_than_without(capfd, mirrored):
 def test_a_single_replica(capfd):
     line, warning = told(capfd)
     assert line.endswith("1,000 of 20,000 entries, by a single replica.")
-    assert "There is a single replica: nothing is sent" in warning
+    assert "There is a single replica: no entry is sent" in warning
     assert len(told(capfd, tf_regtopk.Dense())) == 1
+
+
+def test_a_single_worker(capfd, mirrored):
+    with mirrored(2).scope():
+        line, warning = told(capfd, hierarchical=True)
+        [dense] = told(capfd, hierarchical=True, exchange="dense")
+    assert line.endswith("1,000 of 20,000 entries, by a single worker.")
+    assert "There is a single worker: no entry is sent" in warning
+    assert dense.endswith("all-reduce of 2 replicas.")
+
+
+def test_the_report_of_workers(capfd):
+    """Of two workers with two replicas each, whose scope there is not."""
+    cluster = tf_regtopk.Cluster(num_replicas=4, num_workers=2)
+    participants = topology.Participants(tf_regtopk.Hierarchical(), cluster)
+    variable = keras.Variable(np.zeros(20_000, "float32"))
+    codec = tf_regtopk.Codec().payload(k=1000, size=20_000)
+    report = wire_report.report(codec, [variable], [], participants)
+    assert "by each of 2 workers" in str(report)
+    assert "sent by a worker" in str(report)
+    capfd.readouterr()
+    notices.tell_what_is_sent(report, "TopK", 0.05)
+    assert "Hierarchical of 2 workers." in capfd.readouterr().err
+    dense = wire_report.report(None, [], [variable], participants)
+    assert "summed over 4 replicas" in str(dense)
 
 
 def test_the_first_skipped_step_is_told_once(capfd, mirrored):

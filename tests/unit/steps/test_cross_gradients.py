@@ -66,7 +66,7 @@ def test_what_is_sent_and_kept(record, sent_bytes, keeps_errors):
 
 
 def step_of(number, num_replicas=4):
-    return error_feedback.Step(num_replicas, 1.0, tf.zeros([]), number)
+    return error_feedback.StepContext(num_replicas, 1.0, tf.zeros([]), number)
 
 
 def test_each_neighbour_has_an_error_of_its_own():

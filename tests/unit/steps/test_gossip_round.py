@@ -59,7 +59,7 @@ class Replicas:
         return move, state, is_valid
 
     def _at(self, number):
-        return error_feedback.Step(
+        return error_feedback.StepContext(
             len(self.x), self.density, tf.zeros([]), number
         )
 

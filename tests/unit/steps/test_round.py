@@ -43,22 +43,24 @@ def test_rounds_without_variables_or_strategy():
     errors = np.zeros((NUM_REPLICAS, SIZE))
     for t in range(4):
         g = rng.standard_normal((NUM_REPLICAS, SIZE)).astype(np.float32)
-        step = error_feedback.Step(
+        context = error_feedback.StepContext(
             NUM_REPLICAS, DENSITY, tf.zeros([]), tf.constant(t)
         )
         sent = [
-            round_lib.send(method, tf.constant(g[n]), state, step, n)
+            round_lib.send(method, tf.constant(g[n]), state, context, n)
             for n, state in enumerate(states)
         ]
         payloads = tf.stack([payload for payload, _, _ in sent])
         indices, values, is_valid = method.payload_codec.decode(payloads)
         assert is_valid.numpy().all()
         total = scatter_sum.sum_entries(indices, values, SIZE)
-        total, shared = round_lib.aggregate(method, total, (), step)
+        total, shared = round_lib.aggregate(method, total, (), context)
         states = [
             round_lib.State(local, shared, memory)
             for local, memory in (
-                round_lib.settle(method, of_replica, state.memory, total, step)
+                round_lib.settle(
+                    method, of_replica, state.memory, total, context
+                )
                 for (_, of_replica, _), state in zip(sent, states, strict=True)
             )
         ]
@@ -85,11 +87,11 @@ def test_missing_entries_send_nothing_and_stay():
     missing = missing_lib.Missing(SIZE, ((5, 20),))
     old = tf.range(1.0, SIZE + 1), tf.range(2.0, SIZE + 2)
     state = round_lib.State(old)
-    step = error_feedback.Step(1, 0.5, tf.zeros([]), tf.constant(0))
+    context = error_feedback.StepContext(1, 0.5, tf.zeros([]), tf.constant(0))
     g = tf.ones([SIZE])
-    _, sent, a = round_lib.send(method, g, state, step, 0, missing)
+    _, sent, a = round_lib.send(method, g, state, context, 0, missing)
     assert not a[5:20].numpy().any()
-    local, _ = round_lib.settle(method, sent, (), a, step, missing)
+    local, _ = round_lib.settle(method, sent, (), a, context, missing)
     for before, after in zip(old, local, strict=True):
         np.testing.assert_array_equal(after[5:20], before[5:20])
         assert (after.numpy() != before.numpy())[:5].any()
@@ -102,21 +104,21 @@ class OfVersion010(tf_regtopk.ErrorFeedback):
     keeps_a = True
     num_local = 1
 
-    def accumulate(self, local, shared, gradient, step):
+    def accumulate(self, local, shared, gradient, context):
         return local[0] + gradient, (None,)
 
-    def update(self, local, indices, sent, total, step):
+    def update(self, local, indices, sent, total, context):
         return local
 
 
 def test_a_rule_of_version_0_1_0_says_what_to_write():
     method = method_of(tf_regtopk.TopK(0.5), OfVersion010())
-    step = error_feedback.Step(1, 0.5, tf.zeros([]), tf.constant(0))
+    context = error_feedback.StepContext(1, 0.5, tf.zeros([]), tf.constant(0))
     with pytest.raises(ValueError, match=r"OfVersion010\.accumulate.*itself"):
         round_lib.send(
             method,
             tf.ones([SIZE]),
             round_lib.State((tf.zeros([SIZE]),)),
-            step,
+            context,
             0,
         )
