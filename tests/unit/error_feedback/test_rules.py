@@ -338,6 +338,16 @@ def test_huge_gradients_are_clipped_as_well():
     assert not a.numpy().any()
 
 
+@pytest.mark.parametrize("before, now", [(0, 0.1), (0.1, 0), (0, 0)])
+def test_errors_do_not_follow_a_learning_rate_of_0(before, now):
+    rule = tf_regtopk.Accumulate(follow_learning_rate=True)
+    step = error_feedback.Step(1, 1.0, tf.constant(now, "float32"), 0)
+    e = tf.constant([3.0])
+    shared = (tf.constant(before, "float32"),)
+    a, _ = rule.accumulate((e,), shared, tf.zeros([1]), step)
+    assert a.numpy() == [3.0]
+
+
 @pytest.mark.parametrize(
     "make_rule, error, message",
     [
