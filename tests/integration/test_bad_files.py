@@ -247,6 +247,19 @@ def test_every_replica_is_put_back(mirrored, files):
         np.testing.assert_array_equal(part, np.full(part.shape, float(i)))
 
 
+def test_an_interrupted_load_is_put_back(mirrored, files):
+    model = make(mirrored(2))
+    resume_program.change(model, seed=1)
+    before = resume_program.fingerprint(model)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        tf_regtopk.load_scope(files / "m.weights.h5", mirrored(2), model) as f,
+    ):
+        model.load_weights(f)
+        raise KeyboardInterrupt
+    assert resume_program.fingerprint(model) == before
+
+
 @pytest.mark.parametrize(
     "error", [tf.errors.UnavailableError, tf.errors.DeadlineExceededError]
 )

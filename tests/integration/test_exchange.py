@@ -1,5 +1,7 @@
 """`exchange=`: sparse, dense, and the faster of the two."""
 
+import types
+
 import exchange_program
 import flat_gradients
 import keras
@@ -219,6 +221,43 @@ def test_measure_waits_for_the_slowest(mirrored):
             {"sparse": work(2), "dense": work(1500)}
         )
     assert auto_exchange.choose(seconds) == "sparse"
+
+
+def test_tracing_and_faster_workers_are_not_measured(monkeypatch):
+    """By a clock that goes on while a function is traced."""
+    now = [0.0]
+    clock = types.SimpleNamespace(perf_counter=lambda: now[0])
+    monkeypatch.setattr(auto_exchange, "time", clock)
+    other_worker = [7, 9]
+    monkeypatch.setattr(
+        auto_exchange.collectives,
+        "gather_from_workers",
+        lambda row, _: np.array([row, other_worker]),
+    )
+
+    def traced_in(seconds):
+        def run():
+            now[0] += seconds
+            return tf.zeros([])
+
+        return run
+
+    found = auto_exchange.measure(
+        {"sparse": traced_in(99), "dense": traced_in(0)}
+    )
+    assert found == pytest.approx({"sparse": 7e-6, "dense": 9e-6})
+
+
+def test_gradients_are_clipped_where_they_are_summed():
+    for kwargs in ({"exchange": "dense"}, {"dense_below": 99}):
+        variable = keras.Variable(np.zeros(2), dtype="float32")
+        optimizer = tf_regtopk.SparsifiedOptimizer(
+            keras.optimizers.SGD(0.5),
+            error_feedback=tf_regtopk.Accumulate(clip_norm=1.0),
+            **kwargs,
+        )
+        optimizer.apply([tf.constant([6.0, 8.0])], [variable])
+        np.testing.assert_allclose(variable, [-0.3, -0.4], rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,42 @@ def test_delete_needs_a_restore_and_cleans_up(mirrored, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_nothing_is_deleted_before_all_workers_are_done(
+    mirrored, tmp_path, monkeypatch
+):
+    model, backup = make(mirrored(0)), tf_regtopk.Backup(tmp_path)
+    backup.restore(model)
+    back_up(backup, model, 1)
+    found = []
+    monkeypatch.setattr(
+        collectives,
+        "gather_from_workers",
+        lambda *_: found.append(sorted(os.listdir(tmp_path))),
+    )
+    backup.delete()
+    saved = "epoch-000001.weights.h5"
+    assert found == [[saved], [saved, "epochs.deleted"]]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(
+    mirrored, tmp_path, monkeypatch
+):
+    model, backup = make(mirrored(0)), tf_regtopk.Backup(tmp_path)
+    backup.restore(model)
+    calls = []
+    for name in ("fsync", "replace"):
+        original = getattr(os, name)
+        monkeypatch.setattr(
+            os,
+            name,
+            lambda *args, name=name, original=original: (
+                calls.append(name) or original(*args)
+            ),
+        )
+    back_up(backup, model, 1)
+    assert calls == ["fsync", "replace", "fsync"]
+
+
 def test_a_deletion_that_is_cut_short(mirrored, tmp_path, monkeypatch):
     """The next run starts anew, and does not go on from what is left."""
     model, backup = make(mirrored(0)), tf_regtopk.Backup(tmp_path)

@@ -92,12 +92,29 @@ def test_a_run_goes_on_with_the_density_of_its_epoch():
     assert fit(model, decay)[2:] == fit(make_model(), decay, initial_epoch=2)
 
 
-def test_residual_errors_outlive_a_change():
+def test_residual_errors_outlive_a_change(mirrored):
     """All gradients are in the weights or in the errors."""
-    model = make_model()
-    fit(model, tf_regtopk.DensityDecay(lambda epoch: 1.0 / 2**epoch))
-    [errors] = model.optimizer.residual_errors()
-    assert any(np.any(error) for error in errors)
+    model = make_model(1.0, mirrored(2))
+    # The gradients are those of the data alone.
+    model.compile(model.optimizer, lambda y, output: y * output)
+    rng = np.random.default_rng(0)
+    x, y = (rng.standard_normal((4 * BATCHES, n)) for n in (5, 20))
+    before, recorder = model.get_weights(), Recorder()
+    decay = tf_regtopk.DensityDecay(lambda epoch: 1.0 / 2**epoch, num_phases=2)
+    model.fit(x, y, 4, NUM_EPOCHS, verbose=0, callbacks=[decay, recorder])
+    assert len(set(recorder.densities)) == 2
+    errors = [
+        np.sum(parts, axis=0)
+        for parts in zip(*model.optimizer.residual_errors(), strict=True)
+    ]
+    assert np.count_nonzero(errors[0]) > 50
+    for old, new, error, gradient in zip(
+        *(before, model.get_weights(), errors, (x.T @ y, y.sum(axis=0))),
+        strict=True,
+    ):
+        np.testing.assert_allclose(
+            old - new + error, NUM_EPOCHS * gradient / (4 * 20), atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("rates", [[1.0, 0.5, 0.2, 0.0], [0.0, 3.0], [2.0]])
@@ -109,6 +126,9 @@ def test_mean_and_bounds(rates, num_phases, density):
     assert len(set(found)) <= num_phases
     if max(found) < 1 and min(found) > 0.011 * density:
         assert np.mean(found) == pytest.approx(density, rel=1e-3)
+    # Those that would be more than 1 are 1.
+    shares = np.array(sizes.densities(rates, 1e-9, num_phases)) / 1e-9
+    assert found == pytest.approx(np.minimum(density * shares, 1), rel=1e-3)
     if num_phases == 1:
         assert set(found) == {density}
 

@@ -253,6 +253,21 @@ def test_a_dense_exchange_has_no_telemetry(mirrored, tmp_path):
     }
 
 
+def test_only_the_chief_writes(mirrored, tmp_path, monkeypatch):
+    model = make_model(mirrored(0), tf_regtopk.TopK(0.5))
+    monkeypatch.setattr(
+        monitor.collectives,
+        "gather_from_workers",
+        lambda row, _: np.array([row, row]),
+    )
+    for worker in (1, 0):
+        monkeypatch.setattr(
+            monitor.strategy_lib, "worker_number", lambda _, n=worker: (n, 2)
+        )
+        fit(model, [tf_regtopk.Monitor(tmp_path)], epochs=1)
+        assert len(list(tmp_path.iterdir())) == 1 - worker
+
+
 def test_nothing_is_read_between(mirrored, monkeypatch):
     """Without `every` only once an epoch."""
     model = make_model(mirrored(0), tf_regtopk.TopK(0.5), telemetry=True)

@@ -1,5 +1,7 @@
 """How often workers meet to agree on an end."""
 
+import contextlib
+
 import numpy as np
 import pytest
 
@@ -51,6 +53,15 @@ class Workers:
         assert len(set(answers.values())) == 1
         return bool(self.rows), answers[0]
 
+    def end_epoch(self):
+        """The workers meet, however many steps there were."""
+        self.rows = {}
+        for i in (0, 1, 0):
+            self.current = i
+            with contextlib.suppress(InterruptedError):
+                self.checks[i].now(False)
+        assert len(self.rows) == 2
+
 
 def meetings(workers, count):
     """The steps after which the workers have met."""
@@ -101,3 +112,17 @@ def test_at_the_end_of_an_epoch_all_meet(asked, monkeypatch):
         workers.checks[0].now(0 in asked)
     workers.current = 1
     assert workers.checks[1].now(1 in asked) == bool(asked)
+
+
+@pytest.mark.parametrize("seconds, next_steps", [(2.0, 25), (0.01, 100)])
+def test_an_interval_longer_than_an_epoch_shrinks(
+    seconds, next_steps, monkeypatch
+):
+    """And grows only with the steps between two of them."""
+    workers = Workers([0.01, 0.01], monkeypatch)
+    assert meetings(workers, 11) == [1, 11]
+    workers.seconds = [seconds / 50] * 2
+    for _ in range(50):
+        assert workers.step() == (False, False)
+    workers.end_epoch()
+    assert meetings(workers, 110)[0] == next_steps

@@ -134,3 +134,8 @@ def test_auto_takes_the_shortest(k, expected):
     for name in ("int32", "elias_fano", "bitmap"):
         other = index_codecs.choose(name, k, 1_000_000)
         assert chosen.num_words <= other.num_words
+
+
+def test_too_many_bits_for_an_int32():
+    with pytest.raises(ValueError, match="`indices` must be"):
+        index_codecs.choose("elias_fano", 2**30 + 1, 2**31 - 1)

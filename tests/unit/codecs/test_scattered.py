@@ -200,6 +200,25 @@ def test_fillers_change_no_magnitude():
     )
 
 
+def test_entries_are_rounded_unlike_any_others():
+    """Of each step, sender and owner; and sums of each step."""
+    size, k, n = 400, 120, 3
+    codec = codec_of(size, k, n, capacity=n, keep=n, values="natural")
+    encode, reduce, _ = functions_of(codec)
+    indices, values = tf.range(k), tf.fill([k], 1.37)
+    owners, _ = codec.ownership.of(indices)
+    draws, errors = set(), set()
+    for step in map(tf.constant, (0, 1)):
+        for rank in range(n):
+            words, sent = encode(indices, values, step, tf.constant(rank))
+            for owner in range(n):
+                draws.add(sent[owners == owner][:30].numpy().tobytes())
+        words = codec.encode(indices, values, (0, 0))[0]
+        _, kept = reduce(tf.stack([tf.split(words, n)[0]] * n), step)
+        errors.add(kept.error.numpy().tobytes())
+    assert (len(draws), len(errors)) == (2 * n * n, 2)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_the_sums_show_what_is_not_finite(bad):
     size, k, n = 101, 30, 3

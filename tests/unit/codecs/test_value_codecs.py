@@ -139,6 +139,14 @@ def test_natural_compression_of_gaussians():
     assert abs(difference.mean()) <= 4 * difference.std() / 1e3
 
 
+def test_natural_compression_knows_no_small_and_no_denormal_values():
+    decoded = code(VALUES["natural"], [1e30, 1, 1e-10, -1e-30, 1e-40])
+    assert not decoded[2:].any()
+    assert 5e29 < decoded[0] < 2e30 and decoded[1] in (1, 2)
+    # Denormal values also of those that are not small beside the largest.
+    assert not code(VALUES["natural"], [1e-37, 1e-38, -1e-40])[1:].any()
+
+
 def test_uniform_buckets_of_gaussians():
     values = np.random.default_rng(0).standard_normal(1024 * 900)
     values = values.astype(np.float32)

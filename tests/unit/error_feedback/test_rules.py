@@ -37,6 +37,10 @@ RULES = {
         dict(error_feedback="ef21", values="float32"),
     ),
     "shift, at once": ("LearnedShift", dict(momentum=0.6, at_once=True)),
+    "downlink, follows": (
+        "CompressedDownlink",
+        dict(error_feedback="follows", density=0.4, values="float32"),
+    ),
 }
 
 
@@ -259,6 +263,7 @@ def test_steps_that_are_not_finite_change_nothing(name, mirrored):
 @pytest.mark.parametrize(
     "name, values",
     [
+        ("follows", "float32"),
         ("dgc", "float32"),
         ("ef21-sgdm", "ternary"),
         ("shift, momentum", "float32"),
@@ -298,10 +303,11 @@ def test_state_of_a_variable_without_gradient_is_kept(name, values):
             variables,
         )
     before, weights = state(), variables[1].numpy()
-    assert len(before) == rule.num_local + len(
-        rule.initial_shared(16, tf.float32)
-    )
+    shared = rule.initial_shared(16, tf.float32)
+    vectors = [part for part in shared if part.shape == [16]]
+    assert len(before) == rule.num_local + len(vectors)
     assert all(part.any() for part in before)
+    optimizer.learning_rate = 0.125
     for _ in range(3):
         optimizer.apply(
             [tf.constant(rng.standard_normal(9), "float32"), None], variables
@@ -336,6 +342,16 @@ def test_huge_gradients_are_clipped_as_well():
     np.testing.assert_allclose(a, [0.6, -0.8, 0.0], rtol=1e-6)
     a, _ = rule.accumulate((tf.zeros([3]),), (), tf.zeros([3]), context)
     assert not a.numpy().any()
+
+
+@pytest.mark.parametrize("before, now", [(0, 0.1), (0.1, 0), (0, 0)])
+def test_errors_do_not_follow_a_learning_rate_of_0(before, now):
+    rule = tf_regtopk.Accumulate(follow_learning_rate=True)
+    step = error_feedback.Step(1, 1.0, tf.constant(now, "float32"), 0)
+    e = tf.constant([3.0])
+    shared = (tf.constant(before, "float32"),)
+    a, _ = rule.accumulate((e,), shared, tf.zeros([1]), step)
+    assert a.numpy() == [3.0]
 
 
 @pytest.mark.parametrize(
@@ -423,6 +439,19 @@ def test_huge_gradients_are_clipped_as_well():
 def test_bad_arguments(make_rule, error, message):
     with pytest.raises(error, match=message):
         make_rule()
+
+
+def test_a_downlink_rounds_unlike_any_replica():
+    codec, total = tf_regtopk.Codec(values="natural"), tf.range(1.0, 200.0)
+    rule = tf_regtopk.CompressedDownlink(density=1.0, codec=codec)
+    step = error_feedback.Step(3, 1.0, tf.zeros([]), tf.constant(5))
+    sums, _ = rule.aggregate((tf.zeros_like(total),), total, step)
+    payload = codec.payload(199, 199)
+    for rank in range(3):
+        _, sent = payload.encode(
+            tf.range(199), total, (step.number, tf.constant(rank))
+        )
+        assert np.any(sums != sent)
 
 
 def test_the_scale_of_a_momentum_of_0():

@@ -106,6 +106,23 @@ def test_nobody_waits_without_others(mirrored):
     assert found["exchange_seconds"] == 0 < found["sent"]
 
 
+def test_what_a_codec_rounds_off_is_held_back(mirrored):
+    optimizer, step = start(
+        mirrored(0), tf_regtopk.TopK(0.2), codec=tf_regtopk.Codec(values="sign")
+    )
+    g = np.random.default_rng(0).standard_normal(SIZE).astype(np.float32)
+    step([g])
+    [found], [errors] = optimizer.telemetry(), optimizer.residual_errors()
+    held = np.concatenate([part.ravel() for part in errors])
+    for name, vector in (("residual", held), ("sent", g - held)):
+        np.testing.assert_allclose(
+            found[name], np.linalg.norm(vector), rtol=1e-5
+        )
+        np.testing.assert_allclose(
+            found[f"{name}_by_variable"], norms(vector), rtol=1e-5
+        )
+
+
 def test_ages(mirrored):
     optimizer, step = start(mirrored(2), tf_regtopk.TopK(0.2), telemetry="ages")
     rng = np.random.default_rng(0)
