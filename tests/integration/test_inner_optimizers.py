@@ -364,6 +364,82 @@ def test_loss_scale_factor_of_the_inner_optimizer(mirrored):
     small_models.assert_weights_close(scaled, plain, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("n", [0, 2])
+@pytest.mark.parametrize(
+    "inner, kwargs",
+    [
+        (dict(clipnorm=1.0), dict(clipping="replica")),
+        (dict(), dict(error_feedback=tf_regtopk.Accumulate(clip_norm=1.0))),
+    ],
+)
+def test_loss_scale_factor_is_undone_before_clipping(
+    n, inner, kwargs, mirrored
+):
+    def weights_of(factor):
+        strategy = mirrored(n)
+        with strategy.scope():
+            variable = keras.Variable([0.0, 0.0])
+            optimizer = tf_regtopk.SparsifiedOptimizer(
+                keras.optimizers.SGD(1.0, loss_scale_factor=factor, **inner),
+                tf_regtopk.TopK(1.0),
+                **kwargs,
+            )
+        for _ in range(2):
+            small_models.custom_loop_step(
+                strategy,
+                optimizer,
+                [variable],
+                lambda n: [optimizer.scale_loss(tf.constant([3.0, 4.0]))],
+            )
+            assert optimizer.inner_optimizer.loss_scale_factor == factor
+        return variable.numpy()
+
+    np.testing.assert_allclose(weights_of(1024.0), weights_of(None), rtol=1e-6)
+
+
+def test_loss_scale_factor_leaves_values_to_overwrite_with():
+    variables = [keras.Variable([0.0]), keras.Variable([0.0])]
+    variables[1].overwrite_with_gradient = True
+    optimizer = tf_regtopk.SparsifiedOptimizer(
+        keras.optimizers.SGD(1.0, loss_scale_factor=8.0), tf_regtopk.TopK(1.0)
+    )
+    optimizer.apply([tf.constant([8.0]), tf.constant([8.0])], variables)
+    np.testing.assert_array_equal(variables, [[-1.0], [8.0]])
+
+
+def test_residual_errors_outlive_a_change_of_the_loss_scale_factor():
+    variable = keras.Variable(np.zeros(4, "f4"))
+    optimizer = tf_regtopk.SparsifiedOptimizer(
+        keras.optimizers.SGD(1.0, loss_scale_factor=1024.0),
+        tf_regtopk.TopK(0.25),
+    )
+    for factor in (1024.0, 1.0, 16.0):
+        optimizer.loss_scale_factor = factor
+        optimizer.apply(
+            [optimizer.scale_loss(tf.constant([4.0, 3.0, 2.0, 1.0]))],
+            [variable],
+        )
+    [[error]] = optimizer.residual_errors()
+    np.testing.assert_array_equal(error - variable, [12.0, 9.0, 6.0, 3.0])
+
+
+def test_errors_of_a_scaled_loss_saved_by_version_0_1_0():
+    """That version kept them as they were before Keras divided."""
+    optimizer = tf_regtopk.SparsifiedOptimizer(
+        keras.optimizers.SGD(1.0, loss_scale_factor=8.0), tf_regtopk.TopK(0.5)
+    )
+    optimizer.build([keras.Variable([0.0, 0.0])])
+    saved = optimizer.save_state()
+    [[error]] = saved.replicas.values()
+    old = saved._replace(shared=None, replicas={0: [error + 16.0]})
+    for factor, expected in ((8.0, 2.0), (None, 16.0)):
+        optimizer.loss_scale_factor = factor
+        optimizer.load_state(old)
+        np.testing.assert_array_equal(
+            optimizer.residual_errors(), [[[expected] * 2]]
+        )
+
+
 def test_loss_scale_factor_yields_to_the_loss_scale_optimizer():
     """Keras turns the factor off on what it wraps, and so on the inner one."""
     inner = keras.optimizers.SGD(1.0, loss_scale_factor=8.0)

@@ -31,16 +31,33 @@ def take_clipping(
 
     Returns:
         Function from the list of gradients, with None where there is none, to
-        the list of the clipped ones. It follows the optimizer's settings.
+        the list of the clipped ones, in which numbers that are not finite stay
+        as they are. It follows the optimizer's settings.
     """
     clip = optimizer._clip_gradients
     optimizer._clip_gradients = list
 
     def clip_present(gradients: Sequence[Any]) -> list[Any]:
         clipped = iter(clip([g for g in gradients if g is not None]))
-        return [None if g is None else next(clipped) for g in gradients]
+        return [
+            None if g is None else _keep_non_finite(g, next(clipped))
+            for g in gradients
+        ]
 
     return clip_present
+
+
+def _keep_non_finite(gradient: Any, clipped: Any) -> Any:
+    """A clipped gradient, with the numbers that tell of a step to skip."""
+    # `clipvalue` makes infinity finite, and `global_clipnorm` slices dense.
+    if isinstance(clipped, tf.IndexedSlices):
+        return tf.IndexedSlices(
+            _keep_non_finite(gradient.values, clipped.values),
+            clipped.indices,
+            clipped.dense_shape,
+        )
+    gradient = tf.convert_to_tensor(gradient)
+    return tf.where(tf.math.is_finite(gradient), clipped, gradient)
 
 
 def variables_of(

@@ -379,7 +379,7 @@ class DecentralizedOptimizer(decentralized_saving.DecentralizedSaving):
         ]
         found = list(gradients_at(variables, values))
         training_validation.check_gradient_shapes(found, variables)
-        return self._own(found)
+        return self._own(self._unscaled(found))
 
     def _mix(self) -> None:
         """Exchanges weights with neighbours, if it is time to."""

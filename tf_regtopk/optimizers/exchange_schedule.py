@@ -9,8 +9,9 @@ import tensorflow as tf
 class ExchangeSchedule:
     """Counts the steps of a period, and the exchanges.
 
-    The replicas exchange in the first step of each period. All variables start
-    at 0, as all counters of an optimizer, and are the same on all replicas.
+    The replicas exchange in the first step of each period. All variables are
+    the same on all replicas, and may be set to 0, as all counters of an
+    optimizer: then the period is the first one again.
 
     Args:
         first_period: Integer, the number of steps of a period at first.
@@ -26,16 +27,20 @@ class ExchangeSchedule:
         Args:
             add_variable: `keras.optimizers.Optimizer.add_variable`.
         """
-        self._longer, self._place, self._num_exchanges = self.variables = [
+        self._period, self._place, self._num_exchanges = self.variables = [
             add_variable(
                 shape=(),
+                initializer=keras.initializers.Constant(value),
                 dtype="int64",
                 aggregation="only_first_replica",
                 name=name,
             )
-            # How many steps a period is longer than the first one; how many
-            # steps of a period are over.
-            for name in ("longer_period", "steps_of_period", "num_exchanges")
+            # `steps_of_period` are those of a period that are over.
+            for name, value in (
+                ("period", self.first_period),
+                ("steps_of_period", 0),
+                ("num_exchanges", 0),
+            )
         ]
 
     @property
@@ -43,7 +48,7 @@ class ExchangeSchedule:
         """Number of steps of a period."""
         if not self.variables:
             return self.first_period
-        return self.first_period + int(self._longer.numpy())
+        return int(self._period.numpy()) or self.first_period
 
     def set_period(self, period: int) -> None:
         """Sets the number of steps of a period, also of the one that has begun.
@@ -54,7 +59,7 @@ class ExchangeSchedule:
             period: Integer of at least 1.
         """
         if self.variables:
-            self._longer.assign(period - self.first_period)
+            self._period.assign(period)
         else:
             self.first_period = period
 
@@ -66,11 +71,12 @@ class ExchangeSchedule:
             exchange in this step, and a scalar int64 tensor, the number of
             exchanges before.
         """
-        longer, place, number = (
+        period, place, number = (
             variable.value.read_value() for variable in self.variables
         )
         with tf.device("CPU:0"):
-            is_over = place >= self.first_period + longer
+            first = tf.constant(self.first_period, tf.int64)
+            is_over = place >= tf.where(tf.equal(period, 0), first, period)
             is_time = is_over | tf.equal(place, 0)
             following = tf.where(is_over, tf.ones_like(place), place + 1)
         self._place.assign(following)

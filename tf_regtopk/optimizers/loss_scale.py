@@ -12,6 +12,7 @@ from tf_regtopk import training_validation
 from tf_regtopk import validation
 from tf_regtopk.optimizers import wrapper
 from tf_regtopk.steps import flat_buffer
+from tf_regtopk.steps import own_gradients
 
 
 @keras.saving.register_keras_serializable(package="tf_regtopk")
@@ -126,13 +127,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             self.build(trainable_variables)
         scale = self.dynamic_scale.value
         variables = trainable_variables or self._trainable_variables
-        unscaled = [
-            grad
-            if grad is None
-            or getattr(variable, "overwrite_with_gradient", False)
-            else _divide(grad, scale)
-            for grad, variable in zip(grads, variables, strict=True)
-        ]
+        unscaled = own_gradients.unscaled(grads, variables, scale)
         taken = self.inner_optimizer.apply_if_finite(
             unscaled, trainable_variables
         )
@@ -144,15 +139,3 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             tf.clip_by_value(scale * factor, 2.0**-126, 2.0**127)
         )
         self.step_counter.assign(tf.where(taken & ~grows, counter + 1, 0))
-
-
-def _divide(
-    grad: tf.Tensor | tf.IndexedSlices, scale: tf.Tensor
-) -> tf.Tensor | tf.IndexedSlices:
-    if isinstance(grad, tf.IndexedSlices):
-        return tf.IndexedSlices(
-            _divide(grad.values, scale), grad.indices, grad.dense_shape
-        )
-    # The scale may be too large for float16.
-    wide = grad.dtype if grad.dtype.size >= 4 else tf.float32
-    return tf.cast(tf.cast(grad, wide) / tf.cast(scale, wide), grad.dtype)

@@ -108,6 +108,14 @@ class ReplicaSaving(wrapper.OptimizerWrapper):
             initial_memory,
         )
         split = len(local) + len(shared)
+        factor = self.loss_scale_factor
+        if saved.shared is None and factor != 1:
+            # Version 0.1.0 kept errors of the scaled loss.
+            replicas = [
+                [(p / factor).astype(p.dtype) for p in parts[:split]]
+                + parts[split:]
+                for parts in replicas
+            ]
         resuming.check_state(
             replicas, [*local, *shared, *initial_memory], split
         )

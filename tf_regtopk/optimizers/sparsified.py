@@ -263,7 +263,7 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
         skip: Callable[[], None],
     ) -> tf.Tensor:
         if self.clips_replicas:
-            gradients = self._clip(gradients)
+            gradients = self._clipped(gradients)
         return step.take_step(
             self._partition,
             gradients,
@@ -272,6 +272,17 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
             apply,
             skip,
         )
+
+    def _clipped(
+        self, gradients: Sequence[flat_buffer.Gradient]
+    ) -> list[flat_buffer.Gradient]:
+        """Clips gradients, but no values to overwrite with."""
+        clipped = [*gradients]
+        slots = variable_rules.summed_slots(self._trainable_variables)
+        of_slots = self._clip([gradients[slot] for slot in slots])
+        for slot, gradient in zip(slots, of_slots, strict=True):
+            clipped[slot] = gradient
+        return clipped
 
     def _kept(self) -> list[tuple[str, tf.Variable | keras.Variable]]:
         weights = super()._kept()

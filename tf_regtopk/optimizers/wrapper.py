@@ -21,6 +21,7 @@ from tf_regtopk.kernels import tracing
 from tf_regtopk.optimizers import wrapper_saving
 from tf_regtopk.steps import finiteness
 from tf_regtopk.steps import flat_buffer
+from tf_regtopk.steps import own_gradients
 from tf_regtopk.steps import verdict
 
 
@@ -186,11 +187,17 @@ class OptimizerWrapper(wrapper_saving.WrapperSaving):
         )
         for slot, grad in zip(slots, grads, strict=True):
             gradients[slot] = grad
+        factor = self.inner_optimizer.loss_scale_factor
 
         def apply(aggregate: Sequence[flat_buffer.Gradient]) -> None:
-            self.inner_optimizer.apply(
-                [aggregate[slot] for slot in slots], variables
-            )
+            # It would divide again. (All replicas are past their `factor`.)
+            self.inner_optimizer.loss_scale_factor = None
+            try:
+                self.inner_optimizer.apply(
+                    [aggregate[slot] for slot in slots], variables
+                )
+            finally:
+                self.inner_optimizer.loss_scale_factor = factor
             self._iterations.assign_add(1)
 
         def skip() -> None:
@@ -201,7 +208,22 @@ class OptimizerWrapper(wrapper_saving.WrapperSaving):
             # skipped.
             finiteness.call_if_not_finite(self._kept(), self._warn_of_loss)
 
-        return self._step(gradients, apply, skip)
+        return self._step(self._unscaled(gradients), apply, skip)
+
+    def _unscaled(
+        self, gradients: Sequence[flat_buffer.Gradient]
+    ) -> Sequence[flat_buffer.Gradient]:
+        """The gradients of the loss without its `loss_scale_factor`.
+
+        The factor is taken out first, because clipping and what replicas keep
+        are in the units of the loss, and the factor may change.
+        """
+        factor = self.inner_optimizer.loss_scale_factor
+        if factor is None:
+            return gradients
+        return own_gradients.unscaled(
+            gradients, self._trainable_variables, factor
+        )
 
     def _kept(self) -> list[tuple[str, tf.Variable | keras.Variable]]:
         """Numbers that no later step makes finite, each with what to say."""

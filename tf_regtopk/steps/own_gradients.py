@@ -1,8 +1,9 @@
-"""The gradients of a replica's own loss."""
+"""The gradients of a replica's own loss, as it is without a scale."""
 
 from collections.abc import Callable
 from collections.abc import Sequence
 
+import keras
 import tensorflow as tf
 
 from tf_regtopk.steps import finiteness
@@ -40,6 +41,34 @@ def own_gradients(
     return [
         _map(g, lambda values: tf.where(is_finite, values, 0)) for g in scaled
     ], is_finite
+
+
+def unscaled(
+    gradients: Sequence[flat_buffer.Gradient],
+    variables: Sequence[keras.Variable],
+    scale: float | tf.Tensor,
+) -> list[flat_buffer.Gradient]:
+    """Divides gradients of a scaled loss by the scale.
+
+    Args:
+        gradients: List of gradients, or None.
+        variables: List of their variables. What one with
+            `overwrite_with_gradient` is to be stays as it is.
+        scale: Positive float, or a scalar tensor.
+    """
+
+    def divide(values: tf.Tensor) -> tf.Tensor:
+        # The scale may be too large for float16.
+        wide = values.dtype if values.dtype.size >= 4 else tf.float32
+        divided = tf.cast(values, wide) / tf.cast(scale, wide)
+        return tf.cast(divided, values.dtype)
+
+    return [
+        gradient
+        if getattr(variable, "overwrite_with_gradient", False)
+        else _map(gradient, divide)
+        for gradient, variable in zip(gradients, variables, strict=True)
+    ]
 
 
 def _map(

@@ -66,7 +66,7 @@ def test_the_report_follows(mirrored):
 
 
 def test_what_is_saved(mirrored):
-    """Among the variables, on top of the argument in the configuration."""
+    """Among the variables, with the argument in the configuration."""
     optimizer, exchanges = make(mirrored(2), 2)
     optimizer.communication_period = 5
     exchanges()
@@ -83,6 +83,20 @@ def test_what_is_saved(mirrored):
     for counter in other.counters:
         counter.assign(0)
     assert other.communication_period == 2
+
+
+@pytest.mark.parametrize("saved, argument", [(8, 8), (8, 1), (1, 8)])
+@pytest.mark.parametrize("is_set", [False, True])
+def test_the_saved_period_counts(saved, argument, is_set, mirrored):
+    """Not the argument of the optimizer that loads."""
+    optimizer, _ = make(mirrored(2), 4 if is_set else saved)
+    if is_set:
+        optimizer.communication_period = saved
+    other, exchanges = make(mirrored(2), argument)
+    other.load_state(optimizer.save_state())
+    assert other.communication_period == saved
+    expected = [i % saved == 0 for i in range(9)]
+    assert [exchanges() for _ in range(9)] == expected
 
 
 def test_a_period_of_an_optimizer_that_is_not_built():

@@ -124,6 +124,41 @@ def test_clipping_on_each_replica_is_that_of_keras(mirrored, setting):
     assert np.abs(aggregate - plain).max() > 0.01
 
 
+@pytest.mark.parametrize(
+    "setting", ["clipvalue", "clipnorm", "global_clipnorm"]
+)
+@pytest.mark.parametrize("number", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("is_sparse", [False, True])
+def test_clipping_on_each_replica_hides_no_overflow(setting, number, is_sparse):
+    variable = keras.Variable([[0.0], [0.0]])
+    optimizer = tf_regtopk.SparsifiedOptimizer(
+        keras.optimizers.SGD(1.0, **{setting: 1.0}),
+        tf_regtopk.TopK(1.0),
+        clipping="replica",
+    )
+    gradient = tf.constant([[number], [0.5]])
+    if is_sparse:
+        gradient = tf.IndexedSlices(
+            gradient, tf.constant([0, 1]), tf.constant([2, 1])
+        )
+    optimizer.apply([gradient], [variable])
+    assert optimizer.skipped_steps.numpy() == 1
+    np.testing.assert_array_equal(variable, [[0.0], [0.0]])
+
+
+def test_clipping_on_each_replica_leaves_values_to_overwrite_with():
+    variables = [keras.Variable([0.0, 0.0]), keras.Variable([0.0])]
+    variables[1].overwrite_with_gradient = True
+    optimizer = tf_regtopk.SparsifiedOptimizer(
+        keras.optimizers.SGD(1.0, global_clipnorm=1.0),
+        tf_regtopk.TopK(1.0),
+        clipping="replica",
+    )
+    optimizer.apply([tf.constant([3.0, 4.0]), tf.constant([100.0])], variables)
+    np.testing.assert_allclose(variables[0], [-0.6, -0.8], rtol=1e-6)
+    np.testing.assert_array_equal(variables[1], [100.0])
+
+
 def test_clipping_of_parts_is_refused():
     if not hasattr(keras.optimizers, "MultiOptimizer"):
         pytest.skip("This Keras has no MultiOptimizer.")
