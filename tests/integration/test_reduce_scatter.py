@@ -571,3 +571,32 @@ def test_what_an_all_gather_saved_goes_on_by_the_topology_given(
     dense, _ = automatic(mirrored(2), exchange="dense")
     with pytest.raises(ValueError, match='must be "auto" or "sparse"'):
         dense.load_state(saved)
+
+
+def test_a_backup_of_an_all_gather_goes_on_by_the_topology_given(
+    mirrored, monkeypatch, tmp_path
+):
+    def build(**kwargs):
+        with mirrored(2).scope():
+            model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+            model.compile(
+                tf_regtopk.SparsifiedOptimizer(
+                    keras.optimizers.SGD(0.1), **kwargs
+                ),
+                loss="mse",
+            )
+            model.optimizer.build(model.trainable_variables)
+        return model
+
+    choose("all_gather", monkeypatch)
+    model = build(topology=tf_regtopk.ReduceScatter(), exchange="auto")
+    backup = tf_regtopk.Backup(tmp_path)
+    assert backup.restore(model) == 0
+    model.fit(tf.ones([4, 3]), tf.ones([4, 2]), verbose=0, callbacks=[backup])
+    for topology in (tf_regtopk.AllGather(), tf_regtopk.ReduceScatter()):
+        other = build(topology=topology)
+        assert tf_regtopk.Backup(tmp_path).restore(other) == 1
+        assert other.optimizer.chosen_exchange == "sparse"
+        np.testing.assert_equal(
+            other.optimizer.residual_errors(), model.optimizer.residual_errors()
+        )

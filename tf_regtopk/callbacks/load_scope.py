@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import contextlib
 import itertools
 import os
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -89,11 +90,18 @@ def _check_loaded(
     if model is not None:
         moments = [saved.moment for saved in loaded]
         for optimizer in of_models.all_of_model(model):
-            if optimizer.moment not in moments:
+            if _state_of(optimizer.moment) not in map(_state_of, moments):
                 raise ValueError(
                     "The weights must be those that were saved. Received: "
                     f"{optimizer.moment} after loading {moments}"
                 )
+
+
+def _state_of(moment: dict[str, Any]) -> dict[str, Any]:
+    """A moment, alike for exchanges whose state is the same."""
+    if moment.get("exchange") != "all_gather":
+        return moment
+    return {**moment, "exchange": "sparse"}
 
 
 @contextlib.contextmanager
