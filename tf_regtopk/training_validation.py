@@ -115,14 +115,20 @@ def check_inner_optimizer(inner_optimizer: Any, wrapper_class: type) -> None:
             "`inner_optimizer` must not be a `LossScaleOptimizer`. Put that "
             f"around the wrapper instead. {received}"
         )
-    steps = inner_optimizer.gradient_accumulation_steps
-    if steps:
-        raise ValueError(
-            "`inner_optimizer` must have no `gradient_accumulation_steps`: "
-            f"pass `accumulation_steps={steps}` to the wrapper, which "
-            "accumulates before anything is sent. Received: "
-            f"gradient_accumulation_steps={steps}"
-        )
+    check_no_accumulation(inner_optimizer)
+
+
+def check_no_accumulation(inner_optimizer: keras.optimizers.Optimizer) -> None:
+    """Raises if the inner optimizer, or a part of it, accumulates gradients."""
+    parts = (inner_optimizer, *getattr(inner_optimizer, "optimizers", ()))
+    for steps in (part.gradient_accumulation_steps for part in parts):
+        if steps:
+            raise ValueError(
+                "`inner_optimizer` must have no `gradient_accumulation_steps`: "
+                f"pass `accumulation_steps={steps}` to the wrapper, which "
+                "accumulates before anything is sent. Received: "
+                f"gradient_accumulation_steps={steps}"
+            )
 
 
 def check_no_parts(inner_optimizer: keras.optimizers.Optimizer) -> None:

@@ -423,6 +423,10 @@ def test_an_accumulating_inner_optimizer_is_refused():
     config["inner_optimizer"] = keras.saving.serialize_keras_object(inner())
     loaded = tf_regtopk.SparsifiedOptimizer.from_config(config)
     assert loaded.inner_optimizer.gradient_accumulation_steps == 3
+    variable = keras.Variable([0.0])
+    for expected in (0.0, 0.0, -0.01):
+        loaded.apply([tf.constant([1.0])], [variable])
+        np.testing.assert_allclose(variable, [expected])
 
 
 def test_loss_scaling(mirrored):

@@ -203,6 +203,9 @@ class DecentralizedOptimizer(decentralized_saving.DecentralizedSaving):
         agreement.check(lambda: self._facts(variables))
         super()._build(variables)
 
+    def _check_inner_optimizer(self) -> None:
+        checks.check_inner_optimizer(self.inner_optimizer)
+
     def _create_state(self, variables: Sequence[keras.Variable]) -> None:
         self._schedule.build(self.add_variable)
         strategy = tf.distribute.get_strategy()

@@ -101,7 +101,13 @@ class OptimizerWrapper(wrapper_saving.WrapperSaving):
             )
         build_once_for_all_replicas(self, lambda: self._build(variables))
 
+    def _check_inner_optimizer(self) -> None:
+        """Raises if the inner optimizer was given what it must not have."""
+        if not self._lets_inner_accumulate:
+            training_validation.check_no_accumulation(self.inner_optimizer)
+
     def _build(self, variables: Sequence[keras.Variable]) -> None:
+        self._check_inner_optimizer()
         keras_internals.keep_collectives_apart(
             keras_internals.strategy_of(self)
         )
@@ -172,6 +178,7 @@ class OptimizerWrapper(wrapper_saving.WrapperSaving):
         )
         training_validation.check_loss_scaling(self.is_scaled_locally)
         variables = self._variables_of(grads, trainable_variables)
+        self._check_inner_optimizer()
         slots = [self._slot_of(variable) for variable in variables]
         if len(set(slots)) < len(slots):
             raise ValueError(

@@ -31,6 +31,8 @@ class WrapperSaving(
 
     inner_optimizer: keras.optimizers.Optimizer
     _skipped_steps: keras.Variable
+    # True for one that version 0.1.0 has saved.
+    _lets_inner_accumulate: bool = False
 
     @abc.abstractmethod
     def save_state(self) -> saved_state.SavedState:
@@ -153,13 +155,16 @@ class WrapperSaving(
                 config[name] = keras.saving.deserialize_keras_object(
                     value, custom_objects=custom_objects
                 )
-        inner = config["inner_optimizer"]
-        accumulates = inner.gradient_accumulation_steps
+        parts = _parts(config["inner_optimizer"])
+        accumulates = [part.gradient_accumulation_steps for part in parts]
         # Version 0.1.0 let the inner optimizer accumulate, so files may say so.
         if "accumulation_steps" not in config:
-            inner.gradient_accumulation_steps = None
+            for part in parts:
+                part.gradient_accumulation_steps = None
         wrapper = cls(**config)
-        inner.gradient_accumulation_steps = accumulates
+        for part, steps in zip(parts, accumulates, strict=True):
+            part.gradient_accumulation_steps = steps
+        wrapper._lets_inner_accumulate = any(accumulates)
         return wrapper
 
     def _save_with_checkpoints(self) -> None:

@@ -102,6 +102,38 @@ def test_keras_accumulation_is_that_of_the_wrapper():
         optimizer.gradient_accumulation_steps = 2
 
 
+@pytest.mark.parametrize("is_built", [False, True])
+@pytest.mark.parametrize("has_parts", [False, True])
+@pytest.mark.parametrize(
+    "wrap, name, value",
+    [
+        (tf_regtopk.SparsifiedOptimizer, "gradient_accumulation_steps", 2),
+        (tf_regtopk.DecentralizedOptimizer, "gradient_accumulation_steps", 2),
+        (tf_regtopk.DecentralizedOptimizer, "use_ema", True),
+    ],
+)
+def test_settings_that_an_inner_optimizer_gets_later(
+    is_built, has_parts, wrap, name, value
+):
+    inner = part = sgd()
+    if has_parts:
+        if not hasattr(keras.optimizers, "MultiOptimizer"):
+            pytest.skip("This Keras has no MultiOptimizer.")
+        inner = keras.optimizers.MultiOptimizer(
+            keras.optimizers.OptimizerMap(part)
+        )
+    optimizer, variable = wrap(inner), keras.Variable([0.0])
+    if is_built:
+        optimizer.build([variable])
+    setattr(part, name, value)
+    with pytest.raises(ValueError, match=f"must have no `{name}`"):
+        optimizer.apply([tf.constant([1.0])], [variable])
+    setattr(part, name, None)
+    optimizer.apply([tf.constant([1.0])], [variable])
+    assert optimizer.iterations.numpy() == 1
+    assert variable.numpy() != 0
+
+
 @pytest.mark.parametrize("steps", [0, -1, 2.0, True, None])
 def test_bad_accumulation_steps(steps):
     with pytest.raises(
