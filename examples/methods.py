@@ -123,7 +123,8 @@ class Hyper(NamedTuple):
 
 # The momentum acts after the sum, but is the workers' own in "regtopk_local",
 # "dgc", "ef21", and all of "shift" but the "inner" one. At density 1 all take
-# the same steps, but "dgc", which then has no momentum.
+# the same steps, but "dgc", which then has no momentum, and "local_adam", of
+# which each worker has its own Adam.
 METHODS = {
     "dense": lambda h: h.inner(h.momentum),
     "topk_no_feedback": lambda h: h.sparsified(
@@ -158,6 +159,9 @@ METHODS = {
     ),
     "shift_at_once": lambda h: h.sparsified(
         h.regtopk(), tf_regtopk.LearnedShift(momentum=h.momentum, at_once=True)
+    ),
+    "local_adam": lambda h: h._replace(adam=False).sparsified(
+        h.regtopk(), tf_regtopk.LocalAdam(tf_regtopk.LearnedShift())
     ),
     "shift_slow": lambda h: h.sparsified(
         h.regtopk(), tf_regtopk.LearnedShift(h.density / 4, h.momentum)

@@ -86,6 +86,7 @@ if not _needs_no_tensorflow():
     from tf_regtopk.error_feedback.ef21 import EF21
     from tf_regtopk.error_feedback.error_accumulation import Accumulate
     from tf_regtopk.error_feedback.learned_shift import LearnedShift
+    from tf_regtopk.error_feedback.local_adam import LocalAdam
     from tf_regtopk.error_feedback.no_feedback import NoFeedback
     from tf_regtopk.optimizers.cross_gradient_training import (
         CrossGradientTraining,
@@ -136,6 +137,7 @@ __all__ = [
     "LayerMask",
     "LearnedShift",
     "LinearGossip",
+    "LocalAdam",
     "LossScaleOptimizer",
     "MixingRule",
     "MixingTopology",

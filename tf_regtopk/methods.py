@@ -23,6 +23,7 @@ import keras
 
 from tf_regtopk import codecs
 from tf_regtopk import error_feedback
+from tf_regtopk import keras_internals
 from tf_regtopk import sparsifiers
 from tf_regtopk.optimizers import clipping
 from tf_regtopk.optimizers import momentum as momentum_lib
@@ -48,18 +49,20 @@ def recommended(
     RegTop-k with the learned shift, and one bit a value: the bytes that are
     saved on values pay for about four times as many entries. The momentum of a
     gradient is added to the residual error at once, because entries wait there
-    for many steps anyway. The learning rate stays that of training without
-    compression. Where the replicas' data differ and the learning rate decays,
+    for many steps anyway. Adam moves to the replicas as a whole, see
+    `LocalAdam`. The learning rate stays that of training without compression.
+    Where the replicas' data differ and the learning rate decays,
     the callback `DensityDecay` gains accuracy at the same bytes.
 
     Args:
         inner: The learning rate of SGD: a float or a schedule. Or a Keras
             optimizer: the momentum of `keras.optimizers.SGD` is moved to the
             replicas, where it multiplies gradients by 1 / (1 - momentum), and
-            becomes 0 in that optimizer; the momentum of others, such as Adam,
-            acts after the sum, as it does without compression. If the
-            optimizer clips, it clips the gradient of each replica, as plain
-            Keras does.
+            becomes 0 in that optimizer; in the place of `keras.optimizers.Adam`
+            or `AdamW` comes an SGD with its learning rate, weight decay and
+            other settings; the momentum of others acts after the sum, as it
+            does without compression. If the optimizer clips, it clips the
+            gradient of each replica, as plain Keras does.
         momentum: Float in [0, 1), the momentum on each replica. None is that of
             `inner` if `inner` is `keras.optimizers.SGD`, 0.9 if it is a
             learning rate, and 0 with any other optimizer.
@@ -76,7 +79,7 @@ def recommended(
 
     Raises:
         ValueError: If an argument breaks its rule, if momentum is given twice,
-            or if it cannot be moved.
+            or if it or Adam cannot be moved.
 
     Example:
 
@@ -92,7 +95,7 @@ def recommended(
     and other Gradient Compression Schemes" (2019), for the values.
     """
     sparsifier = sparsifiers.RegTopK(recommended_sizes.density(compression))
-    with _momentum_moved(inner, momentum) as (inner, momentum):
+    with _moved(inner, momentum) as (inner, rule):
         # Keras clips before momentum, and so does clipping on the replicas.
         if clipping.clips(inner):
             options = {"clipping": "replica", **options}
@@ -100,9 +103,7 @@ def recommended(
             inner,
             sparsifier,
             codec=codecs.Codec(values=recommended_sizes.VALUES),
-            error_feedback=error_feedback.LearnedShift(
-                momentum=momentum, at_once=True
-            ),
+            error_feedback=rule,
             **options,
         )
 
@@ -247,19 +248,42 @@ def sparse_ternary_compression(
     )
 
 
+_ADAMS = (keras.optimizers.Adam, keras.optimizers.AdamW)
 _without_their_momentum: weakref.WeakSet[keras.optimizers.Optimizer] = (
     weakref.WeakSet()
 )
 
 
 @contextlib.contextmanager
-def _momentum_moved(
+def _moved(
     inner: Inner, momentum: float | None
-) -> Iterator[tuple[keras.optimizers.Optimizer, float]]:
-    """Gives what applies the aggregate, and the momentum of each replica.
+) -> Iterator[tuple[keras.optimizers.Optimizer, error_feedback.ErrorFeedback]]:
+    """Gives what applies the aggregate, and the rule of each replica.
 
     After an error the momentum is where it was.
     """
+    # A subclass may take other steps.
+    if momentum is None and type(inner) in _ADAMS and not inner.amsgrad:
+        _check_not_built(inner)
+        yield (
+            keras_internals.sgd_like(inner),
+            error_feedback.LocalAdam(
+                error_feedback.LearnedShift(), inner.beta_1, inner.beta_2
+            ),
+        )
+        return
+    with _momentum_moved(inner, momentum) as (optimizer, moved):
+        yield (
+            optimizer,
+            error_feedback.LearnedShift(momentum=moved, at_once=True),
+        )
+
+
+@contextlib.contextmanager
+def _momentum_moved(
+    inner: Inner, momentum: float | None
+) -> Iterator[tuple[keras.optimizers.Optimizer, float]]:
+    """Gives what applies the aggregate, and the momentum of each replica."""
     if not isinstance(inner, keras.optimizers.Optimizer):
         yield (
             keras.optimizers.SGD(inner),
@@ -285,11 +309,7 @@ def _momentum_moved(
             "cannot be moved to the replicas: give `keras.optimizers.SGD(0.1, "
             f"momentum={of_inner:g})`. Received: inner={inner!r}"
         )
-    if inner.built:
-        raise ValueError(
-            "`inner` must not be built, because its momentum is moved to the "
-            "replicas: give a new `keras.optimizers.SGD`. Received: a built one"
-        )
+    _check_not_built(inner)
     # The optimizer stays the user's own, because its configuration has neither
     # the variables that are excluded from weight decay nor any function.
     inner.momentum = 0.0
@@ -299,6 +319,15 @@ def _momentum_moved(
         inner.momentum = of_inner
         raise
     _without_their_momentum.add(inner)
+
+
+def _check_not_built(inner: keras.optimizers.Optimizer) -> None:
+    if inner.built:
+        raise ValueError(
+            "`inner` must not be built, because its momentum is moved to the "
+            f"replicas: give a new `keras.optimizers.{type(inner).__name__}`. "
+            "Received: a built one"
+        )
 
 
 def _inner_optimizer(

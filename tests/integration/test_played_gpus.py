@@ -44,6 +44,7 @@ CASES = {
             tf_regtopk.NoFeedback(),
             tf_regtopk.EF21(momentum=0.1),
             tf_regtopk.LearnedShift(momentum=0.9),
+            tf_regtopk.LocalAdam(tf_regtopk.LearnedShift()),
             tf_regtopk.CompressedDownlink(),
         )
     },

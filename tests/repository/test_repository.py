@@ -56,6 +56,7 @@ PUBLIC = {
     "Float32",
     "IndexCodec",
     "LearnedShift",
+    "LocalAdam",
     "LossScaleOptimizer",
     "Monitor",
     "MultiWorkerMirroredStrategy",

@@ -239,6 +239,31 @@ class LearnedShift:
         return agg + self.p
 
 
+class LocalAdam:
+    """A mean of the squares of each worker, and what the inner rule keeps."""
+
+    def __init__(
+        self, error_feedback=None, beta_1=0.9, beta_2=0.999, epsilon=0.1
+    ):
+        self.inner = error_feedback or Accumulate()
+        self.beta_2, self.epsilon = beta_2, epsilon
+
+    def start(self, num_workers, size, density):
+        self.inner.start(num_workers, size, density)
+        self.squares = []
+
+    def accumulate(self, g, learning_rate):
+        self.squares.insert(0, g**2)
+        weights = self.beta_2 ** np.arange(len(self.squares))
+        mean = np.tensordot(weights, self.squares, 1) / weights.sum()
+        rms = np.sqrt(mean.mean(axis=1, keepdims=True))
+        x = g / (np.sqrt(mean) + self.epsilon * rms)
+        return self.inner.accumulate(x, learning_rate)
+
+    def update(self, a, s, sent, agg):
+        return self.inner.update(a, s, sent, agg)
+
+
 class CompressedDownlink:
     """E for all, of a sum that is sparsified and made ternary."""
 

@@ -1,5 +1,7 @@
 """The published methods against the NumPy reference."""
 
+import functools
+
 import flat_gradients
 import keras
 import numpy as np
@@ -149,18 +151,86 @@ def test_recommended_moves_momentum():
     assert made.inner_optimizer is inner
     assert inner.get_config() == {**config, "momentum": 0.0}
 
-    # The momentum of Adam stays where it is.
-    inner = keras.optimizers.Adam(0.01)
-    made = methods.recommended(inner, dense_below=7)
-    assert made.error_feedback == tf_regtopk.LearnedShift(at_once=True)
-    assert made.inner_optimizer is inner and made.dense_below == 7
+    # The momentum of others stays where it is.
+    for inner in (
+        keras.optimizers.Lion(0.01),
+        keras.optimizers.Adam(amsgrad=True),
+    ):
+        made = methods.recommended(inner, dense_below=7)
+        assert made.error_feedback == tf_regtopk.LearnedShift(at_once=True)
+        assert made.inner_optimizer is inner and made.dense_below == 7
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [dict(exchange="dense"), dict(dense=["*"]), dict(dense_below=9)],
+)
+@pytest.mark.parametrize("clipnorm", [None, 2.0])
+def test_adam_is_keras_adam_where_all_entries_are_sent(arguments, clipnorm):
+    def train(optimizer):
+        variables = [keras.Variable(np.ones(n, np.float32)) for n in (3, 5)]
+        optimizer.build(variables)
+        rng = np.random.default_rng(0)
+        for _ in range(6):
+            gradients = [rng.standard_normal(v.shape) for v in variables]
+            optimizer.apply(
+                [tf.constant(g, tf.float32) for g in gradients], variables
+            )
+        return np.concatenate([np.array(v) for v in variables])
+
+    def make():
+        return keras.optimizers.AdamW(
+            0.125,
+            beta_1=0.8,
+            beta_2=0.9,
+            weight_decay=0.25,
+            clipnorm=clipnorm,
+        )
+
+    np.testing.assert_allclose(
+        train(methods.recommended(make(), **arguments)),
+        train(make()),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+def test_recommended_moves_adam(name):
+    inner = getattr(keras.optimizers, name)(
+        0.01,
+        beta_1=0.8,
+        beta_2=0.99,
+        weight_decay=0.1,
+        clipnorm=2.0,
+        use_ema=True,
+    )
+    made = methods.recommended(inner)
+    assert made.error_feedback == tf_regtopk.LocalAdam(
+        tf_regtopk.LearnedShift(), beta_1=0.8, beta_2=0.99
+    )
+    assert made.get_config()["clipping"] == "replica"
+    sgd = made.inner_optimizer
+    assert type(sgd) is keras.optimizers.SGD and sgd.momentum == 0
+    config, expected = sgd.get_config(), inner.get_config()
+    left = {"momentum", "nesterov"}
+    assert config.keys() - left < expected.keys()
+    for key in config.keys() - left:
+        assert config[key] == expected[key], key
     again = keras.optimizers.deserialize(keras.optimizers.serialize(made))
     assert again.get_config() == made.get_config()
 
 
-def test_recommended_keeps_what_a_configuration_lacks():
+@pytest.mark.parametrize(
+    "make",
+    [
+        functools.partial(keras.optimizers.SGD, momentum=0.9),
+        keras.optimizers.AdamW,
+    ],
+)
+def test_recommended_keeps_what_a_configuration_lacks(make):
     """Variables that are excluded from weight decay, and a function as rate."""
-    inner = keras.optimizers.SGD(lambda: 0.5, momentum=0.9, weight_decay=0.5)
+    inner = make(lambda: 0.5, weight_decay=0.5)
     inner.exclude_from_weight_decay(var_names=["bias"])
     made = methods.recommended(inner, compression=40)
     bias, kernel = (
@@ -234,8 +304,11 @@ def test_recommended_refuses(arguments, message):
         methods.recommended(*arguments)
 
 
-def test_recommended_refuses_a_built_optimizer():
-    inner = keras.optimizers.SGD(0.1, momentum=0.9)
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+def test_recommended_refuses_a_built_optimizer(name):
+    inner = getattr(keras.optimizers, name)(0.1)
+    if name == "SGD":
+        inner.momentum = 0.9
     inner.build([keras.Variable([0.0])])
-    with pytest.raises(ValueError, match="`inner` must not be built.*Received"):
+    with pytest.raises(ValueError, match=f"not be built.*a new.*{name}`. Rec"):
         methods.recommended(inner)

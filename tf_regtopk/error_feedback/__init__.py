@@ -12,6 +12,7 @@ already carries the weight 1/N, and the sum over the replicas is the mean of
 their gradients.
 """
 
+from tf_regtopk.error_feedback.adam_of_sum import AdamOfSum
 from tf_regtopk.error_feedback.base import ErrorFeedback
 from tf_regtopk.error_feedback.base import Progress
 from tf_regtopk.error_feedback.base import StepContext
@@ -19,15 +20,18 @@ from tf_regtopk.error_feedback.downlink import CompressedDownlink
 from tf_regtopk.error_feedback.ef21 import EF21
 from tf_regtopk.error_feedback.error_accumulation import Accumulate
 from tf_regtopk.error_feedback.learned_shift import LearnedShift
+from tf_regtopk.error_feedback.local_adam import LocalAdam
 from tf_regtopk.error_feedback.momentum_of_sum import MomentumOfSum
 from tf_regtopk.error_feedback.no_feedback import NoFeedback
 
 __all__ = [
     "EF21",
     "Accumulate",
+    "AdamOfSum",
     "CompressedDownlink",
     "ErrorFeedback",
     "LearnedShift",
+    "LocalAdam",
     "MomentumOfSum",
     "NoFeedback",
     "Progress",

@@ -32,6 +32,7 @@ from tf_regtopk.keras_internals.neighbours import take_instance_keys
 from tf_regtopk.keras_internals.optimizers import divide_by_no_zeros
 from tf_regtopk.keras_internals.optimizers import give_back
 from tf_regtopk.keras_internals.optimizers import replace_optimizer
+from tf_regtopk.keras_internals.optimizers import sgd_like
 from tf_regtopk.keras_internals.optimizers import strategy_of
 from tf_regtopk.keras_internals.optimizers import take_aggregated_gradients
 from tf_regtopk.keras_internals.optimizers import take_clipping
@@ -63,6 +64,7 @@ __all__ = [
     "let_collectives_run_in_loops",
     "pass_on",
     "replace_optimizer",
+    "sgd_like",
     "strategy_of",
     "sum_within_worker",
     "take_aggregated_gradients",

@@ -60,6 +60,34 @@ def _keep_non_finite(gradient: Any, clipped: Any) -> Any:
     return tf.where(tf.math.is_finite(gradient), clipped, gradient)
 
 
+def sgd_like(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.SGD:
+    """Makes an SGD with all settings of an optimizer that do not make its step.
+
+    Args:
+        optimizer: Keras optimizer, not built. Its learning rate may be a
+            schedule or a function; variables may be excluded from weight decay.
+
+    Returns:
+        `keras.optimizers.SGD` without momentum.
+    """
+    settings = {
+        name: getattr(optimizer, name)
+        for name in keras.optimizers.SGD().get_config()
+        if name != "learning_rate" and hasattr(optimizer, name)
+    }
+    rate = optimizer._learning_rate  # A function is called by its public name.
+    if not callable(rate):
+        rate = float(optimizer.learning_rate)
+    sgd = keras.optimizers.SGD(rate, **settings)
+    for name in (
+        "_exclude_from_weight_decay",
+        "_exclude_from_weight_decay_pattern",
+    ):
+        if hasattr(optimizer, name):
+            setattr(sgd, name, getattr(optimizer, name))
+    return sgd
+
+
 def variables_of(
     optimizer: keras.optimizers.Optimizer,
 ) -> list[keras.Variable]:

@@ -37,6 +37,11 @@ RULES = {
         dict(error_feedback="ef21", values="float32"),
     ),
     "shift, at once": ("LearnedShift", dict(momentum=0.6, at_once=True)),
+    "local adam": ("LocalAdam", dict(beta_2=0.9)),
+    "local adam, shift": (
+        "LocalAdam",
+        dict(error_feedback="shift", beta_1=0.0, epsilon=0.03),
+    ),
     "downlink, follows": (
         "CompressedDownlink",
         dict(error_feedback="follows", density=0.4, values="float32"),
@@ -49,7 +54,7 @@ def rule_of(module, name):
     if "error_feedback" in arguments:
         inner = rule_of(module, arguments["error_feedback"])
         arguments = {**arguments, "error_feedback": inner}
-        if module is tf_regtopk:
+        if module is tf_regtopk and "values" in arguments:
             arguments["codec"] = tf_regtopk.Codec(
                 values=arguments.pop("values")
             )

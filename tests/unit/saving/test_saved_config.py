@@ -58,6 +58,7 @@ def test_modules_may_move():
         "Float32",
         "Hierarchical",
         "LearnedShift",
+        "LocalAdam",
         "LossScaleOptimizer",
         "Natural",
         "NoFeedback",
