@@ -277,7 +277,8 @@ def test_save_weights_says_that_it_saves_one(mirrored, tmp_path, caplog):
     assert "THE FILE HOLDS THE WEIGHTS OF ONE REPLICA" in caplog.text
 
 
-def test_zeroed_gradients_are_counted_on(mirrored, tmp_path):
+def test_zeroed_gradients_are_counted_on(mirrored, tmp_path, caplog):
+    """And `fit` warns of them."""
     strategy = mirrored(2)
     model = program.make_model(strategy)
     optimizer = model.optimizer
@@ -293,7 +294,9 @@ def test_zeroed_gradients_are_counted_on(mirrored, tmp_path):
     strategy.run(tf.function(of_replica, autograph=False))
     assert optimizer.zeroed_gradients == [1, 0]
     backup = tf_regtopk.Backup(tmp_path)
-    program.fit(model, [backup], backup.restore(model), epochs=1)
+    with caplog.at_level("WARNING", "tf_regtopk"):
+        program.fit(model, [backup], backup.restore(model), epochs=1)
+    assert "were taken as 0: [1, 0] of the replicas" in caplog.text
     model = program.make_model(strategy)
     tf_regtopk.Backup(tmp_path).restore(model)
     assert model.optimizer.zeroed_gradients == [1, 0]

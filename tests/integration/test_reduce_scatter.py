@@ -153,6 +153,44 @@ def test_weights_and_errors_add_up_to_all_gradients(values, capacity, mirrored):
     )
 
 
+@pytest.mark.parametrize(
+    "rule",
+    [
+        tf_regtopk.EF21(0.5),
+        tf_regtopk.CompressedDownlink(tf_regtopk.EF21(), density=0.5),
+    ],
+)
+def test_what_the_codec_rounds_off_is_not_in_h(rule, mirrored):
+    """Neither in that of all, nor in those of the replicas."""
+    _, optimizer, _, _ = train(
+        mirrored(2),
+        gradients(2)[:3],
+        sparsifier=tf_regtopk.TopK(0.3),
+        error_feedback=rule,
+        codec=tf_regtopk.Codec(values="sign"),
+        topology=tf_regtopk.ReduceScatter(),
+    )
+    saved = optimizer.save_state()
+    of_all = saved.shared[-1]
+    assert np.count_nonzero(of_all) > 20
+    np.testing.assert_allclose(
+        sum(parts[0] for parts in saved.replicas.values()), of_all, atol=1e-6
+    )
+
+
+def test_without_feedback_what_is_rounded_off_is_lost(mirrored):
+    weights, optimizer, *_ = train(
+        mirrored(2),
+        gradients(2)[:1],
+        sparsifier=tf_regtopk.TopK(0.3),
+        error_feedback=tf_regtopk.NoFeedback(),
+        codec=tf_regtopk.Codec(values="sign"),
+        topology=tf_regtopk.ReduceScatter(),
+    )
+    assert np.any(weights)
+    assert set(optimizer.save_state().replicas) == {0, 1}
+
+
 def test_with_room_for_all_it_is_the_all_gather(mirrored):
     g = gradients(3) / 3
     room = tf_regtopk.ReduceScatter(capacity=3, keep=9)

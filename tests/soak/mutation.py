@@ -75,6 +75,16 @@ TESTS = {
         "integration/test_bad_files.py",
         "integration/test_resume.py",
     ],
+    "distribute": [
+        "unit/keras_internals/test_neighbours.py",
+        "unit/steps/test_gossip_round.py",
+        "integration/test_decentralized.py",
+        "integration/test_reduce_scatter.py",
+    ],
+    "callbacks": [
+        "integration/test_bad_files.py",
+        "integration/test_saving.py",
+    ],
 }
 # Mutants that no test can notice, or need not, by the reason: the module, the
 # line, and what it becomes (None: whatever it becomes).

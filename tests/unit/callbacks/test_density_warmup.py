@@ -61,6 +61,17 @@ class Recorder(keras.callbacks.Callback):
         self.num_moved[-1].append(moved)
 
 
+class StopAfter(keras.callbacks.Callback):
+    """Ends a training before its last epoch."""
+
+    def __init__(self, num_epochs):
+        super().__init__()
+        self._num_epochs = num_epochs
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.model.stop_training = epoch + 1 == self._num_epochs
+
+
 def fit(model, callbacks, initial_epoch=0, epochs=NUM_EPOCHS):
     model.fit(
         make_data(),
@@ -133,25 +144,37 @@ def test_errors_are_kept(mirrored):
 
 
 @pytest.mark.slow
-def test_resumes_in_the_middle_of_the_warmup(mirrored, tmp_path):
-    """To the bit, at the density of the epoch it goes on with."""
+@pytest.mark.parametrize(
+    "make_callback, densities",
+    [
+        (lambda: tf_regtopk.DensityWarmup([0.25] * 3), [0.25] * 3 + [0.1]),
+        (
+            lambda: tf_regtopk.DensityDecay(lambda epoch: float(epoch < 3)),
+            [0.1333] * 3 + [0.001],
+        ),
+    ],
+)
+def test_resumes_at_the_density_of_its_epoch(
+    make_callback, densities, mirrored, tmp_path
+):
+    """To the bit."""
     strategy, rule = mirrored(2), tf_regtopk.LearnedShift(momentum=0.5)
     model = make_model(strategy, rule)
-    fit(model, [tf_regtopk.DensityWarmup((0.25, 0.25, 0.25))])
+    fit(model, [make_callback()])
 
     stopped = make_model(strategy, rule)
     backup = tf_regtopk.Backup(tmp_path / "backup")
     assert backup.restore(stopped) == 0
-    warmup = tf_regtopk.DensityWarmup((0.25, 0.25, 0.25))
-    fit(stopped, [warmup, backup], epochs=2)
+    # Of as many epochs as the whole run has.
+    fit(stopped, [make_callback(), StopAfter(2), backup])
 
     resumed = make_model(strategy, rule)
     backup = tf_regtopk.Backup(tmp_path / "backup")
     assert backup.restore(resumed) == 2
-    assert resumed.optimizer.density == 0.25
-    warmup, recorder = tf_regtopk.DensityWarmup((0.25, 0.25, 0.25)), Recorder()
-    fit(resumed, [warmup, recorder, backup], initial_epoch=2)
-    assert recorder.densities == [0.25, 0.1]
+    assert resumed.optimizer.density == densities[1]
+    recorder = Recorder()
+    fit(resumed, [make_callback(), recorder, backup], initial_epoch=2)
+    assert recorder.densities == densities[2:]
     for a, b in zip(model.get_weights(), resumed.get_weights(), strict=True):
         assert a.tobytes() == b.tobytes()
     saved = model.optimizer.save_state().replicas

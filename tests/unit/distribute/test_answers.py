@@ -120,6 +120,22 @@ def test_keys_are_for_answers_only(monkeypatch):
     assert taken == [4, 4] * 4
 
 
+def test_a_step_has_other_keys_than_the_one_before(monkeypatch):
+    found, *_ = on_each_worker(RING, 4, monkeypatch)
+    keys = []
+
+    def exchange_in_group(payloads, size, group_key, key):
+        keys.append(int(key))
+        return payloads
+
+    monkeypatch.setattr(
+        answers.keras_internals, "exchange_in_group", exchange_in_group
+    )
+    for number in (0, 1):
+        found._answer(tf.zeros([2, 3]), tf.constant(number, tf.int64))
+    assert len(set(keys)) == len(keys) == 4
+
+
 @pytest.mark.parametrize("topology, n", [(RING, 4), (CLIQUES, 7)])
 def test_one_process_emulates(topology, n, mirrored):
     strategy = mirrored(n)

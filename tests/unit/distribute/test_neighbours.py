@@ -147,6 +147,31 @@ def test_keys_are_far_from_others():
         assert abs(distance) >= margin
 
 
+@pytest.mark.parametrize("topology, n", TOPOLOGIES)
+def test_a_step_has_other_keys_than_the_one_before(topology, n, monkeypatch):
+    cluster = topology_lib.Cluster(n, num_workers=n)
+    monkeypatch.setattr(topology_lib.Cluster, "in_scope", lambda: cluster)
+    found = neighbours.Neighbours(
+        topology.rounds(n), neighbours.differences(topology, n)
+    )
+    keys = []
+
+    def exchange_in_group(payloads, size, group_key, key):
+        keys.append(int(key))
+        return payloads
+
+    def pass_on(payload, to, before):
+        keys.extend({int(to.instance_key), int(before.instance_key)})
+        return payload
+
+    for function in (exchange_in_group, pass_on):
+        monkeypatch.setattr(keras_internals, function.__name__, function)
+    found._meet(tf.zeros([3]), tf.constant(0, tf.int64))
+    before = [*keys]
+    found._meet(tf.zeros([3]), tf.constant(1, tf.int64))
+    assert len(set(keys)) == len(keys) > len(before) > 0
+
+
 @pytest.mark.parametrize("n", [2, 3])
 def test_one_process_emulates(n, mirrored):
     """All rows arrive, and a replica takes those of its neighbours."""

@@ -138,3 +138,32 @@ def test_set_weights():
     np.testing.assert_array_equal(momentum, [1.0, 1.0])
     for v in optimizer.variables:
         np.testing.assert_array_equal(v, np.ones(v.shape))
+
+
+@pytest.mark.parametrize(
+    "argument, value",
+    [
+        ("sparsifier", tf_regtopk.TopK(0.1)),
+        ("codec", tf_regtopk.Codec(values="sign")),
+        ("error_feedback", tf_regtopk.EF21()),
+        ("scope", "per_variable"),
+        ("dense_below", 7),
+        ("dense", ["*/bias"]),
+        ("densities", {"*/kernel": 0.5}),
+        ("clipping", "replica"),
+        ("exchange", "dense"),
+        ("topology", tf_regtopk.ReduceScatter()),
+        ("accumulation_steps", 2),
+        ("telemetry", True),
+        ("inner_optimizer", keras.optimizers.SGD(0.2, clipvalue=1.0)),
+    ],
+)
+def test_workers_compare_each_argument(argument, value):
+    def facts(**kwargs):
+        inner = keras.optimizers.SGD(0.1, clipvalue=1.0)
+        return tf_regtopk.SparsifiedOptimizer(
+            **{"inner_optimizer": inner, **kwargs}
+        )._facts([])
+
+    ours, others = facts(), facts(**{argument: value})
+    assert [name for name in ours if ours[name] != others[name]] == [argument]
