@@ -238,6 +238,33 @@ def test_jit_compiled_model_without_a_strategy():
     small_models.assert_weights_close(*models, rtol=1e-4, atol=1e-6)
 
 
+def test_a_jit_compiled_function_skips_steps_of_another_density():
+    """XLA drops the check that raises an error elsewhere."""
+    variable = keras.Variable(np.zeros(10, "f4"))
+    optimizer = tf_regtopk.SparsifiedOptimizer(
+        keras.optimizers.SGD(1.0), tf_regtopk.TopK(0.1)
+    )
+    optimizer.build([variable])
+
+    def compiled():
+        return tf.function(
+            lambda: optimizer.apply([tf.range(10.0)], [variable]),
+            jit_compile=True,
+        )
+
+    step = compiled()
+    step()
+    optimizer.set_density(0.5)
+    before = variable.numpy()
+    assert np.count_nonzero(before) == 1
+    step()
+    np.testing.assert_array_equal(variable, before)
+    assert optimizer.skipped_steps.numpy() == 1
+    compiled()()
+    assert np.count_nonzero(variable) == 5
+    assert optimizer.skipped_steps.numpy() == 1
+
+
 def test_no_retracing(mirrored):
     strategy = mirrored(2)
     model = small_models.fit(

@@ -429,6 +429,33 @@ def test_an_accumulating_inner_optimizer_is_refused():
         np.testing.assert_allclose(variable, [expected])
 
 
+def test_a_jit_compiled_step_of_batches_that_do_not_fit_is_skipped():
+    """XLA drops the check that raises an error elsewhere."""
+    variables = [keras.Variable([0.0]), keras.Variable([0.0])]
+    optimizer = tf_regtopk.SparsifiedOptimizer(
+        keras.optimizers.SGD(1.0), tf_regtopk.TopK(1.0), accumulation_steps=3
+    )
+    optimizer.build(variables)
+
+    def compiled(variable):
+        return tf.function(
+            lambda: optimizer.apply([tf.constant([3.0])], [variable]),
+            jit_compile=True,
+        )
+
+    steps = [compiled(variable) for variable in variables]
+    mixed = [(0, 0, 1), (0, 1, 0), (0, 1, 1), (1, 0, 0)]
+    for num_skipped, batches in enumerate(mixed, 1):
+        for i in batches:
+            steps[i]()
+        assert optimizer.skipped_steps.numpy() == num_skipped
+        np.testing.assert_array_equal(variables, [[0.0], [0.0]])
+    for _ in range(3):
+        steps[0]()
+    np.testing.assert_array_equal(variables, [[-3.0], [0.0]])
+    assert optimizer.skipped_steps.numpy() == len(mixed)
+
+
 def test_loss_scaling(mirrored):
     """An overflow of one batch on one replica halves the scale, once."""
     strategy = mirrored(2)

@@ -479,9 +479,10 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
         is saved and loaded with the errors, and `sparsifier.density` stays.
 
         A function that takes steps must be traced again, for `fit` with
-        `model.make_train_function(force=True)`. The old one raises an error.
-        Each new density takes memory until the process ends, because TensorFlow
-        keeps every program that XLA has compiled.
+        `model.make_train_function(force=True)`. The old one raises an error;
+        with `jit_compile=True` it cannot, and skips its steps instead. Each new
+        density takes memory until the process ends, because TensorFlow keeps
+        every program that XLA has compiled.
 
         Args:
             density: Float in (0, 1].

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from collections.abc import Sequence
 import functools
 import itertools
+import math
 from typing import Any
 import zlib
 
@@ -104,6 +105,14 @@ class LocalAccumulation:
         """
         gradients = self._densify(gradients)
         pattern = _pattern_of(gradients)
+        fits = self._fits(pattern)
+        is_compiled = keras_internals.in_xla_context()
+        if is_compiled:
+            # XLA drops the check of `_is_last`: the step is skipped instead.
+            for slot in self._slots:
+                gradient = gradients[slot]
+                if gradient is not None:
+                    gradients[slot] = tf.where(fits, gradient, math.nan)
 
         def add(gradients: Sequence[tf.Tensor | None]) -> tf.Tensor:
             for total, gradient in self._pairs(gradients):
@@ -119,7 +128,12 @@ class LocalAccumulation:
         def ending(function: Callable[..., None]) -> Callable[..., None]:
             def call(*args: Any) -> None:
                 function(*args)
-                for total, _ in self._pairs(gradients):
+                totals = (
+                    self._sums.variables()
+                    if is_compiled
+                    else [total for total, _ in self._pairs(gradients)]
+                )
+                for total in totals:
                     total.assign(tf.zeros(total.shape, total.dtype))
                 self._count.assign(0)
 
@@ -129,7 +143,7 @@ class LocalAccumulation:
             return take_step(self._mean(gradients), ending(apply), ending(skip))
 
         return branches.call_on_all_replicas(
-            self._is_last(pattern), exchange, add, (gradients,)
+            self._is_last(fits), exchange, add, (gradients,)
         )
 
     @property
@@ -189,16 +203,21 @@ class LocalAccumulation:
             for part in self._strategy.experimental_local_results(variable):
                 part.assign(value)
 
-    def _is_last(self, pattern: int) -> tf.Tensor:
-        """Returns whether the batch is the last, in the memory of the host."""
+    def _fits(self, pattern: int) -> tf.Tensor:
+        """Returns whether the batch has gradients of the right variables."""
         count = self._count.read_value()
         before = self._pattern.read_value()
         with tf.device("CPU:0"):
-            fits = (
+            return (
                 tf.equal(count, 0)
                 | tf.equal(before, _ANY)
                 | tf.equal(before, pattern)
             )
+
+    def _is_last(self, fits: tf.Tensor) -> tf.Tensor:
+        """Returns whether the batch is the last, in the memory of the host."""
+        count = self._count.read_value()
+        with tf.device("CPU:0"):
             # The raw operation, because the public function adds a branch.
             check = tf.raw_ops.Assert(
                 condition=fits,

@@ -42,6 +42,8 @@ def is_taken(flags: Sequence[Flags]) -> tf.Tensor:
 
     Returns:
         Scalar bool tensor in the memory of the host, True if all is finite.
+        Where XLA compiles the whole step, which then cannot raise, False also
+        if the function was traced before the exchange changed.
 
     Raises:
         tf.errors.InvalidArgumentError: When run, if replicas are at different
@@ -86,7 +88,11 @@ def is_taken(flags: Sequence[Flags]) -> tf.Tensor:
         # The result waits for the checks, because a graph could go on beside a
         # check that fails.
         with tf.control_dependencies([c for c in checks if c is not None]):
-            return tf.identity(tf.reduce_all(found.are_finite))
+            is_taken = tf.identity(tf.reduce_all(found.are_finite))
+        if keras_internals.in_xla_context():
+            # XLA drops the checks; of a single replica all others hold.
+            is_taken &= tf.reduce_all(found.are_current)
+        return is_taken
 
 
 def tell_of_first_skip(num_skipped: tf.Tensor) -> None:

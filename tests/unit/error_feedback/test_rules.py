@@ -352,10 +352,12 @@ def test_huge_gradients_are_clipped_as_well():
 @pytest.mark.parametrize("before, now", [(0, 0.1), (0.1, 0), (0, 0)])
 def test_errors_do_not_follow_a_learning_rate_of_0(before, now):
     rule = tf_regtopk.Accumulate(follow_learning_rate=True)
-    step = error_feedback.Step(1, 1.0, tf.constant(now, "float32"), 0)
+    context = error_feedback.StepContext(
+        1, 1.0, tf.constant(now, "float32"), tf.constant(0)
+    )
     e = tf.constant([3.0])
     shared = (tf.constant(before, "float32"),)
-    a, _ = rule.accumulate((e,), shared, tf.zeros([1]), step)
+    a, _ = rule.accumulate((e,), shared, tf.zeros([1]), context)
     assert a.numpy() == [3.0]
 
 
@@ -449,12 +451,12 @@ def test_bad_arguments(make_rule, error, message):
 def test_a_downlink_rounds_unlike_any_replica():
     codec, total = tf_regtopk.Codec(values="natural"), tf.range(1.0, 200.0)
     rule = tf_regtopk.CompressedDownlink(density=1.0, codec=codec)
-    step = error_feedback.Step(3, 1.0, tf.zeros([]), tf.constant(5))
-    sums, _ = rule.aggregate((tf.zeros_like(total),), total, step)
+    context = error_feedback.StepContext(3, 1.0, tf.zeros([]), tf.constant(5))
+    sums, _ = rule.aggregate((tf.zeros_like(total),), total, context)
     payload = codec.payload(199, 199)
     for rank in range(3):
         _, sent = payload.encode(
-            tf.range(199), total, (step.number, tf.constant(rank))
+            tf.range(199), total, (context.number, tf.constant(rank))
         )
         assert np.any(sums != sent)
 
