@@ -216,19 +216,18 @@ def test_whole_model(name, num_replicas, mirrored, tmp_path):
     assert_goes_on(model, before)
 
 
+@pytest.mark.parametrize("name, like", [("momentum", "SGD"), ("adam", "Adam")])
 def test_momentum_that_a_method_moves_to_the_replicas(
-    mirrored, tmp_path, capfd
+    name, like, mirrored, tmp_path, capfd
 ):
     """It is no variable of the inner optimizer, and that is told."""
     strategy = mirrored(2)
-    plain = compile_model(make_model(strategy), strategy, False, "momentum")
+    plain = compile_model(make_model(strategy), strategy, False, name)
     pretend_to_train(plain)
     plain.save_weights(tmp_path / "m.weights.h5")
     model = make_model(strategy)
     with strategy.scope():
-        model.compile(
-            tf_regtopk.methods.recommended(OPTIMIZERS["momentum"]()), "mse"
-        )
+        model.compile(tf_regtopk.methods.recommended(OPTIMIZERS[name]()), "mse")
         model.optimizer.build(model.trainable_variables)
     model.load_weights(tmp_path / "m.weights.h5")
     assert "The momentum that was saved is dropped" in capfd.readouterr().err
@@ -236,7 +235,7 @@ def test_momentum_that_a_method_moves_to_the_replicas(
     without_momentum = kept(plain)[: len(kept(model))]
     for value, expected in zip(kept(model), without_momentum, strict=True):
         np.testing.assert_array_equal(value, expected)
-    with pytest.warns(UserWarning, match="ends with the wrapper.*Received"):
+    with pytest.warns(UserWarning, match=f"ends with the.*{like}.*Received"):
         tf_regtopk.unwrap(model)
 
 

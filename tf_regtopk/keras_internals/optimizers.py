@@ -77,7 +77,7 @@ def sgd_like(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.SGD:
     }
     rate = optimizer._learning_rate  # A function is called by its public name.
     if not callable(rate):
-        rate = float(optimizer.learning_rate)
+        rate = float(rate.numpy())
     sgd = keras.optimizers.SGD(rate, **settings)
     for name in (
         "_exclude_from_weight_decay",

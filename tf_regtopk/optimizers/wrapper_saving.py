@@ -123,15 +123,19 @@ class WrapperSaving(
     def _is_of_inner_optimizer(self, arrays: Mapping[str, np.ndarray]) -> bool:
         """Returns whether the inner optimizer could have saved these arrays.
 
-        An array more for each trainable variable may follow: the momentum of a
-        plain SGD, because `methods` move momentum to the replicas.
+        An array more for each trainable variable may follow, the momentum of a
+        plain SGD, or two, those of Adam, because `methods` move them to the
+        replicas.
         """
         if arrays.keys() != {str(i) for i in range(len(arrays))}:
             return False
         shapes = [arrays[str(i)].shape for i in range(len(arrays))]
         own = [tuple(v.shape) for v in self.inner_optimizer.variables]
-        momentum = [tuple(v.shape) for v in self._trainable_variables]
-        return shapes in (own, own + momentum)
+        of_each = [tuple(v.shape) for v in self._trainable_variables]
+        # One variable after the other, or all of one kind first.
+        pairs = [shape for shape in of_each for _ in range(2)]
+        moved = ([], of_each, pairs, 2 * of_each)
+        return shapes in [own + shapes_moved for shapes_moved in moved]
 
     def get_config(self) -> dict[str, Any]:
         # The base class's config is left out, because its arguments belong to

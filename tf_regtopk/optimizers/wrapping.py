@@ -5,6 +5,7 @@ import warnings
 
 import keras
 
+from tf_regtopk import error_feedback
 from tf_regtopk import keras_internals
 from tf_regtopk import sparsifiers
 from tf_regtopk.optimizers import decentralized
@@ -114,12 +115,19 @@ def _warn_of_lost_momentum(optimizer: sparsified.SparsifiedOptimizer) -> None:
     if optimizer.error_feedback.has_momentum and not momentum.momentum_of(
         inner
     ):
+        rule = optimizer.error_feedback
+        is_adam = isinstance(rule, error_feedback.LocalAdam)
+        what, optimizer_like = (
+            ("Adam", "Adam(learning_rate)")
+            if is_adam
+            else ("momentum", "SGD(learning_rate, momentum=0.9)")
+        )
         warnings.warn(
-            "The momentum on the replicas ends with the wrapper, and the "
+            f"The {what} on the replicas ends with the wrapper, and the "
             f"{type(inner).__name__} of the model has none. To go on with "
-            "momentum compile the model anew, as with "
-            "`keras.optimizers.SGD(learning_rate, momentum=0.9)`. Received: "
-            f"error_feedback={optimizer.error_feedback}",
+            f"{what} compile the model anew, as with "
+            f"`keras.optimizers.{optimizer_like}`. Received: "
+            f"error_feedback={rule}",
             stacklevel=3,
         )
 
