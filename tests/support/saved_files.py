@@ -101,6 +101,13 @@ RUNS = {
         codec=_lib.Codec("elias_fano", "ternary"),
         error_feedback=_lib.LearnedShift(momentum=0.5),
     ),
+    "local adam": dict(
+        sparsifier=_REGTOPK,
+        error_feedback=_lib.LocalAdam(_lib.LearnedShift(), beta_2=0.9),
+        inner="sgd with a schedule",
+        dense_below=6,
+        replicas=(2,),
+    ),
     "compressed downlink": dict(
         sparsifier=_REGTOPK,
         codec=_lib.Codec("golomb", "float32"),
