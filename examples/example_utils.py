@@ -169,6 +169,8 @@ _COLOURS = {
     "shift_regtopk_inner": "tab:olive",
     "shift_masked": "tab:brown",
     "shift_at_once": "navy",
+    "local_adam": "teal",
+    "adam_without_mean": "plum",
 }
 _DASHES = {"dense": (1, 1), "regtopk": (4, 2), "shift_regtopk": (4, 2)}
 

@@ -31,6 +31,9 @@ class RoundedShift(tf_regtopk.LearnedShift):
         return (e, tf.cast(tf.bitcast(bits, tf.float32), h.dtype), *u)
 
 
+# `adam_without_mean` is Adam after the sum as in "shift_regtopk", but its mean
+# of gradients, which would run on where entries wait anyway, is left out.
+#
 # As those of `methods.py`. At density 1 they take other steps than these: the
 # first has no momentum then, and the second rounds.
 METHODS = {
@@ -42,5 +45,11 @@ METHODS = {
     ),
     "shift_rounded": lambda h: h.sparsified(
         h.regtopk(), RoundedShift(momentum=h.momentum)
+    ),
+    "adam_without_mean": lambda h: tf_regtopk.SparsifiedOptimizer(
+        keras.optimizers.Adam(h.learning_rate, beta_1=0.0),
+        h.regtopk(),
+        codec=h.codec,
+        error_feedback=tf_regtopk.LearnedShift(),
     ),
 }

@@ -137,6 +137,12 @@ def test_methods_are_what_their_flags_say():
             0.0,
             0.5,
         ),
+        "local_adam": (
+            regtopk,
+            tf_regtopk.LocalAdam(tf_regtopk.LearnedShift()),
+            0.0,
+            0.5,
+        ),
         "shift_slow": (
             regtopk,
             tf_regtopk.LearnedShift(0.0625, 0.75),
@@ -162,12 +168,13 @@ def test_methods_are_what_their_flags_say():
         for name in ("topk", "regtopk", "shift_regtopk", "shift_masked")
         for keep in ("", 4)
     }
+    without_mean = {"adam_without_mean", "adam_without_mean_sign"}
     with_signs = {f"{name}_sign" for name in {*expected} | with_owners}
     peers = {"powersgd1", "powersgd4", "dense_float16"}
     dense = {"dense", "dense_at_once"}
-    assert {*dense, *expected} | peers | with_owners | with_signs == set(
-        methods.METHODS
-    )
+    assert (
+        {*dense, *expected} | peers | with_owners | with_signs | without_mean
+    ) == set(methods.METHODS)
     # Owners take indices in a fixed length.
     of_ten = types.SimpleNamespace(
         **{**vars(METHOD_ARGS), "indices": "auto"}, num_workers=10
@@ -230,6 +237,13 @@ def test_methods_are_what_their_flags_say():
     made = methods.make_optimizer("topk", METHOD_ARGS, 0.5, 0.25, adam=True)
     assert type(made.inner_optimizer) is keras.optimizers.Adam
     assert float(made.inner_optimizer.learning_rate) == 0.5
+    made = methods.make_optimizer(
+        "local_adam", METHOD_ARGS, 0.5, 0.1, adam=True
+    )
+    assert type(made.inner_optimizer) is keras.optimizers.SGD
+    made = methods.make_optimizer("adam_without_mean", METHOD_ARGS, 0.5, 0.25)
+    assert (made.sparsifier, made.inner_optimizer.beta_1) == (regtopk, 0)
+    assert made.error_feedback == tf_regtopk.LearnedShift()
 
 
 @pytest.mark.parametrize(
@@ -238,6 +252,7 @@ def test_methods_are_what_their_flags_say():
         name
         for name in {*methods.METHODS}
         - {"dgc", "shift_masked", "shift_rounded"}
+        - {"local_adam", "adam_without_mean"}  # Steps of Adam.
         - {"powersgd1", "powersgd4", "dense_float16"}
         # They round, or send another share of the entries, or take no momentum.
         if not name.endswith(("_sign", "_at_once")) and "_owners" not in name
