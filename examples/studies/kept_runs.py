@@ -42,6 +42,7 @@ def define_flags():
     flags.DEFINE_string("baseline", "dense", "What the others are beside.")
     flags.DEFINE_list("pairs", _PAIRS, "Of methods, as topk_sign-topk.")
     flags.DEFINE_integer("rounds", 6000, "Number of steps.", lower_bound=1)
+    flags.DEFINE_enum("inner_optimizer", "sgd", ["sgd", "adam"], "Of the runs.")
     flags.DEFINE_string("output", "results/kept_runs.png", "The figure.")
 
 
@@ -230,10 +231,10 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments: {argv[1:]}")
     args = flags.FLAGS
-    splits = dict(
-        read_split(path, {"rounds": args.rounds}, args.methods)
-        for path in args.runs
-    )
+    setting = {
+        name: getattr(args, name) for name in ("rounds", "inner_optimizer")
+    }
+    splits = dict(read_split(path, setting, args.methods) for path in args.runs)
     missing = set(args.methods).difference(*splits.values())
     if missing:
         raise app.UsageError(

@@ -12,6 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tf_regtopk import error_feedback
 from tf_regtopk import keras_internals
 from tf_regtopk import training_validation
 from tf_regtopk.log import logger
@@ -124,18 +125,20 @@ class WrapperSaving(
         """Returns whether the inner optimizer could have saved these arrays.
 
         An array more for each trainable variable may follow, the momentum of a
-        plain SGD, or two, those of Adam, because `methods` move them to the
-        replicas.
+        plain SGD, because `methods` move momentum to the replicas; or two of
+        Adam, where that was moved.
         """
         if arrays.keys() != {str(i) for i in range(len(arrays))}:
             return False
         shapes = [arrays[str(i)].shape for i in range(len(arrays))]
         own = [tuple(v.shape) for v in self.inner_optimizer.variables]
         of_each = [tuple(v.shape) for v in self._trainable_variables]
-        # One variable after the other, or all of one kind first.
-        pairs = [shape for shape in of_each for _ in range(2)]
-        moved = ([], of_each, pairs, 2 * of_each)
-        return shapes in [own + shapes_moved for shapes_moved in moved]
+        moved = [[], of_each]
+        rule = getattr(self, "error_feedback", None)
+        if isinstance(rule, error_feedback.LocalAdam):
+            # One variable after the other, or all of one kind first.
+            moved += [[s for s in of_each for _ in range(2)], 2 * of_each]
+        return shapes in [own + following for following in moved]
 
     def get_config(self) -> dict[str, Any]:
         # The base class's config is left out, because its arguments belong to

@@ -57,6 +57,7 @@ RULES = {
     "LearnedShift(at_once)": tf_regtopk.LearnedShift(
         momentum=0.5, at_once=True
     ),
+    "LocalAdam": tf_regtopk.LocalAdam(tf_regtopk.LearnedShift()),
     "CompressedDownlink": tf_regtopk.CompressedDownlink(),
 }
 

@@ -49,6 +49,10 @@ def one_device(devices: trial_lib.Devices) -> Iterator[parts.Case]:
             codec=tf_regtopk.Codec(values="sign"),
             error_feedback=parts.RULES["LearnedShift(at_once)"],
         ),
+        "RegTopK, sign, LocalAdam": dict(
+            codec=tf_regtopk.Codec(values="sign"),
+            error_feedback=parts.RULES["LocalAdam"],
+        ),
         "RegTopK, ternary, LearnedShift(momentum)": dict(
             codec=tf_regtopk.Codec(values="ternary"),
             error_feedback=parts.RULES["LearnedShift(momentum)"],
