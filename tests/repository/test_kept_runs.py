@@ -145,13 +145,24 @@ def test_program(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "rounds, splits, num_methods",
-    [(6000, ("iid", "dirichlet"), 10), (20000, ("dirichlet",), 3)],
+    "study, setting, splits, num_methods",
+    [
+        ("cifar10_long", dict(rounds=6000), ("iid", "dirichlet"), 10),
+        ("cifar10_long", dict(rounds=20000), ("dirichlet",), 3),
+        (
+            "text_long",
+            dict(rounds=6000, inner_optimizer="adam"),
+            ("dirichlet",),
+            4,
+        ),
+    ],
 )
-def test_published_table_is_that_of_the_kept_runs(rounds, splits, num_methods):
+def test_published_table_is_that_of_the_kept_runs(
+    study, setting, splits, num_methods
+):
     splits = dict(
         kept_runs.read_split(
-            RESULTS / f"cifar10_long_{split}" / "runs.jsonl", {"rounds": rounds}
+            RESULTS / f"{study}_{split}" / "runs.jsonl", setting
         )
         for split in splits
     )
