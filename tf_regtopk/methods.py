@@ -262,8 +262,12 @@ def _moved(
 
     After an error the momentum is where it was.
     """
-    # A subclass may take other steps.
-    if momentum is None and type(inner) in _ADAMS and not inner.amsgrad:
+    if (
+        momentum is None
+        and isinstance(inner, keras.optimizers.Optimizer)
+        and type(inner) in _ADAMS  # A subclass may take other steps.
+        and not inner.amsgrad
+    ):
         _check_not_built(inner)
         yield (
             keras_internals.sgd_like(inner),

@@ -28,7 +28,7 @@ def worker_number(strategy: tf.distribute.Strategy) -> tuple[int, int]:
 def has_chief(strategy: tf.distribute.Strategy) -> bool:
     """Returns whether the first worker of a strategy is of the job "chief"."""
     resolver = getattr(strategy, "cluster_resolver", None)
-    return bool(resolver) and "chief" in resolver.cluster_spec().jobs
+    return resolver is not None and "chief" in resolver.cluster_spec().jobs
 
 
 def replica_rank() -> tf.Tensor:

@@ -113,8 +113,8 @@ class LocalAdam(base.ErrorFeedback):
         gradient: tf.Tensor,
         context: base.StepContext,
     ) -> tuple[tf.Tensor, base.Tensors]:
-        *local, w = local
-        *shared, c = shared
+        *inner, w = local
+        *inner_shared, c = shared
         w = self._mean(w, context.num_replicas * gradient**2)
         mean = context.num_replicas * w / self._mean(c, 1.0)
         rms = tf.sqrt(tf.reduce_mean(mean))
@@ -123,7 +123,7 @@ class LocalAdam(base.ErrorFeedback):
         # skipped then, and w stays as it was.
         x = tf.where(tf.math.is_finite(rms), x, tf.constant(math.nan, x.dtype))
         a, after = self.error_feedback.accumulate(
-            tuple(local), tuple(shared), x, context
+            tuple(inner), tuple(inner_shared), x, context
         )
         return a, (*after, w)
 
@@ -135,9 +135,9 @@ class LocalAdam(base.ErrorFeedback):
         total: tf.Tensor,
         context: base.StepContext,
     ) -> base.Tensors:
-        *local, w = local
+        *inner, w = local
         after = self.error_feedback.update(
-            tuple(local), indices, sent, total, context
+            tuple(inner), indices, sent, total, context
         )
         return (*after, w)
 
@@ -149,18 +149,18 @@ class LocalAdam(base.ErrorFeedback):
         total: tf.Tensor,
         context: base.StepContext,
     ) -> base.Tensors:
-        *local, w = local
+        *inner, w = local
         after = self.error_feedback.add_error(
-            tuple(local), indices, error, total, context
+            tuple(inner), indices, error, total, context
         )
         return (*after, w)
 
     def aggregate(
         self, shared: base.Tensors, total: tf.Tensor, context: base.StepContext
     ) -> tuple[tf.Tensor, base.Tensors]:
-        *shared, c = shared
+        *inner, c = shared
         aggregate, after = self.error_feedback.aggregate(
-            tuple(shared), total, context
+            tuple(inner), total, context
         )
         return aggregate, (*after, self._mean(c, 1.0))
 

@@ -133,7 +133,7 @@ class WrapperSaving(
         shapes = [arrays[str(i)].shape for i in range(len(arrays))]
         own = [tuple(v.shape) for v in self.inner_optimizer.variables]
         of_each = [tuple(v.shape) for v in self._trainable_variables]
-        moved = [[], of_each]
+        moved: list[list[tuple[int, ...]]] = [[], of_each]
         rule = getattr(self, "error_feedback", None)
         if isinstance(rule, error_feedback.LocalAdam):
             # One variable after the other, or all of one kind first.
