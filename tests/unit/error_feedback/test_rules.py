@@ -349,6 +349,36 @@ def test_huge_gradients_are_clipped_as_well():
     assert not a.numpy().any()
 
 
+def test_squares_that_overflow_skip_the_step():
+    """Else the mean would be infinite, and nothing be sent any more."""
+    optimizer = tf_regtopk.SparsifiedOptimizer(
+        keras.optimizers.SGD(0.5), error_feedback=tf_regtopk.LocalAdam()
+    )
+    variable = keras.Variable(np.zeros(3, np.float32))
+    for value, skipped in ((1e25, 1), (2.0, 1)):
+        optimizer.apply([tf.constant([value, 1.0, 0.0])], [variable])
+        assert optimizer.skipped_steps.numpy() == skipped
+    x = np.array([2.0, 1.0, 0.0])
+    x /= x + 0.1 * np.sqrt(np.mean(x**2)) + [0, 0, 1]
+    np.testing.assert_allclose(variable, -0.5 * x, rtol=1e-6)
+
+
+def test_mean_squares_keep_their_meaning_with_fewer_replicas(mirrored):
+    """A replica of two has twice the weight in the loss of one of four."""
+    g = np.random.default_rng(0).standard_normal(SIZE)
+    means = {}
+    for n in (4, 2):
+        optimizer, _, take_step = make(
+            mirrored(n), "local adam", tf_regtopk.TopK(0.2)
+        )
+        for _ in range(3):
+            take_step(np.tile(g / n, [n, 1]))
+        means[n] = {i: p[1] for i, p in optimizer.save_state().replicas.items()}
+    total = sum(means[4].values())
+    for mean in means[2].values():
+        np.testing.assert_allclose(mean, total / 2, rtol=1e-6)
+
+
 @pytest.mark.parametrize("before, now", [(0, 0.1), (0.1, 0), (0, 0)])
 def test_errors_do_not_follow_a_learning_rate_of_0(before, now):
     rule = tf_regtopk.Accumulate(follow_learning_rate=True)
