@@ -154,13 +154,16 @@ def test_weights_and_errors_add_up_to_all_gradients(values, capacity, mirrored):
 
 
 @pytest.mark.parametrize(
-    "rule",
+    "rule, place, place_of_all",
     [
-        tf_regtopk.EF21(0.5),
-        tf_regtopk.CompressedDownlink(tf_regtopk.EF21(), density=0.5),
+        (tf_regtopk.EF21(0.5), 0, 0),
+        (tf_regtopk.CompressedDownlink(tf_regtopk.EF21(), density=0.5), 0, 1),
+        (tf_regtopk.LocalAdam(tf_regtopk.LearnedShift()), 1, 0),
     ],
 )
-def test_what_the_codec_rounds_off_is_not_in_h(rule, mirrored):
+def test_what_the_codec_rounds_off_is_not_in_h(
+    rule, place, place_of_all, mirrored
+):
     """Neither in that of all, nor in those of the replicas."""
     _, optimizer, _, _ = train(
         mirrored(2),
@@ -171,10 +174,12 @@ def test_what_the_codec_rounds_off_is_not_in_h(rule, mirrored):
         topology=tf_regtopk.ReduceScatter(),
     )
     saved = optimizer.save_state()
-    of_all = saved.shared[-1]
+    of_all = saved.shared[place_of_all]
     assert np.count_nonzero(of_all) > 20
     np.testing.assert_allclose(
-        sum(parts[0] for parts in saved.replicas.values()), of_all, atol=1e-6
+        sum(parts[place] for parts in saved.replicas.values()),
+        of_all,
+        atol=1e-6,
     )
 
 
