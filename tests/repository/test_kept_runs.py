@@ -149,6 +149,7 @@ def test_program(tmp_path):
     [
         ("cifar10_long", dict(rounds=6000), ("iid", "dirichlet"), 10),
         ("cifar10_long", dict(rounds=20000), ("dirichlet",), 3),
+        ("cifar10_long", dict(rounds=6000), ("by_label",), 2),
         (
             "text_long",
             dict(rounds=6000, inner_optimizer="adam"),
