@@ -5,10 +5,11 @@ import dataclasses
 import tensorflow as tf
 
 from tf_regtopk.error_feedback import base
+from tf_regtopk.error_feedback import no_feedback
 
 
 @dataclasses.dataclass(frozen=True)
-class AdamOfSum(base.ErrorFeedback):
+class AdamOfSum(no_feedback.NoFeedback):
     """Adam's steps of the sum: `LocalAdam` if every entry is sent.
 
         m = beta_1 m + (1 - beta_1) total       total: the sum of all g
@@ -30,32 +31,9 @@ class AdamOfSum(base.ErrorFeedback):
     beta_2: float
     epsilon: float = 1e-7
 
-    num_local = 0
-
     def initial_shared(self, size: int, dtype: tf.DType) -> base.Tensors:
         vector, scalar = tf.zeros([size], dtype), tf.zeros([], dtype)
         return vector, vector, scalar, scalar
-
-    def accumulate(
-        self,
-        local: base.Tensors,
-        shared: base.Tensors,
-        gradient: tf.Tensor,
-        context: base.StepContext,
-    ) -> tuple[tf.Tensor, base.Tensors]:
-        del shared, context
-        return gradient, local
-
-    def update(
-        self,
-        local: base.Tensors,
-        indices: tf.Tensor,
-        sent: tf.Tensor,
-        total: tf.Tensor,
-        context: base.StepContext,
-    ) -> base.Tensors:
-        del indices, sent, total, context
-        return local
 
     def aggregate(
         self, shared: base.Tensors, total: tf.Tensor, context: base.StepContext

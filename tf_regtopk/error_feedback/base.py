@@ -16,7 +16,7 @@ Tensors: TypeAlias = tuple[tf.Tensor, ...]
 
 
 class Progress(NamedTuple):
-    """How far the training is: the learning rate, and the steps taken before.
+    """Progress of the training: the learning rate, and the steps taken before.
 
     Args:
         learning_rate: Scalar float tensor, the inner optimizer's.
