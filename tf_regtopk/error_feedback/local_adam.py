@@ -19,9 +19,9 @@ class LocalAdam(base.ErrorFeedback):
 
     Adam makes steps of about one size in all layers, however large the
     gradients of a layer are. Selected by magnitude, before Adam, the entries of
-    layers with small gradients would hardly ever be sent. So each replica
-    divides its gradient g by the root of a running mean of its squares, and
-    error feedback, selection and codec see the quotient x:
+    layers with small gradients would wait the longest. So each replica divides
+    its gradient g by the root of a running mean of its squares, and error
+    feedback, selection and codec see the quotient x:
 
         w = beta_2 w + (1 - beta_2) N g^2,      c = beta_2 c + (1 - beta_2)
         s = sqrt(N w / c)
