@@ -6,7 +6,7 @@ r"""How long each part of a step takes, from the gradients to the aggregate.
 * `sum of 8`: the entries of 8 replicas into one dense gradient.
 * `flatten`, `split`: the variables' gradients to one vector and back.
 * `apply`: a whole update of all variables by the optimizer with one replica,
-  and by plain SGD.
+  also with the parts of `methods.recommended`, and by plain SGD and Adam.
 
     python -m benchmarks.step.parts --sizes=11200000
 """
@@ -114,19 +114,34 @@ def methods_for(gradient, density, k, rng):
             lambda: buffer.split(flat), jit_compile=False
         ),
         **{
-            f"apply, {type(sparsifier).__name__}": apply(
-                tf_regtopk.SparsifiedOptimizer(
-                    keras.optimizers.SGD(), sparsifier
-                ),
-                gradient,
-                sizes,
-            )
-            for sparsifier in (
-                tf_regtopk.TopK(density),
-                tf_regtopk.RegTopK(density),
-            )
+            f"apply, {name}": apply(optimizer, gradient, sizes)
+            for name, optimizer in optimizers(density).items()
         },
-        "apply, SGD": apply(keras.optimizers.SGD(), gradient, sizes),
+    }
+
+
+def optimizers(density):
+    def sparsified(sparsifier, **options):
+        return tf_regtopk.SparsifiedOptimizer(
+            keras.optimizers.SGD(), sparsifier, **options
+        )
+
+    def recommended(rule):
+        return sparsified(
+            tf_regtopk.RegTopK(density),
+            error_feedback=rule,
+            codec=tf_regtopk.Codec(values="sign"),
+        )
+
+    shift = tf_regtopk.LearnedShift
+    return {
+        "TopK": sparsified(tf_regtopk.TopK(density)),
+        "RegTopK": sparsified(tf_regtopk.RegTopK(density)),
+        "recommended, SGD": recommended(shift(momentum=0.9, at_once=True)),
+        "recommended, Adam": recommended(tf_regtopk.LocalAdam(shift())),
+        "SGD": keras.optimizers.SGD(),
+        "SGD, momentum": keras.optimizers.SGD(momentum=0.9),
+        "Adam": keras.optimizers.Adam(),
     }
 
 

@@ -193,7 +193,7 @@ def test_published_gains_of_a_density_that_decays():
     page = (paths.ROOT / "docs" / "results.md").read_text("utf-8")
     rows = {1: "| constant density |", 8: "| `DensityDecay` |"}
     gained = []
-    for split in ("iid", "dirichlet"):
+    for split in ("iid", "dirichlet", "by_label"):
         folder = RESULTS / f"cifar10_long_{split}"
         of_all, runs_of = folder / "runs.jsonl", {}
         _, dense = kept_runs.read(of_all, {"rounds": 6000})["dense"]
@@ -210,10 +210,11 @@ def test_published_gains_of_a_density_that_decays():
             runs_of[num_phases] = runs
         gained.append(kept_runs.points(kept_runs.gains(runs_of[8], runs_of[1])))
     assert set(rows.values()) <= set(page.splitlines())
-    lost, won = (text.strip("+\N{MINUS SIGN}") for text in gained)
-    assert gained == [f"\N{MINUS SIGN}{lost}", f"+{won}"]
+    lost, *won = (text.strip("+\N{MINUS SIGN}") for text in gained)
+    assert gained == [f"\N{MINUS SIGN}{lost}", *(f"+{text}" for text in won)]
     page = " ".join(page.split())
-    assert f"it gains {won} points over a constant" in page
+    assert f"it gains {won[0]} points over a constant" in page
+    assert f"(#what-else-was-compared) {won[1]}." in page
     assert f"does no harm, it loses {lost}." in page
 
 
