@@ -16,6 +16,7 @@ by their papers. (RegTop-k, of which this library is an implementation, is
 from collections.abc import Iterator
 import contextlib
 from typing import Any
+from typing import SupportsFloat
 from typing import TypeAlias
 import weakref
 
@@ -25,6 +26,7 @@ from tf_regtopk import codecs
 from tf_regtopk import error_feedback
 from tf_regtopk import keras_internals
 from tf_regtopk import sparsifiers
+from tf_regtopk.log import logger
 from tf_regtopk.optimizers import clipping
 from tf_regtopk.optimizers import momentum as momentum_lib
 from tf_regtopk.optimizers import sparsified
@@ -60,12 +62,13 @@ def recommended(
             replicas, where it multiplies gradients by 1 / (1 - momentum), and
             becomes 0 in that optimizer; in the place of `keras.optimizers.Adam`
             or `AdamW` comes an SGD with its learning rate, weight decay and
-            other settings; the momentum of others acts after the sum, as it
-            does without compression. If the optimizer clips, it clips the
-            gradient of each replica, as plain Keras does.
+            other settings. Others, also with `amsgrad`, act after the sum, as
+            they do without compression, and a warning says so. If the optimizer
+            clips, it clips the gradient of each replica, as plain Keras does.
         momentum: Float in [0, 1), the momentum on each replica. None is that of
             `inner` if `inner` is `keras.optimizers.SGD`, 0.9 if it is a
-            learning rate, and 0 with any other optimizer.
+            learning rate, and 0 with any other optimizer. With 0 Adam acts
+            after the sum.
         compression: Float of at least 40. The bytes of a float32 gradient,
             divided by those of a payload of a replica. (N replicas receive N
             payloads each by an all-gather, and about 2 gradients by a dense
@@ -78,6 +81,8 @@ def recommended(
         `SparsifiedOptimizer`.
 
     Raises:
+        TypeError: If `inner` is neither a learning rate nor an optimizer, or an
+            option is what the method chooses.
         ValueError: If an argument breaks its rule, if momentum is given twice,
             or if it or Adam cannot be moved.
 
@@ -94,6 +99,13 @@ def recommended(
     Source: Karimireddy, Rebjock, Stich, Jaggi, "Error Feedback Fixes SignSGD
     and other Gradient Compression Schemes" (2019), for the values.
     """
+    for name in ("sparsifier", "codec", "error_feedback"):
+        if name in options:
+            raise TypeError(
+                f"`{name}` must be left out, because the method chooses it: "
+                "give it to `SparsifiedOptimizer`. Received: "
+                f"{name}={options[name]}"
+            )
     sparsifier = sparsifiers.RegTopK(recommended_sizes.density(compression))
     with _moved(inner, momentum) as (inner, rule):
         # Keras clips before momentum, and so does clipping on the replicas.
@@ -263,16 +275,26 @@ def _moved(
     After an error the momentum is where it was.
     """
     if (
-        momentum is None
-        and isinstance(inner, keras.optimizers.Optimizer)
+        isinstance(inner, keras.optimizers.Optimizer)
         and type(inner) in _ADAMS  # A subclass may take other steps.
         and not inner.amsgrad
+        and momentum != 0
     ):
+        if momentum is not None:
+            raise ValueError(
+                "`momentum` must be left out with Adam, which moves to the "
+                "replicas with its own: give "
+                f"`keras.optimizers.{type(inner).__name__}(..., "
+                f"beta_1={momentum:g})`. Received: momentum={momentum:g}"
+            )
         _check_not_built(inner)
         yield (
             keras_internals.sgd_like(inner),
             error_feedback.LocalAdam(
-                error_feedback.LearnedShift(), inner.beta_1, inner.beta_2
+                error_feedback.LearnedShift(),
+                inner.beta_1,
+                inner.beta_2,
+                dense_epsilon=inner.epsilon,
             ),
         )
         return
@@ -289,10 +311,7 @@ def _momentum_moved(
 ) -> Iterator[tuple[keras.optimizers.Optimizer, float]]:
     """Gives what applies the aggregate, and the momentum of each replica."""
     if not isinstance(inner, keras.optimizers.Optimizer):
-        yield (
-            keras.optimizers.SGD(inner),
-            0.9 if momentum is None else momentum,
-        )
+        yield _sgd(inner), 0.9 if momentum is None else momentum
         return
     if inner in _without_their_momentum:
         raise ValueError(
@@ -304,7 +323,16 @@ def _momentum_moved(
         yield _inner_optimizer(inner, has_momentum=momentum > 0), momentum
         return
     # A subclass may do something else with its momentum.
-    if not of_inner or type(inner) is not keras.optimizers.SGD:
+    if type(inner) is not keras.optimizers.SGD:
+        logger.warning(
+            "`methods.recommended` moves SGD, Adam and AdamW (without "
+            "`amsgrad`) to the replicas. %s acts after the sum, which costs "
+            "accuracy at few bytes: compare it with one of these.",
+            type(inner).__name__,
+        )
+        yield inner, 0.0
+        return
+    if not of_inner:
         yield inner, 0.0
         return
     if inner.nesterov:
@@ -344,13 +372,25 @@ def _inner_optimizer(
         has_momentum: Whether the method has momentum of its own.
     """
     if not isinstance(inner, keras.optimizers.Optimizer):
-        return keras.optimizers.SGD(inner)
+        return _sgd(inner)
     momentum = momentum_lib.momentum_of(inner)
     if momentum and has_momentum:
         raise ValueError(
             "`inner` must have no momentum, because the method applies its own "
             "on each replica: give the learning rate, or an optimizer such as "
-            "`keras.optimizers.RMSprop(0.001)`. Received: a "
+            "`keras.optimizers.RMSprop(0.001)`. Received: "
             f"{type(inner).__name__} with a momentum of {momentum:g}"
         )
     return inner
+
+
+def _sgd(learning_rate: Any) -> keras.optimizers.SGD:
+    if isinstance(learning_rate, str) or not (
+        isinstance(learning_rate, SupportsFloat) or callable(learning_rate)
+    ):
+        raise TypeError(
+            "`inner` must be a learning rate, a schedule or a Keras optimizer, "
+            "such as `keras.optimizers.Adam(0.001)`. Received: "
+            f"inner={learning_rate!r}"
+        )
+    return keras.optimizers.SGD(learning_rate)

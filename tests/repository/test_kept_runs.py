@@ -147,7 +147,7 @@ def test_program(tmp_path):
 @pytest.mark.parametrize(
     "study, setting, splits, num_methods",
     [
-        ("cifar10_long", dict(rounds=6000), ("iid", "dirichlet"), 10),
+        ("cifar10_long", dict(rounds=6000), ("iid", "dirichlet"), 11),
         ("cifar10_long", dict(rounds=20000), ("dirichlet",), 3),
         ("cifar10_long", dict(rounds=6000), ("by_label",), 2),
         (

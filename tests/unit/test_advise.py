@@ -165,7 +165,7 @@ def test_command_knows_a_single_host(run, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert "\nDo not compress: " in result.stdout
-    assert "382 GB/s from device to device" in result.stdout
+    assert "3.06 Tbit/s from device to device" in result.stdout
     assert "devices_per_worker" in result.stdout
     assert picture.stat().st_size > 1000
 

@@ -202,12 +202,13 @@ def test_recommended_moves_adam(name):
         beta_1=0.8,
         beta_2=0.99,
         weight_decay=0.1,
+        epsilon=1e-3,
         clipnorm=2.0,
         use_ema=True,
     )
     made = methods.recommended(inner)
     assert made.error_feedback == tf_regtopk.LocalAdam(
-        tf_regtopk.LearnedShift(), beta_1=0.8, beta_2=0.99
+        tf_regtopk.LearnedShift(), beta_1=0.8, beta_2=0.99, dense_epsilon=1e-3
     )
     assert made.get_config()["clipping"] == "replica"
     sgd = made.inner_optimizer
@@ -293,7 +294,7 @@ def test_recommended_moves_no_momentum_after_an_error():
             [keras.optimizers.SGD(0.1, 0.5), 0.9],
             "`inner` must have no mom.*Rec",
         ),
-        ([keras.optimizers.Adam(), 0.9], "`inner` must have no mom.*Rec"),
+        ([keras.optimizers.Adam(), 0.9], "`momentum` must be left out.*Rec"),
         ([keras.optimizers.SGD(0.1, 0.9, nesterov=True)], "`nesterov=True`.*R"),
         ([0.1, 1.0], "`momentum` must be"),
         ([0.1, 0.9, 10], "`compression` must be at least 40. Received: comp"),
@@ -302,6 +303,38 @@ def test_recommended_moves_no_momentum_after_an_error():
 def test_recommended_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
         methods.recommended(*arguments)
+
+
+@pytest.mark.parametrize("inner", ["adam", [0.1], None])
+def test_a_learning_rate_is_a_number(inner):
+    for method in (methods.recommended, methods.ef21_sgdm):
+        with pytest.raises(TypeError, match="`inner` must be a learning rate"):
+            method(inner)
+
+
+def test_recommended_names_the_option_that_it_chooses():
+    with pytest.raises(TypeError, match="`codec` must be left out.*Received"):
+        methods.recommended(0.1, codec=tf_regtopk.Codec())
+
+
+def test_recommended_tells_what_it_leaves_after_the_sum(caplog):
+    for inner in (
+        keras.optimizers.SGD(0.1),
+        keras.optimizers.Adam(),
+    ):
+        methods.recommended(inner)
+    # Asked for.
+    methods.recommended(keras.optimizers.Adam(), momentum=0)
+    assert not caplog.records
+    for inner in (
+        keras.optimizers.Adam(amsgrad=True),
+        keras.optimizers.RMSprop(),
+    ):
+        made = methods.recommended(inner)
+        assert made.inner_optimizer is inner
+        [record] = caplog.records
+        assert f"{type(inner).__name__} acts after the sum" in record.message
+        caplog.clear()
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adam"])

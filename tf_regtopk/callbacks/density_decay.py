@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 import keras
 
+from tf_regtopk import keras_internals
 from tf_regtopk import validation
 from tf_regtopk.callbacks import density_of_epoch
 from tf_regtopk.optimizers import wrapper
@@ -30,20 +31,23 @@ class DensityDecay(density_of_epoch.DensityOfEpoch):
 
     The epochs are in `num_phases` parts of one density each. Whenever the
     density changes, the step is compiled anew, and what the sparsifier
-    remembers of the last step is dropped. A run that is resumed, with the same
+    remembers of the last step is dropped. After `fit` the last density stays,
+    until `optimizer.set_density(d)`. A run that is resumed, with the same
     `epochs` of `fit`, goes on with the density of the epoch it resumes in.
 
     Args:
-        learning_rate: The `LearningRateSchedule` of the optimizer; or a
-            function of the epoch, counted from 0, that returns a float, as of
-            `keras.callbacks.LearningRateScheduler`. Only ratios matter.
+        learning_rate: A function of the epoch, counted from 0, that returns a
+            float, as of `keras.callbacks.LearningRateScheduler`; or a
+            `LearningRateSchedule`. Only ratios matter. Defaults to the
+            `LearningRateSchedule` of the optimizer.
         num_phases: Integer, the number of densities. With as many as epochs or
             more each epoch has its own.
 
     Raises:
         TypeError: If an argument is of the wrong type.
         ValueError: If `num_phases` is less than 1; in `fit`, if all learning
-            rates are 0, or if the number of steps of an epoch is not known.
+            rates are 0, if the optimizer has no schedule and none is given, or
+            if the number of steps of an epoch is not known.
 
     Example:
 
@@ -58,15 +62,15 @@ class DensityDecay(density_of_epoch.DensityOfEpoch):
             keras.optimizers.SGD(schedule, momentum=0.9)),
         loss="sparse_categorical_crossentropy")
     model.fit(
-        dataset, epochs=90, callbacks=[tf_regtopk.DensityDecay(schedule)])
+        dataset, epochs=90, callbacks=[tf_regtopk.DensityDecay()])
     ```
     """
 
     def __init__(
-        self, learning_rate: LearningRate, num_phases: int = 8
+        self, learning_rate: LearningRate | None = None, num_phases: int = 8
     ) -> None:
         super().__init__()
-        if not callable(learning_rate):
+        if learning_rate is not None and not callable(learning_rate):
             raise TypeError(
                 "`learning_rate` must be a `LearningRateSchedule`, or a "
                 "function of the epoch that returns a float. Received: "
@@ -76,7 +80,7 @@ class DensityDecay(density_of_epoch.DensityOfEpoch):
         self.learning_rate = learning_rate
         self.num_phases = num_phases
         # What `densities` has returned, because a schedule takes its time.
-        self._found: dict[tuple[float, int, float], list[float]] = {}
+        self._found: dict[tuple[Any, ...], list[float]] = {}
 
     def densities(
         self, density: float, num_epochs: int, steps_per_epoch: float = 0.0
@@ -88,34 +92,69 @@ class DensityDecay(density_of_epoch.DensityOfEpoch):
             num_epochs: Number of epochs of the whole training.
             steps_per_epoch: Number of steps of an epoch, as `iterations` counts
                 them. A function of the epoch needs none.
+
+        Raises:
+            ValueError: If there is no learning rate yet: without
+                `learning_rate` the callback knows it in `fit` only.
         """
-        times: Iterable[Any] = range(num_epochs)
-        if self._is_schedule:  # The middle of each epoch, in steps.
-            times = [(epoch + 0.5) * steps_per_epoch for epoch in times]
-        rates = [float(self.learning_rate(time)) for time in times]
-        return density_decay.densities(rates, density, self.num_phases)
+        if self.learning_rate is None:
+            raise ValueError(
+                "`learning_rate` must be given to know the densities before "
+                "`fit`. Received: learning_rate=None"
+            )
+        return self._densities(
+            self.learning_rate, density, num_epochs, steps_per_epoch
+        )
 
     def density_of(
         self, epoch: int, optimizer: wrapper.OptimizerWrapper
     ) -> float:
+        learning_rate = self.learning_rate or _schedule_of(optimizer)
         num_batches = self.params["steps"]
-        if not num_batches and self._is_schedule:
+        if not num_batches and _is_schedule(learning_rate):
             raise ValueError(
                 "`steps_per_epoch` of `fit` must be given for `DensityDecay`, "
                 "because the dataset does not tell how many batches it has. "
                 f"Received: steps={num_batches}"
             )
         arguments = (
+            learning_rate,
             optimizer.default_density,
             self.params["epochs"],
             (num_batches or 0) / optimizer.accumulation_steps,
         )
         if arguments not in self._found:
-            self._found[arguments] = self.densities(*arguments)
+            self._found[arguments] = self._densities(*arguments)
         return self._found[arguments][epoch]
 
-    @property
-    def _is_schedule(self) -> bool:
-        return isinstance(
-            self.learning_rate, keras.optimizers.schedules.LearningRateSchedule
+    def _densities(
+        self,
+        learning_rate: LearningRate,
+        density: float,
+        num_epochs: int,
+        steps_per_epoch: float,
+    ) -> list[float]:
+        times: Iterable[Any] = range(num_epochs)
+        if _is_schedule(learning_rate):  # The middle of each epoch, in steps.
+            times = [(epoch + 0.5) * steps_per_epoch for epoch in times]
+        rates = [float(learning_rate(time)) for time in times]
+        return density_decay.densities(rates, density, self.num_phases)
+
+
+def _is_schedule(learning_rate: LearningRate) -> bool:
+    return isinstance(
+        learning_rate, keras.optimizers.schedules.LearningRateSchedule
+    )
+
+
+def _schedule_of(optimizer: wrapper.OptimizerWrapper) -> LearningRate:
+    schedule = keras_internals.learning_rate_schedule(optimizer.inner_optimizer)
+    if schedule is None:
+        raise ValueError(
+            "`learning_rate` of `DensityDecay` must be given where the "
+            "optimizer has no `LearningRateSchedule`: a function of the epoch, "
+            "as of `keras.callbacks.LearningRateScheduler`. Received: "
+            f"learning_rate=None, and {optimizer.learning_rate.numpy():g} as "
+            "the learning rate of the optimizer"
         )
+    return schedule

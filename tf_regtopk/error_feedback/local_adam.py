@@ -49,6 +49,7 @@ class LocalAdam(base.ErrorFeedback):
         epsilon: Positive float, in units of the root mean square of all s. It
             limits x where a replica's gradient is nearly always 0, as that of
             rare words is.
+        dense_epsilon: Positive float. Adam's, where all entries are sent.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -69,6 +70,7 @@ class LocalAdam(base.ErrorFeedback):
     beta_1: float = 0.9
     beta_2: float = 0.999
     epsilon: float = 0.1
+    dense_epsilon: float = 1e-7
 
     def __post_init__(self) -> None:
         rule = self.error_feedback
@@ -84,7 +86,8 @@ class LocalAdam(base.ErrorFeedback):
             )
         self._check_number("beta_1", "in [0, 1)", lambda b: 0 <= b < 1)
         self._check_number("beta_2", "in (0, 1)", lambda b: 0 < b < 1)
-        self._check_number("epsilon", "positive", lambda e: e > 0)
+        for name in ("epsilon", "dense_epsilon"):
+            self._check_number(name, "positive", lambda e: e > 0)
 
     @property
     def residual_place(self) -> int | None:
@@ -165,7 +168,9 @@ class LocalAdam(base.ErrorFeedback):
         return aggregate, (*after, self._mean(c, 1.0))
 
     def when_dense(self) -> base.ErrorFeedback:
-        return adam_of_sum.AdamOfSum(self.beta_1, self.beta_2)
+        return adam_of_sum.AdamOfSum(
+            self.beta_1, self.beta_2, self.dense_epsilon
+        )
 
     def _mean(self, before: tf.Tensor, value: tf.Tensor | float) -> tf.Tensor:
         """The running mean after one more value."""

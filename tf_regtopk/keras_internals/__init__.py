@@ -31,6 +31,7 @@ from tf_regtopk.keras_internals.neighbours import pass_on
 from tf_regtopk.keras_internals.neighbours import take_instance_keys
 from tf_regtopk.keras_internals.optimizers import divide_by_no_zeros
 from tf_regtopk.keras_internals.optimizers import give_back
+from tf_regtopk.keras_internals.optimizers import learning_rate_schedule
 from tf_regtopk.keras_internals.optimizers import replace_optimizer
 from tf_regtopk.keras_internals.optimizers import sgd_like
 from tf_regtopk.keras_internals.optimizers import strategy_of
@@ -61,6 +62,7 @@ __all__ = [
     "initial_values_of_each_worker",
     "is_op_determinism_enabled",
     "keep_collectives_apart",
+    "learning_rate_schedule",
     "let_collectives_run_in_loops",
     "pass_on",
     "replace_optimizer",

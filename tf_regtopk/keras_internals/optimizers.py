@@ -88,6 +88,15 @@ def sgd_like(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.SGD:
     return sgd
 
 
+def learning_rate_schedule(
+    optimizer: keras.optimizers.Optimizer,
+) -> keras.optimizers.schedules.LearningRateSchedule | None:
+    """Returns the learning rate of an optimizer if it is a schedule."""
+    rate = optimizer._learning_rate  # The public name has its present value.
+    schedule = keras.optimizers.schedules.LearningRateSchedule
+    return rate if isinstance(rate, schedule) else None
+
+
 def variables_of(
     optimizer: keras.optimizers.Optimizer,
 ) -> list[keras.Variable]:

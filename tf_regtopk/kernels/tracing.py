@@ -121,4 +121,26 @@ class _Compiled:
             return self.function(*args)
         with tf.init_scope(), tf.device(None):
             concrete = self.function.get_concrete_function(*args)
+        _check_stateless(concrete.graph)
         return concrete(*args)
+
+
+def _check_stateless(graph: tf.Graph) -> None:
+    """Raises if a graph has a stateful operation that is not of a variable.
+
+    TensorFlow keeps the calls of functions with such operations in order. So
+    the call of one replica waits for that of another replica, which waits in a
+    collective for the first one, for ever.
+    """
+    for operation in graph.get_operations():
+        if operation.op_def.is_stateful and not any(
+            value.dtype == tf.resource for value in operation.inputs
+        ):
+            raise ValueError(
+                "The methods of sparsifiers, codecs and rules must not call "
+                "stateful operations, because the replicas would wait for each "
+                "other for ever: draw random numbers by "
+                "`tf.random.stateless_normal(shape, seed=[step, 0])` in place "
+                "of `tf.random.normal`, and leave out `tf.debugging.assert_*`. "
+                f"Received: the operation {operation.type}"
+            )

@@ -53,8 +53,10 @@ def _warnings(report: codecs.WireReport) -> list[str]:
     elif report.num_replicas == 1:
         warnings.append(
             f"There is a single {report.participant}: no entry is sent, and "
-            "entries are held back all the same. Train with the inner "
-            'optimizer alone, or with `exchange="auto"`.'
+            "entries are held back all the same. If there are several devices, "
+            "build, compile and load the model in `strategy.scope()`. If not, "
+            "train with the inner optimizer alone, or with "
+            '`exchange="auto"`.'
         )
     elif report.sent_bytes >= report.dense_sent_bytes:
         warnings.append(
@@ -67,8 +69,9 @@ def _warnings(report: codecs.WireReport) -> list[str]:
         warnings.append(
             f"Only {k:,} entries are sent per step, which trains most models "
             f"slowly or badly. A sparsifier sends at least {_FEW_ENTRIES:,} "
-            "without `density`, and `methods.recommended` sends more with a "
-            "smaller `compression` (40 is the least)."
+            "without `density`, and `methods.recommended` more with a smaller "
+            "`compression`, of which 40 is the least. A small model may train "
+            "well all the same: compare its loss with that of dense training."
         )
     return warnings
 

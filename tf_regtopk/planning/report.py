@@ -154,7 +154,7 @@ def assumptions(job: Job, network: Network, remark: str = "") -> str:
         rows.append(
             (
                 "inside",
-                f"{quantities.byte_rate(network.local_bandwidth)} from device "
+                f"{quantities.bit_rate(network.local_bandwidth)} from device "
                 "to device of a worker, "
                 f"{quantities.seconds(network.local_latency)}",
             )
@@ -169,8 +169,8 @@ def assumptions(job: Job, network: Network, remark: str = "") -> str:
             "processing",
             "a sparse step starts in "
             f"{quantities.seconds(device.start_seconds)}; a pass over the "
-            f"gradients takes {quantities.seconds(job.pass_seconds)}, and as "
-            "many passes are made as on the CPUs of docs/benchmarks.md",
+            f"gradients takes {quantities.seconds(job.pass_seconds)}, and the "
+            "number of passes is that of the CPUs of docs/benchmarks.md",
         ),
         (
             "overlap",

@@ -69,6 +69,25 @@ def test_densities_follow_a_schedule_of_steps(num_replicas, mirrored):
     assert np.mean(found) == pytest.approx(0.1, rel=1e-3)
 
 
+def test_the_schedule_is_that_of_the_optimizer():
+    """By default, also where a model has another one than before."""
+    decay = tf_regtopk.DensityDecay()
+    for power in (1.0, 2.0):
+        schedule = keras.optimizers.schedules.PolynomialDecay(
+            *(0.1, NUM_EPOCHS * BATCHES, 0.0, power)
+        )
+        found = fit(make_model(schedule), decay)
+        assert found == expected(np.array([3.5, 2.5, 1.5, 0.5]) ** power)
+
+
+def test_a_learning_rate_without_schedule_must_be_given():
+    decay = tf_regtopk.DensityDecay()
+    with pytest.raises(ValueError, match="must be given where.*Received: .*0.1"):
+        fit(make_model(), decay)
+    with pytest.raises(ValueError, match="before `fit`. Received"):
+        decay.densities(0.1, NUM_EPOCHS)
+
+
 def test_steps_are_exchanges():
     """Those that a schedule counts, where batches are accumulated."""
     schedule = keras.optimizers.schedules.PolynomialDecay(

@@ -27,6 +27,13 @@ def apply_per_replica_gradients(strategy, optimizer, gradients):
     ]
 
 
+def test_schedules_are_found():
+    schedule = keras.optimizers.schedules.CosineDecay(0.1, decay_steps=4)
+    for rate, expected in ((schedule, schedule), (0.1, None)):
+        optimizer = keras.optimizers.SGD(rate)
+        assert keras_internals.learning_rate_schedule(optimizer) is expected
+
+
 def test_keras_sums_gradients_where_we_turn_it_off(mirrored):
     strategy = mirrored(2)
     gradients = tf.constant([1.0, 10.0])

@@ -34,6 +34,45 @@ class Doubling:
         return 2 * values if is_doubled else values
 
 
+def asserted(values):
+    tf.debugging.assert_less(tf.reduce_max(values), 9.0)
+    return 2 * values
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda values: values + tf.random.normal([2]),
+        lambda values: tf.random.shuffle(values),
+        asserted,
+    ],
+)
+def test_stateful_operations_are_refused(function, mirrored):
+    """TensorFlow would run those of all replicas one after the other."""
+    compiled = tracing.compiled(function)
+
+    @tf.function
+    def step():
+        return mirrored(2).run(lambda: compiled(tf.ones([2])))
+
+    with pytest.raises(ValueError, match="stateful operations.*Received: the"):
+        step()
+
+
+def test_random_numbers_without_a_state_are_not(mirrored):
+    compiled = tracing.compiled(
+        lambda step: tf.random.stateless_normal([2], seed=[step, 0])
+    )
+
+    @tf.function
+    def step():
+        return mirrored(2).run(lambda: compiled(tf.constant(3)))
+
+    first, second = mirrored(2).experimental_local_results(step())
+    np.testing.assert_array_equal(first, second)
+    assert first.numpy().all()
+
+
 def test_replicas_share_what_is_traced(mirrored):
     strategy, doubling = mirrored(3), Doubling()
     with strategy.scope():
