@@ -178,9 +178,10 @@ def check_loaded_shapes(
         "The saved optimizer",
         variables,
         values,
-        ". (If layers were frozen or unfrozen before it was saved, load with "
-        "them as they were when the optimizer was built, or, without what it "
-        "keeps, with `compile=False`)",
+        ". (Give the learning rate as it was, a number or a schedule, and the "
+        "momentum and `use_ema`. If layers were frozen or unfrozen before it "
+        "was saved, load with them as they were when the optimizer was built, "
+        "or, without what it keeps, with `compile=False`)",
     )
 
 
@@ -244,11 +245,16 @@ def check_local_state(
             None if new is None else f"{new.dtype.name}{new.shape}"
             for new in returned
         ]
+        former = ""
+        if any(new is None for new in returned):
+            former = (
+                " (None and `keeps_a` served for that in version 0.1.0: return "
+                "`local[i]`, and a itself)"
+            )
         raise ValueError(
-            f"`{method}` must return a tensor for each local one, of its shape "
-            "and dtype, and the same object where one stays as it is (None and "
-            "`keeps_a` served for that in version 0.1.0: return `local[i]`, "
-            f"and a itself). Received: {described}"
+            f"`{method}` must return a tensor for each local one, {len(before)}"
+            " in all, of its shape and dtype, and the same object where one "
+            f"stays as it is{former}. Received: {described}"
         )
 
 

@@ -129,24 +129,24 @@ def compose(curves, milliseconds, targets):
 
 
 def markdown_table(summary):
-    """Rows are methods; a network has a column for a step and each target."""
-    targets, networks = summary["targets"], list(summary["records"])
+    """Rows are methods; a network has a column for a step, one for targets."""
+    networks = list(summary["records"])
+    targets = " / ".join(f"{100 * target:g}" for target in summary["targets"])
     heading = "".join(
-        f" {network}, ms a step |"
-        + "".join(f" s to {100 * t:g} % |" for t in targets)
-        for network in networks
+        f" {network}, ms a step | s to {targets} % |" for network in networks
     )
-    count = len(networks) * (1 + len(targets))
-    lines = [f"| method |{heading}", f"| --- |{' ---: |' * count}"]
+    lines = [f"| method |{heading}", f"| --- |{' ---: |' * 2 * len(networks)}"]
     for method in summary["methods"]:
         cells = []
         for network in networks:
             record = summary["records"][network][method]
             cells.append(f"{record['milliseconds']:.0f}")
-            cells += [
-                "-" if seconds is None else f"{seconds:,.0f}"
-                for seconds in summary["seconds"][network][method]
-            ]
+            cells.append(
+                " / ".join(
+                    "-" if seconds is None else f"{seconds:,.0f}"
+                    for seconds in summary["seconds"][network][method]
+                )
+            )
         lines.append(f"| `{method}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 

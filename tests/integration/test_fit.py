@@ -265,6 +265,32 @@ def test_a_jit_compiled_function_skips_steps_of_another_density():
     assert optimizer.skipped_steps.numpy() == 1
 
 
+def test_steps_of_another_density_leave_the_loss_scale():
+    variable = keras.Variable(np.zeros(10, "f4"))
+    optimizer = tf_regtopk.LossScaleOptimizer(
+        tf_regtopk.SparsifiedOptimizer(
+            keras.optimizers.SGD(1.0), tf_regtopk.TopK(0.1)
+        ),
+        initial_scale=8.0,
+    )
+    optimizer.build([variable])
+    step = tf.function(
+        lambda value: optimizer.apply([tf.fill([10], value)], [variable]),
+        jit_compile=True,
+    )
+    step(tf.constant(1.0))
+    optimizer.inner_optimizer.set_density(0.5)
+    step(tf.constant(1.0))
+    assert optimizer.inner_optimizer.skipped_steps.numpy() == 1
+    assert optimizer.dynamic_scale.numpy() == 8.0
+    assert optimizer.step_counter.numpy() == 1
+    optimizer.inner_optimizer.set_density(0.1)
+    # Nor do functions that are traced anew for another reason.
+    step = tf.function(step.python_function, jit_compile=True)
+    step(tf.constant(np.inf, tf.float32))
+    assert optimizer.dynamic_scale.numpy() == 4.0
+
+
 def test_no_retracing(mirrored):
     strategy = mirrored(2)
     model = small_models.fit(

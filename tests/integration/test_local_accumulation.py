@@ -468,7 +468,7 @@ def test_loss_scaling(mirrored):
                 accumulation_steps=2,
             ),
             initial_scale=8.0,
-            dynamic_growth_steps=4,
+            dynamic_growth_steps=2,
         )
         optimizer.build([variable])
     take_step = flat_gradients.step_function(strategy, optimizer, [variable])
@@ -483,6 +483,76 @@ def test_loss_scaling(mirrored):
     # Two exchanges of gradients that are those of the scale 4, of 2 replicas.
     np.testing.assert_array_equal(variable, np.full(4, -4.0))
     assert optimizer.inner_optimizer.skipped_steps.numpy() == 1
+
+
+def test_a_loss_scale_grows_at_exchanges_only():
+    """Else it could double more often than exchanges halve it."""
+    optimizer = tf_regtopk.LossScaleOptimizer(
+        tf_regtopk.SparsifiedOptimizer(
+            keras.optimizers.SGD(1.0), accumulation_steps=M
+        ),
+        initial_scale=8.0,
+        dynamic_growth_steps=1,
+    )
+    variable = keras.Variable([0.0])
+    scales = []
+    for value in [np.inf, 1.0, 1.0, 1.0] * 2 + [1.0] * 4:
+        optimizer.apply([tf.constant([value])], [variable])
+        scales.append(float(optimizer.dynamic_scale.numpy()))
+    assert scales == [8.0] * 3 + [4.0] * 4 + [2.0] * 4 + [4.0]
+
+
+def test_layers_are_frozen_in_the_middle():
+    def make():
+        variables = [keras.Variable([0.0]) for _ in range(2)]
+        optimizer = tf_regtopk.SparsifiedOptimizer(
+            keras.optimizers.SGD(1.0), accumulation_steps=2
+        )
+        optimizer.build(variables)
+        return optimizer, variables
+
+    optimizer, variables = make()
+    one, none = tf.constant([1.0]), tf.zeros([1])
+    optimizer.apply([one, one], variables)
+    saved = optimizer.save_state()
+    with pytest.raises(
+        tf.errors.InvalidArgumentError, match="call `optimizer.discard_accumul"
+    ):
+        optimizer.apply([one], variables[:1])
+    optimizer.discard_accumulated()
+    for _ in range(2):
+        optimizer.apply([one], variables[:1])
+    np.testing.assert_array_equal(variables, [[-1.0], [0.0]])
+
+    # A state says nothing of which variables had a gradient.
+    optimizer, variables = make()
+    optimizer.load_state(saved)
+    optimizer.apply([one], variables[:1])
+    np.testing.assert_array_equal(variables, [[-1.0], [0.0]])
+    for _ in range(2):
+        optimizer.apply([none, none], variables)
+    np.testing.assert_array_equal(variables, [[-1.0], [0.0]])
+
+
+def test_discarding_where_nothing_is_accumulated():
+    optimizer = tf_regtopk.SparsifiedOptimizer(keras.optimizers.SGD(1.0))
+    with pytest.raises(ValueError, match="must be built"):
+        optimizer.discard_accumulated()
+    optimizer.build([keras.Variable([0.0])])
+    optimizer.discard_accumulated()
+
+
+def test_a_number_of_numpy_can_be_saved(tmp_path):
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    optimizer = tf_regtopk.SparsifiedOptimizer(
+        keras.optimizers.SGD(1.0), accumulation_steps=np.int64(2)
+    )
+    model.compile(optimizer, "mse")
+    model.fit(np.ones((2, 2)), np.ones((2, 1)), 2, verbose=0)
+    model.save(tmp_path / "m.keras")
+    loaded = keras.models.load_model(tmp_path / "m.keras")
+    assert loaded.optimizer.accumulation_steps == 2
+    assert loaded.optimizer.save_state().accumulated
 
 
 def test_what_is_no_summand_is_that_of_the_last_batch():

@@ -328,6 +328,29 @@ def test_loss_scaling(num_replicas, mirrored, tmp_path):
         check(model, tf_regtopk.LossScaleOptimizer)
 
 
+def test_the_loss_scale_stays_where_momentum_is_moved(tmp_path):
+    def compiled(optimizer):
+        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+        model.compile(optimizer, "mse")
+        model.optimizer.build(model.trainable_variables)
+        return model
+
+    for make in (
+        lambda: keras.optimizers.SGD(0.1, momentum=0.9),
+        lambda: keras.optimizers.Adam(0.1),
+    ):
+        model = compiled(keras.optimizers.LossScaleOptimizer(make()))
+        model.optimizer.dynamic_scale.assign(64.0)
+        model.save_weights(tmp_path / "m.weights.h5")
+        ours = compiled(
+            tf_regtopk.LossScaleOptimizer(
+                tf_regtopk.methods.recommended(make())
+            )
+        )
+        ours.load_weights(tmp_path / "m.weights.h5")
+        assert ours.optimizer.dynamic_scale.numpy() == 64.0
+
+
 def test_models_that_cannot_be_wrapped():
     model = make_model(tf.distribute.get_strategy())
     for function in (tf_regtopk.wrap, tf_regtopk.unwrap):

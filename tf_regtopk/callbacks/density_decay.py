@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Iterable
+import inspect
 from typing import Any
 from typing import TypeAlias
 
@@ -36,10 +37,11 @@ class DensityDecay(density_of_epoch.DensityOfEpoch):
     `epochs` of `fit`, goes on with the density of the epoch it resumes in.
 
     Args:
-        learning_rate: A function of the epoch, counted from 0, that returns a
-            float, as of `keras.callbacks.LearningRateScheduler`; or a
-            `LearningRateSchedule`. Only ratios matter. Defaults to the
-            `LearningRateSchedule` of the optimizer.
+        learning_rate: A function of the epoch alone, counted from 0, that
+            returns a float, as for `keras.callbacks.LearningRateScheduler`; or
+            a `LearningRateSchedule`, of which step 0 is the beginning of epoch
+            0 (a `fit` that goes on needs its `initial_epoch`). Only ratios
+            matter. Defaults to the `LearningRateSchedule` of the optimizer.
         num_phases: Integer, the number of densities. With as many as epochs or
             more each epoch has its own.
 
@@ -76,6 +78,8 @@ class DensityDecay(density_of_epoch.DensityOfEpoch):
                 "function of the epoch that returns a float. Received: "
                 f"learning_rate={learning_rate!r}"
             )
+        if learning_rate is not None and not _is_schedule(learning_rate):
+            _check_function_of_epoch(learning_rate)
         validation.check_integer("num_phases", num_phases, 1)
         self.learning_rate = learning_rate
         self.num_phases = num_phases
@@ -145,6 +149,20 @@ def _is_schedule(learning_rate: LearningRate) -> bool:
     return isinstance(
         learning_rate, keras.optimizers.schedules.LearningRateSchedule
     )
+
+
+def _check_function_of_epoch(function: Callable[..., float]) -> None:
+    try:
+        inspect.signature(function).bind(0)
+    except TypeError:
+        raise TypeError(
+            "`learning_rate` must be a function of the epoch alone, because "
+            "the densities of all epochs are known before the first: `lambda "
+            "epoch: 0.1 / (1 + epoch)`. Received: a function with the "
+            f"arguments {inspect.signature(function)}"
+        ) from None
+    except ValueError:
+        pass  # Functions in C may say nothing of their arguments.
 
 
 def _schedule_of(optimizer: wrapper.OptimizerWrapper) -> LearningRate:

@@ -29,6 +29,7 @@ from tf_regtopk.keras_internals.neighbours import group_keys
 from tf_regtopk.keras_internals.neighbours import Link
 from tf_regtopk.keras_internals.neighbours import pass_on
 from tf_regtopk.keras_internals.neighbours import take_instance_keys
+from tf_regtopk.keras_internals.optimizers import apply_aggregated
 from tf_regtopk.keras_internals.optimizers import divide_by_no_zeros
 from tf_regtopk.keras_internals.optimizers import give_back
 from tf_regtopk.keras_internals.optimizers import learning_rate_schedule
@@ -46,6 +47,7 @@ __all__ = [
     "CheckpointedAsInner",
     "Link",
     "abort_collectives",
+    "apply_aggregated",
     "can_exchange_at_once",
     "can_gather_at_once",
     "check_upstream",

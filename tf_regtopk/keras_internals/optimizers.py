@@ -9,6 +9,28 @@ import keras
 import tensorflow as tf
 
 
+class _SummedBefore:
+    """Takes the place of Keras's sum over the replicas, for the wrapper only.
+
+    A class, because optimizers are copied and pickled.
+    """
+
+    def __init__(self) -> None:
+        self.num_calls_under_way = 0  # Each replica has a thread of its own.
+
+    def __call__(self, gradients: Sequence[Any]) -> list[Any]:
+        strategy = tf.distribute.get_strategy()
+        if not self.num_calls_under_way and strategy.num_replicas_in_sync > 1:
+            raise ValueError(
+                "`optimizer` must be applied by its wrapper only, because it "
+                "does not sum the gradients of the replicas any more: make a "
+                "new optimizer, or take this one back by "
+                "`tf_regtopk.unwrap(model)`. Received: the inner optimizer of "
+                "a wrapper"
+            )
+        return list(gradients)
+
+
 def take_aggregated_gradients(optimizer: keras.optimizers.Optimizer) -> None:
     """Makes a Keras optimizer take gradients as already summed over replicas.
 
@@ -16,9 +38,38 @@ def take_aggregated_gradients(optimizer: keras.optimizers.Optimizer) -> None:
     clipping and just before the update, and has no switch against the sum. The
     optimizer must be built already, because a `MultiOptimizer` gets its parts
     when it is built.
+
+    From here on it is to be applied by `apply_aggregated`.
     """
+    summed_before = _SummedBefore()
     for part in (optimizer, *getattr(optimizer, "optimizers", ())):
-        part._all_reduce_sum_gradients = list
+        part._all_reduce_sum_gradients = summed_before
+
+
+def apply_aggregated(
+    optimizer: keras.optimizers.Optimizer,
+    gradients: Sequence[Any],
+    variables: Sequence[keras.Variable],
+) -> None:
+    """Applies gradients that are summed over the replicas already.
+
+    Args:
+        optimizer: One that `take_aggregated_gradients` has changed.
+        gradients: List of gradients, the same on every replica.
+        variables: List of the variables that they belong to.
+    """
+    summed_before = optimizer._all_reduce_sum_gradients
+    if not isinstance(summed_before, _SummedBefore):
+        raise ValueError(
+            "`optimizer` must still have its `inner_optimizer`, which "
+            "`tf_regtopk.unwrap` has taken back: wrap a new one. Received: "
+            f"inner_optimizer={optimizer!r}"
+        )
+    summed_before.num_calls_under_way += 1
+    try:
+        optimizer.apply(gradients, variables)
+    finally:
+        summed_before.num_calls_under_way -= 1
 
 
 def take_clipping(
@@ -34,6 +85,7 @@ def take_clipping(
         the list of the clipped ones, in which numbers that are not finite stay
         as they are. It follows the optimizer's settings.
     """
+    vars(optimizer).pop("_clip_gradients", None)  # Of an earlier wrapper.
     clip = optimizer._clip_gradients
     optimizer._clip_gradients = list
 

@@ -25,8 +25,8 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         step skipped, on any replica a NaN or infinity:  scale = scale / 2
         `dynamic_growth_steps` taken in a row:           scale = scale * 2
 
-    With `accumulation_steps` each batch counts as a step taken, until the
-    exchange tells of an overflow.
+    With `accumulation_steps` a step is an exchange: batches that are only added
+    up leave the scale as it is.
 
     Keras's own looks for NaN and infinity in one replica's gradients only, and
     while others overflow leaves the scale as it is; several workers may even
@@ -102,13 +102,35 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
 
     def load_own_variables(self, store: Mapping[str, np.ndarray]) -> None:
         own = self._variables
-        inner = self.inner_optimizer.inner_optimizer
-        if self.built and len(store.keys()) == len(own) + len(inner.variables):
+        names = [*store.keys()]
+        of_inner = {
+            str(int(name) - len(own)): np.asarray(store[name])
+            for name in names
+            if name.isdigit() and int(name) >= len(own)
+        }
+        if (
+            self.built
+            and len(names) == len(own) + len(of_inner)
+            and self.inner_optimizer.could_load(of_inner)
+        ):
             # Keras's own has saved this, around the plain inner optimizer.
             for i, variable in enumerate(own):
                 variable.assign(store[str(i)])
             return
         super().load_own_variables(store)
+
+    def exclude_from_weight_decay(
+        self,
+        var_list: Sequence[keras.Variable] | None = None,
+        var_names: Sequence[str] | None = None,
+    ) -> None:
+        """Excludes variables from the weight decay of the inner optimizer.
+
+        Args:
+            var_list: As of `keras.optimizers.Optimizer`.
+            var_names: As of `keras.optimizers.Optimizer`.
+        """
+        self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
 
     def apply(
         self,
@@ -121,6 +143,9 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             grads: List of this replica's gradients of the scaled loss.
             trainable_variables: List of the variables that they belong to.
         """
+        grads = list(grads)
+        if trainable_variables is not None:
+            trainable_variables = list(trainable_variables)
         if not self.built:
             if trainable_variables is None:
                 raise training_validation.variables_needed()
@@ -128,14 +153,17 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         scale = self.dynamic_scale.value
         variables = trainable_variables or self._trainable_variables
         unscaled = own_gradients.unscaled(grads, variables, scale)
+        tells = self.inner_optimizer.tells_of_overflow()
         taken = self.inner_optimizer.apply_if_finite(
             unscaled, trainable_variables
         )
         counter = self.step_counter.value
         grows = taken & (counter >= self.dynamic_growth_steps - 1)
         factor = tf.where(taken, tf.where(grows, 2.0, 1.0), 0.5)
+        factor = tf.where(tells, factor, 1.0)
         # Neither 0 nor infinity, from which there would be no way back.
         self.dynamic_scale.assign(
             tf.clip_by_value(scale * factor, 2.0**-126, 2.0**127)
         )
-        self.step_counter.assign(tf.where(taken & ~grows, counter + 1, 0))
+        in_a_row = tf.where(taken & ~grows, counter + 1, 0)
+        self.step_counter.assign(tf.where(tells, in_a_row, counter))

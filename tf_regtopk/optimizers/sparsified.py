@@ -235,7 +235,7 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
         self.clips_replicas = clipping == "replica"
         self.exchange = exchange
         self.topology = topology
-        self.accumulation_steps = accumulation_steps
+        self.accumulation_steps = int(accumulation_steps)
         self.has_telemetry = telemetry
 
     def __repr__(self) -> str:
@@ -245,6 +245,41 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
         if self.built:
             index_code = self._report(is_quick=True).index_code
         return description.describe(self, index_code)
+
+    def tells_of_overflow(self) -> tf.Tensor:
+        are_current = tf.reduce_all(self._are_current())
+        if self._accumulation is None:
+            return are_current
+        return are_current & self._accumulation.ends_with_next_batch()
+
+    def discard_accumulated(self) -> None:
+        """Forgets the gradients of the batches since the last exchange.
+
+        With `accumulation_steps`, where layers are to be frozen or unfrozen
+        before these batches are enough for a step.
+
+        Raises:
+            ValueError: If the optimizer is not built.
+
+        Example:
+
+        >>> variable = tf.Variable([1.0])
+        >>> optimizer = SparsifiedOptimizer(
+        ...     keras.optimizers.SGD(1.0), accumulation_steps=2)
+        >>> for gradient in (8.0, 0.25, 0.75):
+        ...     if gradient == 0.25:
+        ...         optimizer.discard_accumulated()
+        ...     optimizer.apply([tf.constant([gradient])], [variable])
+        >>> float(variable[0])
+        0.5
+        """
+        training_validation.check_built(self, "discard_accumulated")
+        if self._accumulation is not None:
+            self._accumulation.clear()
+
+    def _are_current(self) -> tf.Tensor:
+        """For each device, whether the function was traced after a change."""
+        return tf.equal(self._changes_of_replicas.variables(), self.changes)
 
     def _step(
         self,
@@ -268,7 +303,7 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
             self._partition,
             gradients,
             self._read_progress(),
-            tf.equal(self._changes_of_replicas.variables(), self.changes),
+            self._are_current(),
             apply,
             skip,
         )

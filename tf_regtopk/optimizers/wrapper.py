@@ -200,8 +200,10 @@ class OptimizerWrapper(wrapper_saving.WrapperSaving):
             # It would divide again. (All replicas are past their `factor`.)
             self.inner_optimizer.loss_scale_factor = None
             try:
-                self.inner_optimizer.apply(
-                    [aggregate[slot] for slot in slots], variables
+                keras_internals.apply_aggregated(
+                    self.inner_optimizer,
+                    [aggregate[slot] for slot in slots],
+                    variables,
                 )
             finally:
                 self.inner_optimizer.loss_scale_factor = factor
@@ -216,6 +218,17 @@ class OptimizerWrapper(wrapper_saving.WrapperSaving):
             finiteness.call_if_not_finite(self._kept(), self._warn_of_loss)
 
         return self._step(self._unscaled(gradients), apply, skip)
+
+    def tells_of_overflow(self) -> tf.Tensor:
+        """Returns whether the next `apply` can only fail by NaN or infinity.
+
+        For a scale of the loss, in a replica context before `apply`.
+
+        Returns:
+            Scalar bool tensor. False for a batch that is only added up, and
+            for a step that is skipped for another reason.
+        """
+        return tf.constant(True)
 
     def _unscaled(
         self, gradients: Sequence[flat_buffer.Gradient]

@@ -102,7 +102,7 @@ class WrapperSaving(
             )
             return
         # All is checked before anything is assigned.
-        if self._is_of_inner_optimizer(arrays):
+        if self.could_load(arrays):
             self.start_without_state()
             inner_variables = self.inner_optimizer.variables
             if len(arrays) > len(inner_variables):
@@ -121,8 +121,8 @@ class WrapperSaving(
         for variable, value in zip(self.variables, values, strict=True):
             variable.assign(value)
 
-    def _is_of_inner_optimizer(self, arrays: Mapping[str, np.ndarray]) -> bool:
-        """Returns whether the inner optimizer could have saved these arrays.
+    def could_load(self, arrays: Mapping[str, np.ndarray]) -> bool:
+        """Returns whether a plain optimizer like the inner one has saved these.
 
         An array more for each trainable variable may follow, the momentum of a
         plain SGD, because `methods` move momentum to the replicas; or two of

@@ -106,8 +106,7 @@ class LocalAccumulation:
         gradients = self._densify(gradients)
         pattern = _pattern_of(gradients)
         fits = self._fits(pattern)
-        is_compiled = keras_internals.in_xla_context()
-        if is_compiled:
+        if keras_internals.in_xla_context():
             # XLA drops the check of `_is_last`: the step is skipped instead.
             for slot in self._slots:
                 gradient = gradients[slot]
@@ -123,17 +122,12 @@ class LocalAccumulation:
                 return tf.constant(True)
 
         # What is kept changes only after the verdict, because a step that
-        # raises an error must change nothing. Of `gradients` this asks only
-        # which of them are None, because replicas share the function.
+        # raises an error must change nothing. All sums end, because layers may
+        # have been frozen since a batch was added.
         def ending(function: Callable[..., None]) -> Callable[..., None]:
             def call(*args: Any) -> None:
                 function(*args)
-                totals = (
-                    self._sums.variables()
-                    if is_compiled
-                    else [total for total, _ in self._pairs(gradients)]
-                )
-                for total in totals:
+                for total in self._sums.variables():
                     total.assign(tf.zeros(total.shape, total.dtype))
                 self._count.assign(0)
 
@@ -145,6 +139,16 @@ class LocalAccumulation:
         return branches.call_on_all_replicas(
             self._is_last(fits), exchange, add, (gradients,)
         )
+
+    def ends_with_next_batch(self) -> tf.Tensor:
+        """Returns whether the next batch is the last of an accumulation.
+
+        Returns:
+            Scalar bool tensor in the memory of the host.
+        """
+        count = self._count.read_value()
+        with tf.device("CPU:0"):
+            return tf.equal(count, self.num_batches - 1)
 
     @property
     def count(self) -> int:
@@ -223,13 +227,15 @@ class LocalAccumulation:
                 condition=fits,
                 data=[
                     "With `accumulation_steps` all batches of a step must have "
-                    "gradients of the same variables. Received: a batch with "
-                    "gradients of others than the batch before, number",
+                    "gradients of the same variables: freeze layers after an "
+                    "exchange, or call `optimizer.discard_accumulated()` "
+                    "before. Received: a batch with gradients of others than "
+                    "the batch before, number",
                     count,
                 ],
             )
             with tf.control_dependencies([check] if check is not None else []):
-                return tf.equal(count, self.num_batches - 1)
+                return self.ends_with_next_batch()
 
     def _densify(
         self, gradients: Sequence[flat_buffer.Gradient]

@@ -82,7 +82,7 @@ def test_the_schedule_is_that_of_the_optimizer():
 
 def test_a_learning_rate_without_schedule_must_be_given():
     decay = tf_regtopk.DensityDecay()
-    with pytest.raises(ValueError, match="must be given where.*Received: .*0.1"):
+    with pytest.raises(ValueError, match="must be given where.*Received"):
         fit(make_model(), decay)
     with pytest.raises(ValueError, match="before `fit`. Received"):
         decay.densities(0.1, NUM_EPOCHS)
@@ -183,6 +183,14 @@ def test_bad_arguments():
         fit(make_model(), decay)
     with pytest.raises(ValueError, match="all non-negative"):
         tf_regtopk.DensityDecay(lambda epoch: -1.0).densities(0.1, 2)
+
+
+def test_a_function_of_the_learning_rate_is_refused():
+    with pytest.raises(
+        TypeError, match=r"epoch alone.*Received: .*\(epoch, lr"
+    ):
+        tf_regtopk.DensityDecay(lambda epoch, lr: lr)
+    assert tf_regtopk.DensityDecay(lambda epoch, base=0.1: base)
 
 
 def test_a_schedule_needs_the_number_of_steps():

@@ -1,5 +1,7 @@
 """Keras's optimizers still do what we rely on."""
 
+import copy
+import functools
 import inspect
 
 import keras
@@ -10,7 +12,7 @@ import tensorflow as tf
 from tf_regtopk import keras_internals
 
 
-def apply_per_replica_gradients(strategy, optimizer, gradients):
+def apply_per_replica_gradients(strategy, optimizer, gradients, apply=None):
     """Applies `gradients[n]` on replica n; returns each replica's weight."""
     with strategy.scope():
         variable = keras.Variable(0.0)
@@ -18,7 +20,7 @@ def apply_per_replica_gradients(strategy, optimizer, gradients):
 
     def step():
         n = tf.distribute.get_replica_context().replica_id_in_sync_group
-        optimizer.apply([tf.gather(gradients, n)], [variable])
+        (apply or optimizer.apply)([tf.gather(gradients, n)], [variable])
 
     strategy.run(step)
     return [
@@ -46,12 +48,19 @@ def test_keras_sums_gradients_where_we_turn_it_off(mirrored):
     with strategy.scope():
         optimizer = keras.optimizers.SGD(1.0)
     keras_internals.take_aggregated_gradients(optimizer)
-    assert apply_per_replica_gradients(strategy, optimizer, gradients) == [
-        -1.0,
-        -10.0,
-    ]
+    apply = functools.partial(keras_internals.apply_aggregated, optimizer)
+    assert apply_per_replica_gradients(
+        strategy, optimizer, gradients, apply
+    ) == [-1.0, -10.0]
+    # The weights of replicas would drift apart.
+    with pytest.raises(ValueError, match="applied by its wrapper only.*unwrap"):
+        strategy.run(lambda: optimizer.apply([tf.constant(1.0)]))
+    again = copy.deepcopy(optimizer)
+    assert again._all_reduce_sum_gradients([]) == []  # Without a strategy.
     keras_internals.give_back(optimizer)
     assert "_all_reduce_sum_gradients" not in vars(optimizer)
+    with pytest.raises(ValueError, match="wrap a new one. Received"):
+        apply([tf.constant(1.0)], [])
 
 
 def test_the_method_turned_off_is_as_we_know_it():
