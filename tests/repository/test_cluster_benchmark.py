@@ -418,6 +418,24 @@ def test_published_times_are_those_that_were_measured():
     assert table in page.replace("**", "")
 
 
+def test_published_training_of_real_workers():
+    path = paths.ROOT / "docs" / "results" / "time_to_accuracy" / "whole.json"
+    summary = json.loads(path.read_text("utf-8"))
+    [(whole, found)] = summary["whole"].items()
+    network, method = whole.split(":")
+    milliseconds = summary["records"][network][method]["milliseconds"]
+    composed = summary["config"]["rounds"] * milliseconds / 1e3
+    page = (paths.ROOT / "docs" / "results.md").read_text("utf-8")
+    assert (
+        f"lasted {found['seconds']:.0f} s. Composed they last {composed:.0f} s"
+    ) in " ".join(page.split())
+    assert abs(composed / found["seconds"] - 1) < 0.1
+    accuracy = f"{found['accuracy']:.4f}".lstrip("0")
+    assert f"accuracy of the real workers was {accuracy}" in " ".join(
+        page.split()
+    )
+
+
 def test_times_of_other_steps_are_refused(tmp_path):
     path = tmp_path / "summary.json"
     records = {"5ms": {"dense": {"milliseconds": 7.0}}}
