@@ -68,8 +68,9 @@ def unwrap(model: keras.Model) -> keras.Model:
     """Undoes `wrap`: the inner optimizer is the model's optimizer again.
 
     Training goes on with Keras alone. The residual errors, which are gradient
-    that was not sent yet, are dropped. So is momentum on the replicas, such as
-    that which `methods.recommended` moves there, and a warning says so.
+    that was not sent yet, are dropped, and so are batches that are accumulated
+    since the last exchange. So is momentum on the replicas, such as that which
+    `methods.recommended` moves there, and a warning says so.
 
     Args:
         model: The `keras.Model`, compiled with a `SparsifiedOptimizer`, or
