@@ -26,6 +26,7 @@ from tf_regtopk import codecs
 from tf_regtopk import error_feedback
 from tf_regtopk import keras_internals
 from tf_regtopk import sparsifiers
+from tf_regtopk import validation
 from tf_regtopk.log import logger
 from tf_regtopk.optimizers import clipping
 from tf_regtopk.optimizers import momentum as momentum_lib
@@ -148,6 +149,7 @@ def deep_gradient_compression(
         `SparsifiedOptimizer`.
 
     Raises:
+        TypeError: If `inner` is neither a learning rate nor an optimizer.
         ValueError: If an argument breaks its rule, or `inner` has momentum of
             its own.
 
@@ -193,6 +195,7 @@ def ef21_sgdm(
         `SparsifiedOptimizer`.
 
     Raises:
+        TypeError: If `inner` is neither a learning rate nor an optimizer.
         ValueError: If an argument breaks its rule, or `inner` has momentum of
             its own.
 
@@ -239,6 +242,7 @@ def sparse_ternary_compression(
         `SparsifiedOptimizer`.
 
     Raises:
+        TypeError: If `inner` is neither a learning rate nor an optimizer.
         ValueError: If an argument breaks its rule.
 
     Example:
@@ -281,6 +285,9 @@ def _moved(
         and momentum != 0
     ):
         if momentum is not None:
+            validation.check_number(
+                "momentum", momentum, "in [0, 1)", lambda m: 0 <= m < 1
+            )
             raise ValueError(
                 "`momentum` must be left out with Adam, which moves to the "
                 "replicas with its own: give "
@@ -385,7 +392,7 @@ def _inner_optimizer(
 
 
 def _sgd(learning_rate: Any) -> keras.optimizers.SGD:
-    if isinstance(learning_rate, str) or not (
+    if isinstance(learning_rate, (str, type)) or not (
         isinstance(learning_rate, SupportsFloat) or callable(learning_rate)
     ):
         raise TypeError(

@@ -1,5 +1,6 @@
 """What the inner optimizer does, it does inside the wrapper."""
 
+import gc
 import itertools
 
 import keras
@@ -438,6 +439,32 @@ def test_errors_of_a_scaled_loss_saved_by_version_0_1_0():
         np.testing.assert_array_equal(
             optimizer.residual_errors(), [[[expected] * 2]]
         )
+
+
+def test_a_wrapper_that_is_forgotten_leaves_nothing_behind():
+    inner = keras.optimizers.SGD(1.0, clipnorm=1.0)
+    variable = keras.Variable([0.0])
+    for number, clipping in enumerate(("replica", "aggregate"), 1):
+        wrapped = tf_regtopk.SparsifiedOptimizer(
+            inner, tf_regtopk.TopK(1.0), clipping=clipping
+        )
+        wrapped.build([variable])
+        wrapped.apply([tf.constant([5.0])], [variable])
+        np.testing.assert_allclose(variable, [-number])
+        del wrapped
+        gc.collect()
+
+
+def test_exclusions_of_a_scaled_optimizer_are_those_of_the_inner_one():
+    optimizer = tf_regtopk.LossScaleOptimizer(
+        tf_regtopk.SparsifiedOptimizer(
+            keras.optimizers.SGD(1.0, weight_decay=0.5), tf_regtopk.TopK(1.0)
+        )
+    )
+    optimizer.exclude_from_weight_decay(var_names=["bias"])
+    variables = [keras.Variable([1.0], name=name) for name in ("bias", "w")]
+    optimizer.apply([tf.zeros([1])] * 2, variables)
+    np.testing.assert_array_equal(variables, [[1.0], [0.5]])
 
 
 def test_loss_scale_factor_yields_to_the_loss_scale_optimizer():

@@ -486,7 +486,7 @@ def test_loss_scaling(mirrored):
 
 
 def test_a_loss_scale_grows_at_exchanges_only():
-    """Else it could double more often than exchanges halve it."""
+    """Batches could double it more often than exchanges halve it."""
     optimizer = tf_regtopk.LossScaleOptimizer(
         tf_regtopk.SparsifiedOptimizer(
             keras.optimizers.SGD(1.0), accumulation_steps=M

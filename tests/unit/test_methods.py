@@ -295,6 +295,10 @@ def test_recommended_moves_no_momentum_after_an_error():
             "`inner` must have no mom.*Rec",
         ),
         ([keras.optimizers.Adam(), 0.9], "`momentum` must be left out.*Rec"),
+        (
+            [keras.optimizers.Adam(), 1.5],
+            r"`momentum` must be in \[0, 1\). Rec",
+        ),
         ([keras.optimizers.SGD(0.1, 0.9, nesterov=True)], "`nesterov=True`.*R"),
         ([0.1, 1.0], "`momentum` must be"),
         ([0.1, 0.9, 10], "`compression` must be at least 40. Received: comp"),
@@ -305,11 +309,16 @@ def test_recommended_refuses(arguments, message):
         methods.recommended(*arguments)
 
 
-@pytest.mark.parametrize("inner", ["adam", [0.1], None])
+@pytest.mark.parametrize("inner", ["adam", [0.1], None, keras.optimizers.Adam])
 def test_a_learning_rate_is_a_number(inner):
     for method in (methods.recommended, methods.ef21_sgdm):
         with pytest.raises(TypeError, match="`inner` must be a learning rate"):
             method(inner)
+
+
+def test_recommended_takes_an_epsilon_of_0():
+    made = methods.recommended(keras.optimizers.Adam(epsilon=0.0))
+    assert made.error_feedback.dense_epsilon == 0
 
 
 def test_recommended_names_the_option_that_it_chooses():

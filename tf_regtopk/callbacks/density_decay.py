@@ -83,8 +83,10 @@ class DensityDecay(density_of_epoch.DensityOfEpoch):
         validation.check_integer("num_phases", num_phases, 1)
         self.learning_rate = learning_rate
         self.num_phases = num_phases
-        # What `densities` has returned, because a schedule takes its time.
-        self._found: dict[tuple[Any, ...], list[float]] = {}
+        # What `densities` has returned, because a schedule takes its time, and
+        # of which learning rate.
+        self._found: dict[tuple[float, int, float], list[float]] = {}
+        self._found_of: LearningRate | None = None
 
     def densities(
         self, density: float, num_epochs: int, steps_per_epoch: float = 0.0
@@ -113,7 +115,9 @@ class DensityDecay(density_of_epoch.DensityOfEpoch):
     def density_of(
         self, epoch: int, optimizer: wrapper.OptimizerWrapper
     ) -> float:
-        learning_rate = self.learning_rate or _schedule_of(optimizer)
+        learning_rate = self.learning_rate
+        if learning_rate is None:
+            learning_rate = _schedule_of(optimizer)
         num_batches = self.params["steps"]
         if not num_batches and _is_schedule(learning_rate):
             raise ValueError(
@@ -121,14 +125,15 @@ class DensityDecay(density_of_epoch.DensityOfEpoch):
                 "because the dataset does not tell how many batches it has. "
                 f"Received: steps={num_batches}"
             )
+        if learning_rate is not self._found_of:
+            self._found, self._found_of = {}, learning_rate
         arguments = (
-            learning_rate,
             optimizer.default_density,
             self.params["epochs"],
             (num_batches or 0) / optimizer.accumulation_steps,
         )
         if arguments not in self._found:
-            self._found[arguments] = self._densities(*arguments)
+            self._found[arguments] = self._densities(learning_rate, *arguments)
         return self._found[arguments][epoch]
 
     def _densities(
@@ -171,8 +176,8 @@ def _schedule_of(optimizer: wrapper.OptimizerWrapper) -> LearningRate:
         raise ValueError(
             "`learning_rate` of `DensityDecay` must be given where the "
             "optimizer has no `LearningRateSchedule`: a function of the epoch, "
-            "as of `keras.callbacks.LearningRateScheduler`. Received: "
-            f"learning_rate=None, and {optimizer.learning_rate.numpy():g} as "
-            "the learning rate of the optimizer"
+            "as for `keras.callbacks.LearningRateScheduler`. Received: "
+            "learning_rate=None, and the inner optimizer "
+            f"{type(optimizer.inner_optimizer).__name__}"
         )
     return schedule

@@ -24,7 +24,7 @@ class AdamOfSum(no_feedback.NoFeedback):
     Args:
         beta_1: Float in [0, 1).
         beta_2: Float in (0, 1).
-        epsilon: Positive float, as of `keras.optimizers.Adam`.
+        epsilon: Float of at least 0, as of `keras.optimizers.Adam`.
     """
 
     beta_1: float

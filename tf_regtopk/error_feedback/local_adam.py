@@ -49,7 +49,7 @@ class LocalAdam(base.ErrorFeedback):
         epsilon: Positive float, in units of the root mean square of all s. It
             limits x where a replica's gradient is nearly always 0, as that of
             rare words is.
-        dense_epsilon: Positive float. Adam's, where all entries are sent.
+        dense_epsilon: Float of at least 0. Adam's, where all entries are sent.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -86,8 +86,8 @@ class LocalAdam(base.ErrorFeedback):
             )
         self._check_number("beta_1", "in [0, 1)", lambda b: 0 <= b < 1)
         self._check_number("beta_2", "in (0, 1)", lambda b: 0 < b < 1)
-        for name in ("epsilon", "dense_epsilon"):
-            self._check_number(name, "positive", lambda e: e > 0)
+        self._check_number("epsilon", "positive", lambda e: e > 0)
+        self._check_number("dense_epsilon", "at least 0", lambda e: e >= 0)
 
     @property
     def residual_place(self) -> int | None:

@@ -10,23 +10,20 @@ import tensorflow as tf
 
 
 class _SummedBefore:
-    """Takes the place of Keras's sum over the replicas, for the wrapper only.
-
-    A class, because optimizers are copied and pickled.
-    """
+    """Takes the place of Keras's sum over replicas, for the wrapper only."""
 
     def __init__(self) -> None:
-        self.num_calls_under_way = 0  # Each replica has a thread of its own.
+        # A number, because each replica calls in a thread of its own.
+        self.num_calls_under_way = 0
 
     def __call__(self, gradients: Sequence[Any]) -> list[Any]:
         strategy = tf.distribute.get_strategy()
         if not self.num_calls_under_way and strategy.num_replicas_in_sync > 1:
             raise ValueError(
-                "`optimizer` must be applied by its wrapper only, because it "
-                "does not sum the gradients of the replicas any more: make a "
-                "new optimizer, or take this one back by "
-                "`tf_regtopk.unwrap(model)`. Received: the inner optimizer of "
-                "a wrapper"
+                "`inner_optimizer` must be applied by its wrapper only, "
+                "because it does not sum the gradients of the replicas any "
+                "more: make a new optimizer, or take this one back by "
+                "`tf_regtopk.unwrap(model)`. Received: a call of its own"
             )
         return list(gradients)
 
@@ -55,14 +52,17 @@ def apply_aggregated(
 
     Args:
         optimizer: One that `take_aggregated_gradients` has changed.
-        gradients: List of gradients, the same on every replica.
+        gradients: List of gradients, to be applied as they are.
         variables: List of the variables that they belong to.
+
+    Raises:
+        ValueError: If the optimizer was taken back.
     """
     summed_before = optimizer._all_reduce_sum_gradients
     if not isinstance(summed_before, _SummedBefore):
         raise ValueError(
-            "`optimizer` must still have its `inner_optimizer`, which "
-            "`tf_regtopk.unwrap` has taken back: wrap a new one. Received: "
+            "`inner_optimizer` must belong to its wrapper, and "
+            "`tf_regtopk.unwrap` has taken it back: wrap a new one. Received: "
             f"inner_optimizer={optimizer!r}"
         )
     summed_before.num_calls_under_way += 1
@@ -85,7 +85,6 @@ def take_clipping(
         the list of the clipped ones, in which numbers that are not finite stay
         as they are. It follows the optimizer's settings.
     """
-    vars(optimizer).pop("_clip_gradients", None)  # Of an earlier wrapper.
     clip = optimizer._clip_gradients
     optimizer._clip_gradients = list
 

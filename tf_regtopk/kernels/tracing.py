@@ -6,6 +6,7 @@ import functools
 from typing import Any
 from typing import cast
 from typing import TypeVar
+import weakref
 
 import tensorflow as tf
 
@@ -121,8 +122,14 @@ class _Compiled:
             return self.function(*args)
         with tf.init_scope(), tf.device(None):
             concrete = self.function.get_concrete_function(*args)
-        _check_stateless(concrete.graph)
+        if concrete.graph not in _stateless:
+            _check_stateless(concrete.graph)
+            _stateless.add(concrete.graph)
         return concrete(*args)
+
+
+# The graphs that were checked, because each replica calls.
+_stateless: weakref.WeakSet[tf.Graph] = weakref.WeakSet()
 
 
 def _check_stateless(graph: tf.Graph) -> None:
@@ -141,6 +148,7 @@ def _check_stateless(graph: tf.Graph) -> None:
                 "stateful operations, because the replicas would wait for each "
                 "other for ever: draw random numbers by "
                 "`tf.random.stateless_normal(shape, seed=[step, 0])` in place "
-                "of `tf.random.normal`, and leave out `tf.debugging.assert_*`. "
-                f"Received: the operation {operation.type}"
+                "of `tf.random.normal`, and leave out `tf.debugging.assert_*` "
+                f"and `tf.print`. Received: the operation {operation.name} "
+                f"({operation.type})"
             )

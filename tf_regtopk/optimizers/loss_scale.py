@@ -143,6 +143,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             grads: List of this replica's gradients of the scaled loss.
             trainable_variables: List of the variables that they belong to.
         """
+        self.inner_optimizer.check_context()
         grads = list(grads)
         if trainable_variables is not None:
             trainable_variables = list(trainable_variables)

@@ -256,7 +256,8 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
         """Forgets the gradients of the batches since the last exchange.
 
         With `accumulation_steps`, where layers are to be frozen or unfrozen
-        before these batches are enough for a step.
+        before these batches are enough for a step. Several workers call it at
+        the same step, because they count batches alike.
 
         Raises:
             ValueError: If the optimizer is not built.
@@ -275,10 +276,11 @@ class SparsifiedOptimizer(replica_saving.ReplicaSaving):
         """
         training_validation.check_built(self, "discard_accumulated")
         if self._accumulation is not None:
-            self._accumulation.clear()
+            with tf.init_scope():
+                self._accumulation.clear()
 
     def _are_current(self) -> tf.Tensor:
-        """For each device, whether the function was traced after a change."""
+        """Returns for each device whether no change came after tracing."""
         return tf.equal(self._changes_of_replicas.variables(), self.changes)
 
     def _step(

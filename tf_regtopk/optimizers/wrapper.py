@@ -112,6 +112,9 @@ class OptimizerWrapper(wrapper_saving.WrapperSaving):
             keras_internals.strategy_of(self)
         )
         _take(self.inner_optimizer, self)
+        # An earlier wrapper may have left its changes, because none has ended
+        # them where that wrapper was forgotten.
+        keras_internals.give_back(self.inner_optimizer)
         self.inner_optimizer.build(variables)
         wrapper_saving.leave_saving_to_wrapper(self.inner_optimizer)
         keras_internals.take_aggregated_gradients(self.inner_optimizer)
@@ -169,13 +172,7 @@ class OptimizerWrapper(wrapper_saving.WrapperSaving):
         grads = list(grads)
         if not grads:
             return tf.constant(True)
-        training_validation.check_replica_context()
-        training_validation.check_in_scope_of(
-            "optimizer", keras_internals.strategy_of(self)
-        )
-        training_validation.check_not_compiled_as_a_whole(
-            keras_internals.in_xla_context()
-        )
+        self.check_context()
         training_validation.check_loss_scaling(self.is_scaled_locally)
         variables = self._variables_of(grads, trainable_variables)
         self._check_inner_optimizer()
@@ -219,14 +216,24 @@ class OptimizerWrapper(wrapper_saving.WrapperSaving):
 
         return self._step(self._unscaled(gradients), apply, skip)
 
+    def check_context(self) -> None:
+        """Raises where no step can be taken."""
+        training_validation.check_replica_context()
+        training_validation.check_in_scope_of(
+            "optimizer", keras_internals.strategy_of(self)
+        )
+        training_validation.check_not_compiled_as_a_whole(
+            keras_internals.in_xla_context()
+        )
+
     def tells_of_overflow(self) -> tf.Tensor:
-        """Returns whether the next `apply` can only fail by NaN or infinity.
+        """Returns whether the next `apply` ends a step that is judged.
 
         For a scale of the loss, in a replica context before `apply`.
 
         Returns:
             Scalar bool tensor. False for a batch that is only added up, and
-            for a step that is skipped for another reason.
+            where a function that was traced before `set_density` skips.
         """
         return tf.constant(True)
 

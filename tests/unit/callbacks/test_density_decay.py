@@ -70,7 +70,6 @@ def test_densities_follow_a_schedule_of_steps(num_replicas, mirrored):
 
 
 def test_the_schedule_is_that_of_the_optimizer():
-    """By default, also where a model has another one than before."""
     decay = tf_regtopk.DensityDecay()
     for power in (1.0, 2.0):
         schedule = keras.optimizers.schedules.PolynomialDecay(
@@ -80,10 +79,11 @@ def test_the_schedule_is_that_of_the_optimizer():
         assert found == expected(np.array([3.5, 2.5, 1.5, 0.5]) ** power)
 
 
-def test_a_learning_rate_without_schedule_must_be_given():
+@pytest.mark.parametrize("rate", [0.1, lambda: 0.1])
+def test_a_learning_rate_without_schedule_must_be_given(rate):
     decay = tf_regtopk.DensityDecay()
-    with pytest.raises(ValueError, match="must be given where.*Received"):
-        fit(make_model(), decay)
+    with pytest.raises(ValueError, match="must be given where.*Received.*SGD"):
+        fit(make_model(rate), decay)
     with pytest.raises(ValueError, match="before `fit`. Received"):
         decay.densities(0.1, NUM_EPOCHS)
 
@@ -183,6 +183,20 @@ def test_bad_arguments():
         fit(make_model(), decay)
     with pytest.raises(ValueError, match="all non-negative"):
         tf_regtopk.DensityDecay(lambda epoch: -1.0).densities(0.1, 2)
+
+
+def test_a_function_needs_neither_hash_nor_truth():
+    class Halved:
+        __hash__ = None
+
+        def __call__(self, epoch):
+            return 0.5**epoch
+
+        def __len__(self):
+            return 0
+
+    found = fit(make_model(), tf_regtopk.DensityDecay(Halved()))
+    assert found == expected([1.0, 0.5, 0.25, 0.125])
 
 
 def test_a_function_of_the_learning_rate_is_refused():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import signal
 import socket
 import textwrap
@@ -447,7 +448,10 @@ def test_a_launcher_that_is_lost_comes_back(machines, again, status):
     machines.start(1, "--max_restarts=1")
     statuses, outputs = machines.wait()
     assert statuses == {1: status, 2: status}, outputs
-    assert "127.0.0.1 was started again" in outputs[2]
+    # A busy machine may find its silence first.
+    assert re.search(
+        r"127\.0\.0\.1 (was started again|has not been heard of)", outputs[2]
+    ), outputs[2]
     assert "Restart 1 of 1" in outputs[2]
     assert "Restart" not in outputs[1]
 

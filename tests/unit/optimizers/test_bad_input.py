@@ -308,8 +308,9 @@ def test_apply_in_cross_replica_context(mirrored):
     with mirrored(2).scope():
         variable = keras.Variable(1.0)
         optimizer = tf_regtopk.SparsifiedOptimizer(sgd())
-        with pytest.raises(ValueError, match="in a replica context"):
-            optimizer.apply([tf.constant(1.0)], [variable])
+        for outer in (optimizer, tf_regtopk.LossScaleOptimizer(optimizer)):
+            with pytest.raises(ValueError, match="in a replica context"):
+                outer.apply([tf.constant(1.0)], [variable])
 
 
 def test_gradients_that_do_not_match():
