@@ -37,11 +37,11 @@ def damage(path, value):
     "n, rule, inner, every_steps",
     [
         (2, "tracker", "momentum", program.EVERY_STEPS),
-        (3, "CompNGC", "momentum", program.EVERY_STEPS),
         (0, "EF21", "momentum", None),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in [
+                (3, "CompNGC", "momentum", program.EVERY_STEPS),
                 (2, "EF21", "momentum", program.EVERY_STEPS),
                 (3, "Accumulate", "adam", program.EVERY_STEPS),
                 *itertools.product(

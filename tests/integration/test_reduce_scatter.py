@@ -500,7 +500,11 @@ def steps(strategy, optimizer, variables, g):
 
 @pytest.mark.parametrize(
     "kind",
-    ["all_gather", "sparse", pytest.param("dense", marks=pytest.mark.slow)],
+    [
+        "all_gather",
+        pytest.param("sparse", marks=pytest.mark.slow),
+        pytest.param("dense", marks=pytest.mark.slow),
+    ],
 )
 def test_auto_takes_the_fastest(kind, mirrored, monkeypatch, capfd):
     seconds = choose(kind, monkeypatch)

@@ -155,7 +155,9 @@ def telemetry_of_a_step(gradient, density=0.01):
     return optimizer.telemetry()[0]
 
 
-@pytest.mark.parametrize("scale", [1.0, 1e30])
+@pytest.mark.parametrize(
+    "scale", [pytest.param(1.0, marks=pytest.mark.slow), 1e30]
+)
 def test_norms_of_many_and_of_large_entries(scale):
     """A float32 would sum a million squares wrongly, and hold no large one."""
     normal = np.random.default_rng(0).standard_normal(1 << 20)
